@@ -1,0 +1,3 @@
+"""Networks that learn from auxiliary outputs, in JAX and Flax."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,15 @@
+"""Backbones: from images to logits and named endpoints.
+
+A backbone is any Flax module that maps ``(image, train=…)`` to ``(logits, endpoints)``, where
+``endpoints`` is a mapping of features by name, shallow to deep. It knows nothing of heads.
+"""
+
+from sire_jax.backbones.pair import PairBranches, PairConvolutional, PairDense
+from sire_jax.backbones.small import SmallCNN
+
+BACKBONES = {
+    "pair_dense": PairDense,
+    "pair_convolutional": PairConvolutional,
+    "pair_branches": PairBranches,
+    "small_cnn": SmallCNN,
+}

@@ -1,0 +1,29 @@
+"""A small convolutional network for small images."""
+
+from flax import linen as nn
+from jax import Array
+
+Endpoints = dict[str, Array]
+
+
+class SmallCNN(nn.Module):
+    """3 x 3 convolutions with ReLU, each but the last with 2 x 2 max pooling, and a classifier.
+
+    Attributes:
+        classes: Number of classes.
+        channels: Output channels of the convolutions.
+    """
+
+    classes: int
+    channels: tuple[int, ...] = (16, 32)
+
+    @nn.compact
+    def __call__(self, image: Array, *, train: bool = False) -> tuple[Array, Endpoints]:
+        """Maps ``[b, h, w, c]`` to ``[b, classes]`` and the endpoints ``block_1`` and so on."""
+        x, endpoints = image, {}
+        for i, width in enumerate(self.channels, start=1):
+            x = nn.relu(nn.Conv(width, (3, 3), name=f"conv_{i}")(x))
+            endpoints[f"block_{i}"] = x
+            if i < len(self.channels):
+                x = nn.max_pool(x, (2, 2), (2, 2))
+        return nn.Dense(self.classes, name="output")(x.mean((1, 2))), endpoints

@@ -1,0 +1,240 @@
+"""Configs: their defaults, how they are written, loaded, checked and compared.
+
+A config file is a Python file with ``get_config(variant)``; it is executed, so run only files that
+you trust. It starts from ``default()`` and describes parts with ``backbone``, ``head`` and so on,
+which show every setting, so that each can be overridden: ``--config.backbone.dropout=0.3``.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from sire_jax import registry
+from sire_jax.backbones import BACKBONES
+from sire_jax.data.augmentation import AUGMENTATIONS
+from sire_jax.data.tasks import TASKS
+from sire_jax.heads import HEADS
+from sire_jax.objectives import LOSSES
+from sire_jax.optimizers import OPTIMIZERS
+from sire_jax.prediction import PREDICTIONS
+
+SPLITS = ("train", "validation", "test")
+
+
+def default() -> ConfigDict:
+    """Returns a config with every key; a file changes what it needs."""
+    return ConfigDict(
+        {
+            "name": "",
+            # Run i has the seed `seed + i`, alone or as one of several.
+            "seed": 0,
+            "seeds": 1,
+            "seeds_at_once": 0,  # vectorized together; 0: all on an accelerator, 1 on a CPU
+            "devices": 0,  # that share a batch; 0: all
+            "epochs": 1,
+            "batch_size": 100,
+            "steps_per_call": 100,  # steps of one call of the compiled program, within an epoch
+            "data": {
+                "name": "digits",
+                "dir": "~/tensorflow_datasets",
+                "cache": "~/.cache/sire_jax",  # decoded images; "" for none
+                "shape": (8, 8, 1),
+                "classes": {"label": 10},
+                "scale": 1 / 255,  # what pixels are multiplied by
+                "task": task("images"),
+            },
+            "augmentation": {},
+            "backbone": {},
+            "heads": {},
+            "objectives": {},
+            "predictions": {},
+            "update_rule": {"name": "joint"},
+            "optimizer": optimizer("adam"),
+            "evaluate_every": 1,  # epochs
+            "evaluate_splits": ("train", "test"),
+            "evaluate_batch_size": 1000,
+            "checkpoint_every": 10,  # epochs; and at the end and when interrupted
+            "tensorboard": False,
+        }
+    )
+
+
+# Keys that change how a run is carried out, not what it computes: a run goes on under other values.
+_FREE = {"devices", "steps_per_call", "checkpoint_every", "tensorboard", "data.dir", "data.cache"}
+
+
+def backbone(name: str, **settings: Any) -> ConfigDict:
+    """Describes a backbone; see ``registry.describe``."""
+    return registry.describe(BACKBONES, name, "backbone", **settings)
+
+
+def head(name: str, **settings: Any) -> ConfigDict:
+    """Describes a head; see ``registry.describe``."""
+    return registry.describe(HEADS, name, "head", **settings)
+
+
+def task(name: str, **settings: Any) -> ConfigDict:
+    """Describes a task; see ``registry.describe``."""
+    return registry.describe(TASKS, name, "task", **settings)
+
+
+def augmentation(name: str, **settings: Any) -> ConfigDict:
+    """Describes an augmentation; see ``registry.describe``."""
+    return registry.describe(AUGMENTATIONS, name, "augmentation", **settings)
+
+
+def prediction(name: str, **settings: Any) -> ConfigDict:
+    """Describes a prediction rule; see ``registry.describe``."""
+    return registry.describe(PREDICTIONS, name, "prediction", **settings)
+
+
+def optimizer(name: str, **settings: Any) -> ConfigDict:
+    """Describes an optimizer; see ``registry.describe``."""
+    return registry.describe(OPTIMIZERS, name, "optimizer", **settings)
+
+
+def objective(output: str, target: str, loss: str, weight: Any = 1.0) -> ConfigDict:
+    """Describes an objective.
+
+    Args:
+        output: Name of the output.
+        target: Key of the batch.
+        loss: Name of the loss.
+        weight: A number, or a schedule over steps (``optimizers.number_or_schedule``).
+
+    Returns:
+        The section.
+
+    Raises:
+        ValueError: If there is no such loss.
+    """
+    registry.choose(LOSSES, loss, "loss")
+    return ConfigDict({"output": output, "target": target, "loss": loss, "weight": weight})
+
+
+def load(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
+    """Loads a config file as the command line does.
+
+    Args:
+        path: ``configs/X.py`` or ``configs/X.py:variant``.
+        overrides: ``--config.a.b=value`` each.
+
+    Returns:
+        The config, locked against new keys.
+
+    Raises:
+        ValueError: If an override names an unknown key or has a value of a wrong type.
+        FileNotFoundError: If there is no such file.
+    """
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", path, flag_values=values)
+    try:
+        values(["sire_jax", *overrides])
+    except (AttributeError, KeyError, flags.Error) as error:
+        raise ValueError(str(error)) from error
+    return values.config
+
+
+def validate(config: ConfigDict) -> None:
+    """Checks keys, types and ranges of a config, but for its parts, which check themselves.
+
+    Args:
+        config: The config.
+
+    Raises:
+        ValueError: If a key is unknown or missing, or a value has the wrong type or is out of
+            range.
+    """
+    _check_section("config", config, default())
+    for key in ("seeds", "epochs", "batch_size", "steps_per_call", "evaluate_batch_size"):
+        _check_least(key, config[key], 1)
+    for key in ("seeds_at_once", "devices", "evaluate_every", "checkpoint_every"):
+        _check_least(key, config[key], 0)
+    if not math.isfinite(config.data.scale) or config.data.scale <= 0:
+        raise ValueError(f"config.data.scale is {config.data.scale}; it should be above 0.")
+    for split in config.evaluate_splits:
+        if split not in SPLITS:
+            raise ValueError(
+                f"config.evaluate_splits has '{split}'.{registry.nearest(split, SPLITS)}"
+            )
+
+
+def _check_least(key: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"config.{key} is {value}; it should be at least {least}.")
+
+
+# Sections whose keys the user chooses: names, and the settings of the part that is named.
+_OPEN = ("backbone", "heads", "objectives", "predictions", "augmentation", "optimizer", "update_rule")
+
+
+def _check_section(where: str, given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    for key in given:
+        if key not in known:
+            raise ValueError(f"{where} has no key '{key}'.{registry.nearest(key, known)}")
+    for key, value in known.items():
+        if key not in given:
+            raise ValueError(f"{where} lacks the key '{key}'; start from configuration.default().")
+        path = f"{where}.{key}"
+        if key in _OPEN or path in ("config.data.task", "config.data.classes"):
+            if not isinstance(given[key], ConfigDict):
+                raise ValueError(f"{path} is {given[key]!r}; it should be a section.")
+        elif isinstance(value, ConfigDict):
+            _check_section(path, given[key], value)
+        else:
+            registry.check_type(path, given[key], value)
+
+
+def to_json(config: ConfigDict) -> str:
+    """Writes a resolved config as JSON."""
+    return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
+
+
+def from_json(text: str) -> ConfigDict:
+    """Reads what ``to_json`` wrote."""
+
+    def tuples(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: tuples(each) for key, each in value.items()}
+        return tuple(tuples(each) for each in value) if isinstance(value, list) else value
+
+    return ConfigDict(tuples(json.loads(text)))
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns ``{"a.b": value}`` for a nested config."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping | ConfigDict):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value
+    return found
+
+
+def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
+    """Lists what two configs compute differently, a line ``key: old -> new`` each."""
+    a, b = flat(old), flat(new)
+    keys = sorted((a.keys() | b.keys()) - _FREE)
+    absent = "(absent)"
+    changed = [key for key in keys if a.get(key, absent) != b.get(key, absent)]
+    return [f"{key}: {a.get(key, absent)!r} -> {b.get(key, absent)!r}" for key in changed]
+
+
+def repository_configs() -> Path:
+    """Returns the directory ``configs`` beside the package, where the shipped configs are."""
+    return Path(__file__).resolve().parent.parent / "configs"
+
+
+def variant(variants: Mapping[str, Any], name: str) -> Any:
+    """Looks a variant of a config file up.
+
+    Raises:
+        ValueError: If there is no such variant; the message names the nearest one.
+    """
+    return registry.choose(variants, name, "variant")

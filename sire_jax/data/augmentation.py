@@ -1,0 +1,154 @@
+"""Augmentation of a batch, on the device, under the step's own random key.
+
+An augmentation maps ``(key, batch)`` to a batch of the same shapes. Images are ``[b, …, h, w, c]``:
+each image of a pair is changed on its own.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.scipy.ndimage import map_coordinates
+
+from sire_jax.data.tasks import ordered
+
+Batch = dict[str, Array]
+Augmentation = Callable[[Array, Batch], Batch]
+
+
+def _check_probability(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name}: probability is {value}; it should be in [0, 1].")
+
+
+def _each_image(change: Callable[[Array, Array], Array], key: Array, image: Array) -> Array:
+    """Applies ``change(key, [h, w, c])`` to every image of ``[b, …, h, w, c]``."""
+    images = image.reshape(-1, *image.shape[-3:])
+    changed = jax.vmap(change)(jax.random.split(key, len(images)), images)
+    return changed.reshape(image.shape)
+
+
+@dataclass(frozen=True)
+class Swap:
+    """Swaps the two images of a pair, with the target changed (Peeters and Schlyter, II.H).
+
+    Attributes:
+        probability: Of swapping a pair.
+    """
+
+    probability: float = 0.5
+
+    def __post_init__(self) -> None:
+        _check_probability("swap", self.probability)
+
+    def __call__(self, key: Array, batch: Batch) -> Batch:
+        """Swaps ``image`` and ``digits`` and computes ``label`` of the swapped digits."""
+        chosen = jax.random.bernoulli(key, self.probability, batch["label"].shape)
+        image, digits = batch["image"], batch["digits"]
+        image = jnp.where(chosen[:, None, None, None, None], image[:, ::-1], image)
+        digits = jnp.where(chosen[:, None], digits[:, ::-1], digits)
+        return {**batch, "image": image, "digits": digits, "label": ordered(digits)}
+
+
+@dataclass(frozen=True)
+class Flip:
+    """Mirrors images left to right.
+
+    Attributes:
+        probability: Of mirroring an image.
+    """
+
+    probability: float = 0.5
+
+    def __post_init__(self) -> None:
+        _check_probability("flip", self.probability)
+
+    def __call__(self, key: Array, batch: Batch) -> Batch:
+        """Mirrors ``image``."""
+        image = batch["image"]
+        chosen = jax.random.bernoulli(key, self.probability, (*image.shape[:-3], 1, 1, 1))
+        return {**batch, "image": jnp.where(chosen, image[..., ::-1, :], image)}
+
+
+@dataclass(frozen=True)
+class Crop:
+    """Shifts images by whole pixels; what comes in from outside is 0.
+
+    Attributes:
+        padding: The largest shift in each direction, in pixels.
+    """
+
+    padding: int = 4
+
+    def __call__(self, key: Array, batch: Batch) -> Batch:
+        """Crops ``image`` at random out of itself with a border of zeros."""
+        return {**batch, "image": _each_image(self._crop, key, batch["image"])}
+
+    def _crop(self, key: Array, image: Array) -> Array:
+        pad = self.padding
+        start = jax.random.randint(key, (2,), 0, 2 * pad + 1)
+        padded = jnp.pad(image, ((pad, pad), (pad, pad), (0, 0)))
+        return jax.lax.dynamic_slice(padded, (start[0], start[1], 0), image.shape)
+
+
+@dataclass(frozen=True)
+class Affine:
+    """Disrupts images by small rotations, translations and shears (Peeters and Schlyter, II.H).
+
+    Each amount is uniform between minus and plus the given one; the report gives none. Pixels are
+    interpolated linearly; what comes in from outside is 0.
+
+    Attributes:
+        rotation: In degrees.
+        translation: As a share of the image's side.
+        shear: In degrees.
+    """
+
+    rotation: float = 10.0
+    translation: float = 0.1
+    shear: float = 10.0
+
+    def __call__(self, key: Array, batch: Batch) -> Batch:
+        """Moves the pixels of ``image``."""
+        return {**batch, "image": _each_image(self._move, key, batch["image"])}
+
+    def _move(self, key: Array, image: Array) -> Array:
+        height, width, _ = image.shape
+        angle, slant, down, right = jax.random.uniform(key, (4,), minval=-1.0, maxval=1.0)
+        angle, slant = jnp.deg2rad(self.rotation * angle), jnp.deg2rad(self.shear * slant)
+        sheared = jnp.array([[1.0, 0.0], [0.0, 1.0]]).at[1, 0].set(jnp.tan(slant))
+        cosine, sine = jnp.cos(angle), jnp.sin(angle)
+        matrix = jnp.array([[cosine, -sine], [sine, cosine]]) @ sheared
+        side = jnp.array([height, width], jnp.float32)
+        centre = (side - 1) / 2
+        shift = self.translation * side * jnp.stack([down, right])
+        rows, columns = jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij")
+        grid = jnp.stack([rows.ravel(), columns.ravel()]).astype(jnp.float32)
+        where = matrix @ (grid - centre[:, None]) + (centre + shift)[:, None]
+        coordinates = [where[0].reshape(height, width), where[1].reshape(height, width)]
+        layer = jax.vmap(lambda x: map_coordinates(x, coordinates, order=1), -1, -1)
+        return layer(image)
+
+
+# In the order in which they are applied.
+AUGMENTATIONS = {"swap": Swap, "flip": Flip, "crop": Crop, "affine": Affine}
+
+
+def chain(augmentations: Mapping[str, Augmentation]) -> Augmentation:
+    """Applies augmentations one after another, each under a key of its own.
+
+    Args:
+        augmentations: Augmentations by name, in the order of application.
+
+    Returns:
+        One augmentation.
+    """
+
+    def augment(key: Array, batch: Batch) -> Batch:
+        for i, augmentation in enumerate(augmentations.values()):
+            batch = augmentation(jax.random.fold_in(key, i), batch)
+        return batch
+
+    return augment

@@ -1,0 +1,181 @@
+"""Tasks: what an example of a run is, an image or a pair of images.
+
+A task draws examples as indices into a source, one draw a seed, and turns indices into a batch. The
+images themselves are on the device once, whatever the number of runs.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from sire_jax.data.sources import Dataset, Source
+
+# A source on the device: {"image": [n, h, w, c], "label": [n], …}
+Arrays = Mapping[str, Array]
+
+
+class Draw(NamedTuple):
+    """The examples of one run, as indices into the source.
+
+    Attributes:
+        train: ``[n]`` or ``[n, 2]``, into the training images.
+        validation: Likewise, into the training images.
+        test: Likewise, into the test images.
+    """
+
+    train: np.ndarray
+    validation: np.ndarray
+    test: np.ndarray
+
+
+def stratified(labels: np.ndarray, per_class: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Takes the same number of random examples of each class aside.
+
+    Args:
+        labels: Integers ``[n]``.
+        per_class: How many of each class, at least 0.
+        seed: Seed of the draw.
+
+    Returns:
+        Indices of the rest and of those taken, each in ascending order.
+
+    Raises:
+        ValueError: If a class has no more than ``per_class`` examples.
+    """
+    kinds, counts = np.unique(labels, return_counts=True)
+    if per_class and counts.min() <= per_class:
+        raise ValueError(
+            f"validation_per_class is {per_class}, but class {kinds[counts.argmin()]} has only"
+            f" {counts.min()} training images; take at most {counts.min() - 1}."
+        )
+    generator = np.random.default_rng(seed)
+    order = generator.permutation(len(labels))
+    # A stable sort keeps the random order within each class.
+    order = order[np.argsort(labels[order], kind="stable")]
+    starts = np.repeat(np.cumsum(counts) - counts, counts)
+    taken = np.arange(len(labels)) - starts < per_class
+    return np.sort(order[~taken]).astype(np.int32), np.sort(order[taken]).astype(np.int32)
+
+
+@dataclass(frozen=True)
+class Images:
+    """Examples are single images with their labels.
+
+    Attributes:
+        validation_per_class: Training images of each class taken aside for validation.
+    """
+
+    validation_per_class: int = 0
+
+    def draw(self, dataset: Dataset, seed: int) -> Draw:
+        """Splits the training images; see ``stratified`` for what is raised."""
+        labels = dataset.train.labels["label"]
+        train, validation = stratified(labels, self.validation_per_class, seed)
+        return Draw(train, validation, np.arange(len(dataset.test.image), dtype=np.int32))
+
+    def prepare(self, source: Source) -> dict[str, np.ndarray]:
+        """Returns the arrays that go to the device."""
+        return {"image": source.image, **source.labels}
+
+    def batch(self, arrays: Arrays, examples: Array) -> dict[str, Array]:
+        """Looks examples up.
+
+        Args:
+            arrays: The source on the device.
+            examples: Indices ``[b]``.
+
+        Returns:
+            ``{"image": [b, h, w, c], "label": [b], …}``.
+        """
+        return {key: values[examples] for key, values in arrays.items()}
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Examples are pairs of images; is the first digit less than or equal to the second?
+
+    Pairs are drawn anew for each seed, without replacement: no image is in two of them
+    (Peeters and Schlyter, Sections I and III).
+
+    Attributes:
+        train: Number of training pairs.
+        test: Number of test pairs.
+        validation: Number of validation pairs, of other training images.
+        downscale: Side of the squares of pixels that are averaged; 2 makes 14 x 14 of 28 x 28.
+    """
+
+    train: int = 1000
+    test: int = 1000
+    validation: int = 0
+    downscale: int = 1
+
+    def draw(self, dataset: Dataset, seed: int) -> Draw:
+        """Draws the pairs of one run.
+
+        Args:
+            dataset: Where the images come from.
+            seed: Seed of the draw.
+
+        Returns:
+            Indices ``[pairs, 2]``.
+
+        Raises:
+            ValueError: If there are too few images for that many pairs.
+        """
+        generator = np.random.default_rng(seed)
+        drawn = [
+            self._permute(split, len(source.image), pairs, generator)
+            for split, source, pairs in (
+                ("training", dataset.train, self.train + self.validation),
+                ("test", dataset.test, self.test),
+            )
+        ]
+        return Draw(drawn[0][: self.train], drawn[0][self.train :], drawn[1])
+
+    def _permute(
+        self, split: str, images: int, pairs: int, generator: np.random.Generator
+    ) -> np.ndarray:
+        if 2 * pairs > images:
+            raise ValueError(
+                f"{pairs} {split} pairs without replacement need {2 * pairs} images; the data set"
+                f" has {images}. Take at most {images // 2}."
+            )
+        return generator.permutation(images)[: 2 * pairs].reshape(-1, 2).astype(np.int32)
+
+    def prepare(self, source: Source) -> dict[str, np.ndarray]:
+        """Returns the arrays that go to the device, images averaged over squares of pixels."""
+        image, side = source.image, self.downscale
+        images, height, width, channels = image.shape
+        if height % side or width % side:
+            raise ValueError(f"Images of {height} x {width} can't be downscaled by {side}.")
+        if side > 1:
+            squares = image.reshape(images, height // side, side, width // side, side, channels)
+            image = squares.mean((2, 4), dtype=np.float32)
+        return {"image": image, "label": source.labels["label"]}
+
+    def batch(self, arrays: Arrays, examples: Array) -> dict[str, Array]:
+        """Looks pairs up.
+
+        Args:
+            arrays: The source on the device.
+            examples: Indices ``[b, 2]``.
+
+        Returns:
+            ``{"image": [b, 2, h, w, c], "digits": [b, 2], "label": [b]}``; the label is 1 where
+            the first digit is less than or equal to the second.
+        """
+        digits = arrays["label"][examples]
+        return {"image": arrays["image"][examples], "digits": digits, "label": ordered(digits)}
+
+
+def ordered(digits: Array) -> Array:
+    """Returns 1 where the first of two digits ``[b, 2]`` is at most the second, else 0; int32."""
+    return (digits[:, 0] <= digits[:, 1]).astype(jnp.int32)
+
+
+TASKS = {"images": Images, "pairs": Pairs}
+Task = Images | Pairs

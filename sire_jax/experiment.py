@@ -1,0 +1,225 @@
+"""From a config to the parts of a run: everything is made and checked here, nothing is compiled."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from ml_collections import ConfigDict
+
+from sire_jax import configuration, objectives, optimizers, prediction, registry, traced
+from sire_jax.backbones import BACKBONES
+from sire_jax.data import augmentation, sources, tasks
+from sire_jax.heads import HEADS
+from sire_jax.networks import Network
+from sire_jax.parallel import INITIAL
+from sire_jax.step import Measure, Step, TrainState, make_losses, make_measure, make_step
+from sire_jax.updates import UPDATES, UpdateRule
+
+PyTree = Any
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """The parts of a run, without its data.
+
+    Attributes:
+        config: The config that describes it.
+        task: What an example is.
+        network: The network, which returns named outputs.
+        objectives: Objectives by name.
+        predictions: Prediction rules by name.
+        augment: The augmentations, as one.
+        rule: Update rule.
+        batch: Shapes of a batch of two examples.
+        variables: Shapes of the network's variables.
+        outputs: Shapes of the outputs of that batch.
+    """
+
+    config: ConfigDict
+    task: tasks.Task
+    network: Network
+    objectives: objectives.Objectives
+    predictions: Mapping[str, Any]
+    augment: augmentation.Augmentation
+    rule: UpdateRule
+    batch: Mapping[str, Any]
+    variables: Mapping[str, PyTree]
+    outputs: Mapping[str, Any]
+
+    def lookup(self, arrays: tasks.Arrays, examples: Array) -> dict[str, Array]:
+        """Makes a batch of examples, with scaled images (see ``tasks``)."""
+        return _lookup(self.task, self.config.data.scale, arrays, examples)
+
+    def initial_state(self, seed: Array) -> TrainState:
+        """Returns the state of a run before its first step; ``seed`` is an int32."""
+        key = jax.random.key(seed)
+        image = jnp.zeros(self.batch["image"].shape, self.batch["image"].dtype)
+        variables = dict(self.network.init(jax.random.fold_in(key, INITIAL), image))
+        params = variables.pop("params")
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            key=key,
+            params=params,
+            model_state=variables,
+            update_state=self.rule.init(params),
+        )
+
+    def step(self) -> Step:
+        """Returns the training step."""
+        return make_step(self.network.apply, self.objectives, self.rule, self.augment)
+
+    def measure(self) -> Measure:
+        """Returns the measurement of a batch."""
+        return make_measure(self.network.apply, self.objectives, self.predictions)
+
+    def load(self) -> tuple[sources.Dataset, list[tasks.Draw]]:
+        """Loads the data and draws the examples of every run.
+
+        Raises:
+            ValueError: If the data are not what the config says, or too few.
+            FileNotFoundError: If the data set is not prepared.
+        """
+        data = self.config.data
+        dataset = sources.load(data.name, data.dir, data.cache)
+        if dataset.train.image.shape[1:] != tuple(data.shape):
+            raise ValueError(
+                f"config.data.shape is {tuple(data.shape)}, but the images of {data.name} are"
+                f" {dataset.train.image.shape[1:]}."
+            )
+        for kind, classes in data.classes.items():
+            if dataset.classes.get(kind) != classes:
+                raise ValueError(
+                    f"config.data.classes.{kind} is {classes}, but {data.name} has"
+                    f" {dict(dataset.classes)}."
+                )
+        seeds = range(self.config.seed, self.config.seed + self.config.seeds)
+        draws = [self.task.draw(dataset, seed) for seed in seeds]
+        if len(draws[0].train) < self.config.batch_size:
+            raise ValueError(
+                f"config.batch_size is {self.config.batch_size}, but there are only"
+                f" {len(draws[0].train)} training examples."
+            )
+        if "validation" in self.config.evaluate_splits and not len(draws[0].validation):
+            raise ValueError(
+                "config.evaluate_splits has 'validation', but the task takes no example aside;"
+                " set config.data.task.validation_per_class or validation."
+            )
+        return dataset, draws
+
+
+def _lookup(
+    task: tasks.Task, scale: float, arrays: tasks.Arrays, examples: Array
+) -> dict[str, Array]:
+    batch = task.batch(arrays, examples)
+    return {**batch, "image": batch["image"].astype(jnp.float32) * scale}
+
+
+def _example_batch(task: tasks.Task, config: ConfigDict) -> dict[str, Any]:
+    """Returns the shapes of a batch of two examples, from the config alone."""
+    labels = {kind: np.zeros(1, np.int32) for kind in config.data.classes}
+    blank = sources.Source(np.zeros((1, *config.data.shape), np.uint8), labels)
+    arrays = {key: jnp.asarray(values) for key, values in task.prepare(blank).items()}
+    examples = jnp.zeros((2, 2) if isinstance(task, tasks.Pairs) else (2,), jnp.int32)
+    return jax.eval_shape(lambda a, e: _lookup(task, config.data.scale, a, e), arrays, examples)
+
+
+def _section(config: ConfigDict, key: str, parts: Mapping[str, Any], what: str) -> dict[str, Any]:
+    return {k: registry.create(parts, section, what) for k, section in config[key].items()}
+
+
+def _objective(name: str, section: ConfigDict) -> objectives.Objective:
+    described = {"name": name, **section}
+    made = registry.create({name: objectives.Objective}, described, "objective")
+    loss = registry.choose(objectives.LOSSES, made.loss, "loss")
+    weight = optimizers.number_or_schedule(section["weight"], f"weight of the objective '{name}'")
+    return objectives.Objective(made.output, made.target, loss, weight)
+
+
+def build(config: ConfigDict) -> Experiment:
+    """Makes and checks the parts of a run.
+
+    Args:
+        config: A config, resolved.
+
+    Returns:
+        The parts; nothing has been compiled and no data read.
+
+    Raises:
+        ValueError: If the config asks for what does not exist or does not fit together.
+    """
+    configuration.validate(config)
+    task = registry.create(tasks.TASKS, config.data.task, "task")
+    augmentations = {
+        key: registry.create(augmentation.AUGMENTATIONS, config.augmentation[key], "augmentation")
+        for key in sorted(config.augmentation, key=list(augmentation.AUGMENTATIONS).index)
+    }
+    network = Network(
+        registry.create(BACKBONES, config.backbone, "backbone"),
+        _section(config, "heads", HEADS, "head"),
+    )
+    chosen = {name: _objective(name, section) for name, section in config.objectives.items()}
+    predictions = _section(config, "predictions", prediction.PREDICTIONS, "prediction")
+    batch = _example_batch(task, config)
+    variables = jax.eval_shape(network.init, jax.random.key(0), batch["image"])
+    outputs = jax.eval_shape(network.apply, variables, batch["image"])
+    objectives.check(chosen, outputs, batch)
+    prediction.check(predictions, outputs)
+    _check_names(predictions, outputs, chosen)
+    _check_widths(config, chosen, outputs)
+    optimizer = registry.create(optimizers.OPTIMIZERS, config.optimizer, "optimizer")
+    reach = _reach(network, chosen, batch, variables)
+    rule = registry.create(UPDATES, config.update_rule, "update rule", optimizer=optimizer, reach=reach)
+    return Experiment(
+        config=config,
+        task=task,
+        network=network,
+        objectives=chosen,
+        predictions=predictions,
+        augment=augmentation.chain(augmentations),
+        rule=rule,
+        batch=batch,
+        variables=variables,
+        outputs=outputs,
+    )
+
+
+def _reach(
+    network: Network, chosen: objectives.Objectives, batch: Mapping[str, Any], variables: Any
+) -> dict[str, PyTree]:
+    """Finds which parameters each objective's gradient reaches, in training mode."""
+    blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (dict(batch), dict(variables)))
+    state = {key: value for key, value in blank[1].items() if key != "params"}
+    key = jax.random.key(0)
+
+    def losses(params: PyTree) -> dict[str, Array]:
+        return make_losses(network.apply, chosen, blank[0], key)(params, state)[0]
+
+    return traced.reach(losses, variables["params"])
+
+
+def _check_names(predictions: Any, outputs: Any, chosen: Any) -> None:
+    taken = set(outputs) | set(chosen)
+    for name in predictions:
+        if name in taken:
+            raise ValueError(
+                f"The prediction '{name}' has the name of an output or objective; their metrics"
+                " could not be told apart. Choose another."
+            )
+
+
+def _check_widths(config: ConfigDict, chosen: objectives.Objectives, outputs: Any) -> None:
+    """Checks that an output has as many logits as its target has classes."""
+    for name, objective in chosen.items():
+        classes = config.data.classes.get(objective.target)
+        width = outputs[objective.output].shape[-1]
+        if classes is None or config.data.task.name != "images":
+            continue
+        if objective.loss is objectives.cross_entropy and width != classes:
+            raise ValueError(
+                f"The objective '{name}' compares '{objective.output}', which has {width} logits,"
+                f" with '{objective.target}', which has {classes} classes."
+            )

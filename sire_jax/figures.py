@@ -1,0 +1,107 @@
+"""Pictures of runs, drawn from what the runs have written."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from sire_jax.workdir import read_metrics
+
+# Colours that stay apart in greys and for most colour-blind readers (Okabe and Ito, 2008).
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_LABELS = {"top_1": "accuracy", "top_5": "top-5 accuracy", "loss": "loss"}
+
+
+def band(axes: Axes, steps: Sequence[float], values: np.ndarray, label: str, colour: str) -> None:
+    """Draws a mean over runs as a line, with dashes one standard deviation above and below.
+
+    Args:
+        axes: Where.
+        steps: ``[n]``, the horizontal positions.
+        values: ``[n, runs]``.
+        label: Text of the legend.
+        colour: Of the lines.
+    """
+    mean = values.mean(1)
+    axes.plot(steps, mean, color=colour, label=label)
+    if values.shape[1] > 1:
+        spread = values.std(1, ddof=1)
+        for edge in (mean - spread, mean + spread):
+            axes.plot(steps, edge, color=colour, linestyle="--", linewidth=0.8)
+
+
+def series(
+    lines: Sequence[Mapping[str, Any]], split: str, metric: str
+) -> tuple[list[int], np.ndarray]:
+    """Picks one metric of one split out of ``metrics.jsonl``.
+
+    Returns:
+        Epochs ``[n]`` and values ``[n, runs]``.
+    """
+    chosen = [line for line in lines if line["split"] == split and metric in line]
+    epochs = [line["epoch"] for line in chosen]
+    return epochs, np.array([line[metric] for line in chosen])
+
+
+def _draw(axes: Axes, lines: Sequence[Mapping[str, Any]], kind: str) -> None:
+    found = {
+        (line["split"], name)
+        for line in lines
+        for name in line
+        if name.endswith(f"/{kind}") and line["split"] != "steps"
+    }
+    for (split, metric), colour in zip(sorted(found), COLOURS * 9, strict=False):
+        epochs, values = series(lines, split, metric)
+        band(axes, epochs, values, f"{metric.rsplit('/', 1)[0]} {split}", colour)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel(_LABELS[kind])
+    axes.grid(alpha=0.3)
+    if found:
+        axes.legend(frameon=False, fontsize=8)
+
+
+def curves(directory: str | Path) -> Path | None:
+    """Draws accuracies and losses over the epochs of a run (as Peeters and Schlyter, Figs. 1-4).
+
+    Args:
+        directory: The run's workdir.
+
+    Returns:
+        The picture ``curves.png`` in it, ``None`` if there is nothing to draw.
+    """
+    directory = Path(directory)
+    lines = read_metrics(directory)
+    if not any(line["split"] != "steps" for line in lines):
+        return None
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _draw(left, lines, "top_1")
+    _draw(right, lines, "loss")
+    path = directory / "curves.png"
+    figure.savefig(path, dpi=130)
+    return path
+
+
+def compare(directories: Mapping[str, str | Path], metric: str, split: str, path: Path) -> None:
+    """Draws one metric of several runs in one picture.
+
+    Args:
+        directories: Workdirs by the text of their legend.
+        metric: Such as ``"main/top_1"``.
+        split: Such as ``"test"``.
+        path: The picture to write.
+    """
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    axes = figure.subplots()
+    for (label, directory), colour in zip(directories.items(), COLOURS * 9, strict=False):
+        epochs, values = series(read_metrics(directory), split, metric)
+        if len(epochs):
+            band(axes, epochs, values, label, colour)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel(f"{split} {_LABELS[metric.rsplit('/', 1)[1]]}")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=130)

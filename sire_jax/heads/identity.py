@@ -1,0 +1,18 @@
+"""An endpoint that is an output as it is."""
+
+from flax import linen as nn
+from jax import Array
+
+
+class Identity(nn.Module):
+    """Returns its endpoint, without parameters: the digits of the pairs system.
+
+    Attributes:
+        endpoints: The one endpoint.
+    """
+
+    endpoints: tuple[str, ...]
+
+    def __call__(self, features: Array, *, train: bool = False) -> Array:
+        """Returns ``features``."""
+        return features

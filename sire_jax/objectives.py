@@ -1,0 +1,177 @@
+"""Objectives: which output is compared with which target, by which loss, with which weight."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from sire_jax.registry import nearest
+
+Loss = Callable[[Array, Array], Array]
+
+
+def _sum_positions(values: Array) -> Array:
+    """Sums ``[b, …]`` over all axes but the first."""
+    return values.reshape(values.shape[0], -1).sum(-1)
+
+
+def cross_entropy(logits: Array, labels: Array) -> Array:
+    """Cross entropy of integer labels, summed over the positions of an example.
+
+    ``loss = -sum_i log softmax(logits_i)[labels_i]``
+
+    Args:
+        logits: ``[b, …, classes]``.
+        labels: ``[b, …]``, integers in [0, classes).
+
+    Returns:
+        ``[b]``.
+    """
+    return _sum_positions(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+
+
+def negative_probability(logits: Array, labels: Array) -> Array:
+    """The negative probability of the right class, summed over the positions of an example.
+
+    ``loss = -sum_i softmax(logits_i)[labels_i]``. It is what the released pairs program calls cross
+    entropy on the digits.
+
+    Args:
+        logits: ``[b, …, classes]``.
+        labels: ``[b, …]``, integers in [0, classes).
+
+    Returns:
+        ``[b]``, at least minus the number of positions.
+    """
+    probabilities = jax.nn.softmax(logits)
+    return -_sum_positions(jnp.take_along_axis(probabilities, labels[..., None], axis=-1)[..., 0])
+
+
+def binary_cross_entropy(logit: Array, label: Array) -> Array:
+    """Cross entropy of a label that is 0 or 1, of one logit.
+
+    ``loss = -z log sigmoid(logit) - (1 - z) log(1 - sigmoid(logit))``
+    (Peeters and Schlyter, Section II.A, where the sign is missing)
+
+    Args:
+        logit: ``[b, 1]``.
+        label: ``[b]``, 0 or 1.
+
+    Returns:
+        ``[b]``.
+    """
+    return optax.sigmoid_binary_cross_entropy(logit[:, 0], label.astype(logit.dtype))
+
+
+def binary_squared_error(logit: Array, label: Array) -> Array:
+    """Squared error of a probability: ``(sigmoid(logit) - z)^2`` (Peeters and Schlyter, II.A).
+
+    Args:
+        logit: ``[b, 1]``.
+        label: ``[b]``, 0 or 1.
+
+    Returns:
+        ``[b]``, in [0, 1].
+    """
+    return (jax.nn.sigmoid(logit[:, 0]) - label.astype(logit.dtype)) ** 2
+
+
+def mean_squared_error(output: Array, target: Array) -> Array:
+    """Squared error, a mean over all that one example has.
+
+    ``loss = 1/n sum_j (output_j - target_j)^2``
+
+    Args:
+        output: ``[b, …]``.
+        target: As ``output``.
+
+    Returns:
+        ``[b]``.
+    """
+    error = (output - target) ** 2
+    return error.reshape(error.shape[0], -1).mean(-1)
+
+
+LOSSES: dict[str, Loss] = {
+    "cross_entropy": cross_entropy,
+    "negative_probability": negative_probability,
+    "binary_cross_entropy": binary_cross_entropy,
+    "binary_squared_error": binary_squared_error,
+    "mean_squared_error": mean_squared_error,
+}
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One term of the loss.
+
+    Attributes:
+        output: Name of the output.
+        target: Key of the batch that the output should match.
+        loss: Maps the output and the target to a loss per example, ``[b]``.
+        weight: A number, or an ``optax`` schedule from the step to one.
+    """
+
+    output: str
+    target: str
+    loss: Loss
+    weight: float | optax.Schedule = 1.0
+
+    def weight_at(self, step: Array | int) -> Array:
+        """Returns the weight at a step, a scalar."""
+        weight = self.weight(step) if callable(self.weight) else self.weight
+        return jnp.asarray(weight, jnp.float32)
+
+
+Objectives = Mapping[str, Objective]
+
+
+def evaluate(
+    objectives: Objectives, outputs: Mapping[str, Array], batch: Mapping[str, Array]
+) -> dict[str, Array]:
+    """Computes every objective's loss per example, without its weight.
+
+    Args:
+        objectives: Objectives by name.
+        outputs: Outputs of the network.
+        batch: Targets by key.
+
+    Returns:
+        ``{name: [b]}``.
+    """
+    return {k: o.loss(outputs[o.output], batch[o.target]) for k, o in objectives.items()}
+
+
+def weights(objectives: Objectives, step: Array | int) -> dict[str, Array]:
+    """Returns every objective's weight at a step, ``{name: scalar}``."""
+    return {name: objective.weight_at(step) for name, objective in objectives.items()}
+
+
+def check(
+    objectives: Objectives, outputs: Mapping[str, object], batch: Mapping[str, object]
+) -> None:
+    """Checks that each objective has its output and its target.
+
+    Args:
+        objectives: Objectives by name.
+        outputs: The outputs that exist.
+        batch: The targets that exist.
+
+    Raises:
+        ValueError: If there is no objective, or one names an output or a target that is not there.
+    """
+    if not objectives:
+        raise ValueError("There is no objective; give config.objectives at least one.")
+    for name, objective in objectives.items():
+        for kind, key, known in (
+            ("output", objective.output, outputs),
+            ("target", objective.target, batch),
+        ):
+            if key not in known:
+                raise ValueError(
+                    f"The objective '{name}' is on the {kind} '{key}', which does not"
+                    f" exist.{nearest(key, known)}"
+                )

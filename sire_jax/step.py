@@ -1,0 +1,179 @@
+"""The training step and the measurement of a batch: pure functions, written once.
+
+``jit``, ``vmap`` over seeds and loops over steps are wrappers around them (``sire_jax.parallel``).
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+
+from sire_jax import metrics, objectives, prediction
+from sire_jax.data.augmentation import Augmentation, Batch
+from sire_jax.metrics import Average, Metrics
+from sire_jax.updates import Losses, UpdateRule
+
+PyTree = Any
+Apply = Callable[..., Any]
+
+
+@struct.dataclass
+class TrainState:
+    """All that training changes.
+
+    Attributes:
+        step: Number of steps taken, int32.
+        key: The run's random key; never changes: a step's key is derived from it and ``step``.
+        params: Parameters.
+        model_state: Other variables of the network, such as batch statistics.
+        update_state: State of the update rule.
+    """
+
+    step: Array
+    key: Array
+    params: PyTree
+    model_state: PyTree
+    update_state: PyTree
+
+
+@struct.dataclass
+class Best:
+    """The weights with the best validation accuracy so far.
+
+    Attributes:
+        score: That accuracy, in [0, 1]; -1 before the first.
+        step: After how many steps.
+        params: Parameters.
+        model_state: Other variables of the network.
+    """
+
+    score: Array
+    step: Array
+    params: PyTree
+    model_state: PyTree
+
+    @classmethod
+    def start(cls, state: TrainState) -> "Best":
+        """Returns what any measured weights replace."""
+        score = jnp.asarray(-1.0, jnp.float32)
+        return cls(score, state.step, state.params, state.model_state)
+
+    def update(self, score: Array, state: TrainState) -> "Best":
+        """Returns the better of this and a state with ``score``; the earlier one where equal."""
+        new = Best(score, state.step, state.params, state.model_state)
+        return jax.tree.map(lambda a, b: jnp.where(score > self.score, a, b), new, self)
+
+
+Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+Measure = Callable[[PyTree, PyTree, Batch, Array], Metrics]
+
+
+def make_losses(
+    apply: Apply, chosen: objectives.Objectives, batch: Batch, dropout: Array
+) -> Losses:
+    """Makes the function that an update rule differentiates.
+
+    Args:
+        apply: ``apply`` of a Flax network that returns named outputs.
+        chosen: Objectives by name.
+        batch: Images and targets.
+        dropout: Random key for dropout.
+
+    Returns:
+        A function from ``(params, model_state)`` to ``({name: scalar}, (outputs, new model
+        state))``; a loss is a mean over the batch, without its weight.
+    """
+
+    def losses(params: PyTree, model_state: PyTree) -> Any:
+        outputs, new_model_state = apply(
+            {"params": params, **model_state},
+            batch["image"],
+            train=True,
+            rngs={"dropout": dropout},
+            mutable=list(model_state),
+        )
+        each = objectives.evaluate(chosen, outputs, batch)
+        return {name: values.mean() for name, values in each.items()}, (outputs, new_model_state)
+
+    return losses
+
+
+def make_step(
+    apply: Apply, chosen: objectives.Objectives, rule: UpdateRule, augment: Augmentation
+) -> Step:
+    """Makes the training step.
+
+    Args:
+        apply: ``apply`` of a Flax network that returns named outputs.
+        chosen: Objectives by name.
+        rule: Update rule.
+        augment: Changes a batch under a random key.
+
+    Returns:
+        A pure function from ``(state, batch)`` to ``(state, metrics)``; the metrics are
+        ``"<objective>/loss"`` and the weighted sum ``"total/loss"``.
+    """
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        augmenting, dropout = jax.random.split(jax.random.fold_in(state.key, state.step))
+        batch = augment(augmenting, batch)
+        losses = make_losses(apply, chosen, batch, dropout)
+        weights = objectives.weights(chosen, state.step)
+        updated = rule.update(losses, weights, state.params, state.model_state, state.update_state)
+        count = jnp.asarray(batch["image"].shape[0], jnp.float32)
+        named = {f"{name}/loss": loss for name, loss in updated.losses.items()}
+        named["total/loss"] = sum(weights[k] * loss for k, loss in updated.losses.items())
+        new = TrainState(
+            step=state.step + 1,
+            key=state.key,
+            params=updated.params,
+            model_state=updated.model_state,
+            update_state=updated.state,
+        )
+        return new, {name: Average(loss * count, count) for name, loss in named.items()}
+
+    return step
+
+
+def make_measure(
+    apply: Apply,
+    chosen: objectives.Objectives,
+    predictions: Mapping[str, prediction.Prediction],
+) -> Measure:
+    """Makes the measurement of a batch in evaluation mode.
+
+    Args:
+        apply: ``apply`` of a Flax network that returns named outputs.
+        chosen: Objectives by name.
+        predictions: Prediction rules by name.
+
+    Returns:
+        A pure function from ``(params, model_state, batch, mask)`` to metrics: ``"<objective>/
+        loss"``; ``"<output>/top_1"`` and ``"<output>/top_5"`` of outputs that classify;
+        ``"<prediction>/top_1"`` and ``"<prediction>/loss"``, the negative log probability of the
+        label. Examples where ``mask`` is 0 don't count.
+    """
+
+    def measure(params: PyTree, model_state: PyTree, batch: Batch, mask: Array) -> Metrics:
+        outputs = apply({"params": params, **model_state}, batch["image"], train=False)
+        found: Metrics = {}
+        for name, values in objectives.evaluate(chosen, outputs, batch).items():
+            found[f"{name}/loss"] = Average.of(values, mask)
+        for objective in chosen.values():
+            output, target = outputs[objective.output], batch[objective.target]
+            if metrics.is_classification(output, target):
+                found |= metrics.classification(objective.output, output, target, mask)
+        for name, predict in predictions.items():
+            found |= _measure_prediction(name, predict(outputs), batch["label"], mask)
+        return found
+
+    return measure
+
+
+def _measure_prediction(name: str, log_probability: Array, label: Array, mask: Array) -> Metrics:
+    right = jnp.take_along_axis(log_probability, label[:, None], axis=-1)
+    found = metrics.classification(name, log_probability, label, mask)
+    return {**found, f"{name}/loss": Average.of(-right, mask)}

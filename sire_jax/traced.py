@@ -1,0 +1,182 @@
+"""What a traced program says: which inputs an output depends on, and what it costs.
+
+Nothing here is declared by the user or run on data: the functions read the ``jaxpr`` that JAX
+traces, so they hold for any network.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+from jax.interpreters import partial_eval
+
+PyTree = Any
+
+# Call-like primitives whose one sub-program has the operands and results of the call itself.
+_CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+
+
+def _sub_program(equation: core.JaxprEqn) -> core.Jaxpr | None:
+    if equation.primitive.name in ("scan", "while", "cond"):
+        return None
+    for key in _CALLS:
+        program = equation.params.get(key)
+        if program is None:
+            continue
+        program = getattr(program, "jaxpr", program)
+        arity = (len(equation.invars), len(equation.outvars))
+        if hasattr(program, "eqns") and (len(program.invars), len(program.outvars)) == arity:
+            return program
+    return None
+
+
+def dependencies(program: core.Jaxpr, inputs: list[int]) -> list[int]:
+    """Follows sets of marks from the inputs of a program to its outputs.
+
+    Args:
+        program: A traced program.
+        inputs: For each input a set of marks, as the bits of an integer.
+
+    Returns:
+        For each output the union of the marks of all inputs that it depends on. Exact through
+        calls and loops over blocks; a conditional is taken to depend on all that it is given.
+    """
+    marks: dict[Any, int] = dict(zip(program.invars, inputs, strict=True))
+
+    def read(atom: Any) -> int:
+        return 0 if isinstance(atom, core.Literal) else marks.get(atom, 0)
+
+    for equation in program.eqns:
+        given = [read(atom) for atom in equation.invars]
+        marks.update(zip(equation.outvars, _through(equation, given), strict=True))
+    return [read(atom) for atom in program.outvars]
+
+
+def _through(equation: core.JaxprEqn, given: list[int]) -> list[int]:
+    if equation.primitive.name == "scan":
+        return _through_scan(equation, given)
+    program = _sub_program(equation)
+    if program is not None:
+        return dependencies(program, given)
+    everything = 0
+    for mark in given:
+        everything |= mark
+    return [everything] * len(equation.outvars)
+
+
+def _through_scan(equation: core.JaxprEqn, given: list[int]) -> list[int]:
+    body = equation.params["jaxpr"].jaxpr
+    first, carries = equation.params["num_consts"], equation.params["num_carry"]
+    given = list(given)
+    while True:
+        results = dependencies(body, given)
+        carried = [given[first + i] | results[i] for i in range(carries)]
+        if carried == given[first : first + carries]:
+            return results
+        given[first : first + carries] = carried
+
+
+def parameters_read(
+    function: Callable[..., Mapping[str, PyTree]], params: PyTree, *args: Any
+) -> dict[str, PyTree]:
+    """Finds which parameters each named output is computed from.
+
+    Args:
+        function: Maps ``(params, *args)`` to a mapping of named outputs.
+        params: Parameters, or their shapes.
+        *args: The other arguments, or their shapes.
+
+    Returns:
+        For each output a tree like ``params`` of booleans.
+    """
+    program, results = jax.make_jaxpr(function, return_shape=True)(params, *args)
+    leaves, tree = jax.tree.flatten(params)
+    own = [1 << i for i in range(len(leaves))]
+    found = dependencies(program.jaxpr, own + [0] * (len(program.jaxpr.invars) - len(own)))
+    read: dict[str, int] = dict.fromkeys(results, 0)
+    names = [name for name in sorted(results) for _ in jax.tree.leaves(results[name])]
+    for name, mark in zip(names, found, strict=True):
+        read[name] |= mark
+    return {
+        name: jax.tree.unflatten(tree, [bool(mark & bit) for bit in own])
+        for name, mark in read.items()
+    }
+
+
+def reach(losses: Callable[[PyTree], Mapping[str, Any]], params: PyTree) -> dict[str, PyTree]:
+    """Finds which parameters the gradient of each named loss reaches.
+
+    The traced program is the vector-Jacobian product of all losses: a parameter is reached by a
+    loss if its gradient depends on that loss's cotangent. A parameter that a loss reads through
+    ``stop_gradient`` is therefore not reached; one whose gradient happens to be zero is.
+
+    Args:
+        losses: Maps parameters to ``{name: scalar}``.
+        params: Parameters, or their shapes.
+
+    Returns:
+        For each loss a tree like ``params`` of booleans.
+    """
+    names = sorted(jax.eval_shape(losses, params))
+
+    def pull_back(values: PyTree, cotangents: dict[str, Any]) -> PyTree:
+        _, backward = jax.vjp(losses, values)
+        return backward(cotangents)[0]
+
+    shapes = jax.eval_shape(losses, params)
+    program = jax.make_jaxpr(pull_back)(params, dict(shapes)).jaxpr
+    leaves, tree = jax.tree.flatten(params)
+    marks = dependencies(program, [0] * len(leaves) + [1 << i for i in range(len(names))])
+    return {
+        name: jax.tree.unflatten(tree, [bool(mark & (1 << i)) for mark in marks])
+        for i, name in enumerate(names)
+    }
+
+
+def multiply_adds(function: Callable[..., Any], *args: Any) -> int:
+    """Counts the multiply-adds of the matrix products and convolutions that a result needs.
+
+    Args:
+        function: Any traceable function. What its results do not depend on is not counted.
+        *args: Its arguments, or their shapes.
+
+    Returns:
+        The number of multiply-adds of one call; a loop's body is counted as often as it runs,
+        and of a conditional the most expensive branch.
+    """
+    program = jax.make_jaxpr(function)(*args).jaxpr
+    needed, _ = partial_eval.dce_jaxpr(program, [True] * len(program.outvars))
+    return _count(needed)
+
+
+def _count(program: core.Jaxpr) -> int:
+    return sum(_count_equation(equation) for equation in program.eqns)
+
+
+def _count_equation(equation: core.JaxprEqn) -> int:
+    name, params = equation.primitive.name, equation.params
+    if name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        shape = equation.invars[0].aval.shape
+        return math.prod(equation.outvars[0].aval.shape) * math.prod(shape[i] for i in contracted)
+    if name == "conv_general_dilated":
+        # Each output value is a sum over the kernel and the input channels of its group.
+        kernel = equation.invars[1].aval.shape
+        outputs = kernel[params["dimension_numbers"].rhs_spec[0]]
+        return math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) // outputs
+    if name == "scan":
+        return params["length"] * _count(params["jaxpr"].jaxpr)
+    if name == "cond":
+        return max(_count(branch.jaxpr) for branch in params["branches"])
+    program = _sub_program(equation)
+    return 0 if program is None else _count(program)
+
+
+def size(params: PyTree, chosen: PyTree | None = None) -> int:
+    """Counts the values of a tree of arrays, or of those that a tree of booleans chooses."""
+    chosen = jax.tree.map(lambda _: True, params) if chosen is None else chosen
+    sizes = jax.tree.map(lambda p, c: math.prod(jnp.shape(p)) if c else 0, params, chosen)
+    return sum(jax.tree.leaves(sizes))

@@ -1,0 +1,312 @@
+"""Trains a network: ``python -m sire_jax.train --config=configs/X.py:variant --workdir=DIR``."""
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags, logging
+from jax.sharding import NamedSharding, PartitionSpec
+from ml_collections import ConfigDict, config_flags
+
+from sire_jax import experiment, figures, parallel, traced
+from sire_jax.checkpoint import Checkpoints
+from sire_jax.data import tasks
+from sire_jax.metrics import Average, Metrics, means
+from sire_jax.progress import Progress, stop_on_signals
+from sire_jax.step import Best, TrainState
+from sire_jax.workdir import Workdir
+
+PyTree = Any
+INTERRUPTED = 130  # exit status, as of a program that Ctrl-C ends
+
+
+class InterruptedRunError(Exception):
+    """Somebody stopped the run; it has been saved."""
+
+
+class NonFiniteLossError(Exception):
+    """A loss was not a number or infinite; the newest checkpoint is from before."""
+
+
+class Runs:
+    """The compiled programs of a number of independent runs, and the data on the device.
+
+    Args:
+        parts: The parts of the run.
+
+    Raises:
+        ValueError: If the data or the devices are not what the config says.
+        FileNotFoundError: If the data set is not prepared.
+    """
+
+    def __init__(self, parts: experiment.Experiment):
+        config = parts.config
+        self.config, self.parts = config, parts
+        self.mesh = parallel.data_mesh(config.devices, config.batch_size)
+        self.everywhere = NamedSharding(self.mesh, PartitionSpec())
+        dataset, draws = parts.load()
+        self.arrays = {
+            "train": self._place(parts.task.prepare(dataset.train)),
+            "test": self._place(parts.task.prepare(dataset.test)),
+        }
+        self.arrays["validation"] = self.arrays["train"]
+        # {split: [runs, examples, …]}
+        stacked = tasks.Draw(*(np.stack(each) for each in zip(*draws, strict=True)))
+        self.examples = {k: self._place(v) for k, v in stacked._asdict().items()}
+        self.steps_per_epoch = draws[0].train.shape[0] // config.batch_size
+        self._compile()
+
+    def _place(self, tree: PyTree) -> PyTree:
+        return jax.device_put(tree, self.everywhere)
+
+    def _compile(self) -> None:
+        parts, config = self.parts, self.config
+        at_once = config.seeds_at_once
+
+        def lookup(arrays: tasks.Arrays, examples: jax.Array) -> dict[str, jax.Array]:
+            return parallel.split_batch(parts.lookup(arrays, examples), self.mesh)
+
+        steps = parallel.over_steps(parts.step(), lookup)
+        batches = parallel.over_batches(parts.measure(), parts.lookup, config.evaluate_batch_size)
+        self._initial = jax.jit(parallel.over_seeds(parts.initial_state, (), at_once))
+        self._steps = jax.jit(parallel.over_seeds(steps, (2, 4, 5), at_once), donate_argnums=(0, 1))
+        self._measure = jax.jit(parallel.over_seeds(batches, (2,), at_once))
+        self._shuffle = jax.jit(
+            parallel.over_seeds(
+                lambda key, examples, epoch: parallel.shuffle(
+                    key, epoch, examples, config.batch_size
+                ),
+                (2,),
+                config.seeds,
+            )
+        )
+        self._best = jax.jit(jax.vmap(Best.update), donate_argnums=0)
+
+    def initial(self) -> TrainState:
+        """Returns the initial states of all runs."""
+        seeds = jnp.arange(self.config.seed, self.config.seed + self.config.seeds, dtype=jnp.int32)
+        return self._place(self._initial(seeds))
+
+    def no_metrics(self) -> Metrics:
+        """Returns sums of nothing, for the metrics of a step."""
+        names = [f"{name}/loss" for name in (*self.parts.objectives, "total")]
+        zero = np.zeros(self.config.seeds, np.float32)
+        # An array each: they are donated.
+        return {name: self._place(Average(zero.copy(), zero.copy())) for name in names}
+
+    def epoch_order(self, state: TrainState, epoch: int) -> jax.Array:
+        """Returns the examples of an epoch, ``[runs, steps, batch, …]``."""
+        return self._shuffle(state.key, self.examples["train"], jnp.asarray(epoch, jnp.int32))
+
+    def take_steps(
+        self, state: TrainState, sums: Metrics, order: jax.Array, first: int, count: int
+    ) -> tuple[TrainState, Metrics, dict[str, jax.Array]]:
+        """Takes steps in all runs; see ``parallel.over_steps``."""
+        span = (jnp.asarray(first, jnp.int32), jnp.asarray(count, jnp.int32))
+        return self._steps(state, sums, self.arrays["train"], order, *span)
+
+    def measure(self, params: PyTree, model_state: PyTree, split: str) -> dict[str, np.ndarray]:
+        """Measures a split; a value for each run."""
+        found = self._measure(params, model_state, self.arrays[split], self.examples[split])
+        return {name: np.asarray(each) for name, each in means(found).items()}
+
+    def better(self, best: Best, score: np.ndarray, state: TrainState) -> Best:
+        """Keeps the weights of the runs whose validation accuracy is the best so far."""
+        return self._best(best, jnp.asarray(score, jnp.float32), state)
+
+
+def train(config: ConfigDict, workdir: str, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Trains, or goes on with, the run of a config.
+
+    Args:
+        config: The config.
+        workdir: Where the run is kept; one that holds a run of this config is resumed.
+        say: Prints a line of the head of the output.
+
+    Returns:
+        The final measurements, as in ``results.json``.
+
+    Raises:
+        ValueError: If the config, the data or the workdir don't fit; before anything is compiled.
+        FileNotFoundError: If the data set is not prepared.
+        NonFiniteLossError: If a loss is not finite.
+        InterruptedRunError: If a signal asked to stop; the state has been saved.
+    """
+    parts = experiment.build(config)
+    runs = Runs(parts)
+    directory = Workdir(workdir, config)
+    checkpoints = Checkpoints(directory.checkpoints)
+    say(_describe(parts, runs))
+    try:
+        return _train(config, parts, runs, directory, checkpoints)
+    finally:
+        checkpoints.close()
+
+
+def _train(
+    config: ConfigDict,
+    parts: experiment.Experiment,
+    runs: Runs,
+    directory: Workdir,
+    checkpoints: Checkpoints,
+) -> dict[str, Any]:
+    # ---- Start, or go on.
+    started = time.perf_counter()
+    validates = "validation" in config.evaluate_splits
+    state, sums = runs.initial(), runs.no_metrics()
+    best = jax.tree.map(jnp.copy, jax.vmap(Best.start)(state)) if validates else None
+    step = checkpoints.latest() or 0
+    if step:
+        state, sums, best = runs._place(checkpoints.restore((state, sums, best)))
+        print(f"Going on after step {step}.", flush=True)
+    directory.forget_after(step)
+    logs = _Logs(directory, config.tensorboard)
+    steps = runs.steps_per_epoch
+    progress = Progress(config.epochs, steps, config.batch_size * config.seeds, step)
+
+    # ---- Train.
+    with stop_on_signals() as stop:
+        while step < config.epochs * steps and not stop.signal:
+            epoch, first = divmod(step, steps)
+            order = runs.epoch_order(state, epoch)
+            while first < steps and not stop.signal:
+                count = min(config.steps_per_call, steps - first)
+                state, sums, broken = runs.take_steps(state, sums, order, first, count)
+                _check_finite(broken, config.seed, directory)
+                first, step = first + count, step + count
+                progress.advance(count)
+            if first == steps:
+                best, sums = _end_of_epoch(
+                    config, runs, logs, progress, state, sums, best, step, epoch + 1
+                )
+            due = config.checkpoint_every and (epoch + 1) % config.checkpoint_every == 0
+            if stop.signal or step == config.epochs * steps or (due and first == steps):
+                checkpoints.save(step, (state, sums, best))
+    progress.close()
+    if stop.signal:
+        raise InterruptedRunError(f"{stop.signal}: saved after step {step} in {directory.path}.")
+
+    # ---- Measure the weights that count.
+    kept = best if best is not None else state
+    results = {
+        "step": step,
+        "seconds": round(time.perf_counter() - started, 2),
+        "weights": "best validation accuracy" if best is not None else "last",
+        "splits": {
+            split: _lists(runs.measure(kept.params, kept.model_state, split))
+            for split in (*config.evaluate_splits, "test")
+        },
+    }
+    directory.write_results(results)
+    figures.curves(directory.path)
+    return results
+
+
+def _end_of_epoch(
+    config: ConfigDict,
+    runs: Runs,
+    logs: "_Logs",
+    progress: Progress,
+    state: TrainState,
+    sums: Metrics,
+    best: Best | None,
+    step: int,
+    epoch: int,
+) -> tuple[Best | None, Metrics]:
+    """Records the losses of the epoch's steps and, where due, measures."""
+    losses = {name: np.asarray(each) for name, each in means(sums).items()}
+    logs.record(step, epoch, "steps", losses)
+    last = epoch == config.epochs
+    shown = {name: each for name, each in losses.items() if name != "total/loss"}
+    if last or (config.evaluate_every and epoch % config.evaluate_every == 0):
+        for split in config.evaluate_splits:
+            found = runs.measure(state.params, state.model_state, split)
+            logs.record(step, epoch, split, found)
+            shown |= {f"{split} {k}": v for k, v in found.items() if k == "main/top_1"}
+            if split == "validation":
+                best = runs.better(best, found["main/top_1"], state)
+    progress.report(step, shown)
+    return best, runs.no_metrics()
+
+
+def _check_finite(broken: Mapping[str, jax.Array], seed: int, directory: Workdir) -> None:
+    for name, each in broken.items():
+        first = np.asarray(each)
+        if name != "total/loss" and first.min() < parallel.NEVER:
+            raise NonFiniteLossError(
+                f"The loss '{name}' is not finite at step {first.min()} of the run with seed"
+                f" {seed + int(first.argmin())}. {directory.checkpoints} has the last finite"
+                " checkpoint, if one was due; try a smaller learning rate or weight."
+            )
+
+
+class _Logs:
+    """``metrics.jsonl``, and TensorBoard where asked for."""
+
+    def __init__(self, directory: Workdir, tensorboard: bool):
+        self._directory, self._writer = directory, None
+        if tensorboard:
+            try:
+                from tensorboardX import SummaryWriter
+            except ImportError as error:
+                raise ValueError(
+                    "config.tensorboard needs tensorboardX: pip install 'sire_jax[tensorboard]'."
+                ) from error
+            self._writer = SummaryWriter(str(directory.path / "tensorboard"))
+
+    def record(self, step: int, epoch: int, split: str, values: Mapping[str, np.ndarray]) -> None:
+        self._directory.record(step, epoch, split, values)
+        if self._writer is not None:
+            for name, each in values.items():
+                self._writer.add_scalar(f"{split}/{name}", float(np.mean(each)), step)
+            self._writer.flush()
+
+
+def _lists(values: Mapping[str, np.ndarray]) -> dict[str, list[float]]:
+    return {name: each.tolist() for name, each in values.items()}
+
+
+def _describe(parts: experiment.Experiment, runs: Runs) -> str:
+    config = parts.config
+    params = traced.size(parts.variables["params"])
+    examples = runs.examples["train"].shape[1]
+    return (
+        f"{config.name or 'run'}: {params:,} parameters, outputs {', '.join(parts.outputs)};"
+        f" {config.seeds} run{'s' * (config.seeds > 1)} of {config.epochs} epochs,"
+        f" {examples:,} examples of {config.data.name}; compiling first."
+    )
+
+
+def summary(results: Mapping[str, Any]) -> str:
+    """Writes the final measurements as a table, mean and standard deviation over the runs."""
+    lines = []
+    for split, values in results["splits"].items():
+        for name, each in values.items():
+            spread = f" ± {np.std(each, ddof=1):.4f}" if len(each) > 1 else ""
+            lines.append(f"  {split:<11}{name:<18}{np.mean(each):.4f}{spread}")
+    return "\n".join(lines)
+
+
+def main(_: list[str]) -> None:
+    """Runs the program."""
+    logging.set_verbosity(logging.WARNING)  # JAX tells at INFO which accelerators are absent.
+    try:
+        results = train(flags.FLAGS.config, flags.FLAGS.workdir)
+    except InterruptedRunError as stopped:
+        print(stopped, flush=True)
+        sys.exit(INTERRUPTED)
+    except (ValueError, OSError, NonFiniteLossError) as error:
+        sys.exit(f"Error: {error}")
+    print(f"{results['step']} steps in {results['seconds']} s ({results['weights']} weights)")
+    print(summary(results))
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "Config file, with :variant.", lock_config=True)
+    flags.DEFINE_string("workdir", None, "Directory of the run.")
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main)

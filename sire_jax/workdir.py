@@ -1,0 +1,106 @@
+"""The directory of a run: its config, its metrics, its checkpoints, its results."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from sire_jax import configuration
+
+# {metric name: a value for each run}
+Values = Mapping[str, np.ndarray]
+
+
+class Workdir:
+    """Where one run is kept.
+
+    ``config.json``: the resolved config. ``metrics.jsonl``: a line for each measurement,
+    ``{"step", "epoch", "split", "<metric>": [a value for each seed]}``. ``checkpoints/``.
+    ``results.json``: the final measurements. ``curves.png``.
+
+    Args:
+        path: The directory; made if need be.
+        config: The config of the run.
+
+    Raises:
+        ValueError: If the directory holds a run of another config; the message has the difference.
+        PermissionError: If nothing can be written there.
+    """
+
+    def __init__(self, path: str | Path, config: ConfigDict):
+        self.path = Path(path).expanduser()
+        self._check_writable()
+        stored = self.path / "config.json"
+        if stored.exists():
+            changed = configuration.differences(read_config(self.path), config)
+            if changed:
+                lines = "\n".join(f"  {line}" for line in changed)
+                raise ValueError(
+                    f"{self.path} holds a run of another config:\n{lines}\n"
+                    "Choose another --workdir, or remove this one."
+                )
+        stored.write_text(configuration.to_json(config))
+
+    def _check_writable(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe = self.path / f".writable-{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise PermissionError(
+                f"The workdir {self.path} can't be written to ({error.strerror});"
+                " choose another --workdir."
+            ) from error
+
+    @property
+    def checkpoints(self) -> Path:
+        """The directory of the checkpoints."""
+        return self.path / "checkpoints"
+
+    def record(self, step: int, epoch: int, split: str, values: Values) -> None:
+        """Appends a measurement to ``metrics.jsonl``."""
+        line = {"step": step, "epoch": epoch, "split": split}
+        line |= {name: np.asarray(each).tolist() for name, each in values.items()}
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def forget_after(self, step: int) -> None:
+        """Drops measurements of later steps, which a resumed run will take again."""
+        path = self.path / "metrics.jsonl"
+        kept = [line for line in read_metrics(self.path) if line["step"] <= step]
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        partial.replace(path)
+
+    def write_results(self, results: Mapping[str, Any]) -> None:
+        """Writes ``results.json``."""
+        (self.path / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+
+
+def read_config(path: str | Path) -> ConfigDict:
+    """Reads the config of the run in a directory.
+
+    Raises:
+        FileNotFoundError: If there is no run.
+    """
+    stored = Path(path).expanduser() / "config.json"
+    if not stored.exists():
+        raise FileNotFoundError(f"{path} holds no run: there is no config.json.")
+    return configuration.from_json(stored.read_text())
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """Reads ``metrics.jsonl`` of the run in a directory; a line cut off by a crash is left out."""
+    stored = Path(path).expanduser() / "metrics.jsonl"
+    lines = []
+    for line in stored.read_text().splitlines() if stored.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return lines
