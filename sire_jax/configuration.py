@@ -131,12 +131,15 @@ def load(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
         ValueError: If an override names an unknown key or has a value of a wrong type.
         FileNotFoundError: If there is no such file.
     """
+    arguments = ["sire_jax", f"--config={path}", *overrides]
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", path, flag_values=values)
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)
     try:
-        values(["sire_jax", *overrides])
-    except (AttributeError, KeyError, flags.Error) as error:
-        raise ValueError(str(error)) from error
+        rest = values(arguments)[1:]
+    except (AttributeError, KeyError, TypeError, flags.Error) as error:
+        raise ValueError(str(error).strip("\"'")) from error
+    if rest:
+        raise ValueError(f"{' '.join(rest)} is no override; write --config.key=value.")
     return values.config
 
 

@@ -49,14 +49,14 @@ class Runs:
         self.mesh = parallel.data_mesh(config.devices, config.batch_size)
         self.everywhere = NamedSharding(self.mesh, PartitionSpec())
         dataset, draws = parts.load()
-        self.arrays = {
-            "train": self._place(parts.task.prepare(dataset.train)),
-            "test": self._place(parts.task.prepare(dataset.test)),
-        }
-        self.arrays["validation"] = self.arrays["train"]
+        # Training and test images in one array, so that one compiled program measures any split.
+        halves = [parts.task.prepare(source) for source in (dataset.train, dataset.test)]
+        joined = {key: np.concatenate([half[key] for half in halves]) for key in halves[0]}
+        self.arrays = self._place(joined)
         # {split: [runs, examples, …]}
-        stacked = tasks.Draw(*(np.stack(each) for each in zip(*draws, strict=True)))
-        self.examples = {k: self._place(v) for k, v in stacked._asdict().items()}
+        train, validation, test = (np.stack(each) for each in zip(*draws, strict=True))
+        test = test + len(dataset.train.image)
+        self.examples = self._place({"train": train, "validation": validation, "test": test})
         self.steps_per_epoch = draws[0].train.shape[0] // config.batch_size
         self._compile()
 
@@ -72,7 +72,11 @@ class Runs:
 
         steps = parallel.over_steps(parts.step(), lookup)
         batches = parallel.over_batches(parts.measure(), parts.lookup, config.evaluate_batch_size)
-        self._initial = jax.jit(parallel.over_seeds(parts.initial_state, (), at_once))
+        # Runs once: not worth the compiler's seconds of optimization.
+        self._initial = jax.jit(
+            parallel.over_seeds(parts.initial_state, (), at_once),
+            compiler_options={"xla_backend_optimization_level": 0},
+        )
         self._steps = jax.jit(parallel.over_seeds(steps, (2, 4, 5), at_once), donate_argnums=(0, 1))
         self._measure = jax.jit(parallel.over_seeds(batches, (2,), at_once))
         self._shuffle = jax.jit(
@@ -107,11 +111,11 @@ class Runs:
     ) -> tuple[TrainState, Metrics, dict[str, jax.Array]]:
         """Takes steps in all runs; see ``parallel.over_steps``."""
         span = (jnp.asarray(first, jnp.int32), jnp.asarray(count, jnp.int32))
-        return self._steps(state, sums, self.arrays["train"], order, *span)
+        return self._steps(state, sums, self.arrays, order, *span)
 
     def measure(self, params: PyTree, model_state: PyTree, split: str) -> dict[str, np.ndarray]:
         """Measures a split; a value for each run."""
-        found = self._measure(params, model_state, self.arrays[split], self.examples[split])
+        found = self._measure(params, model_state, self.arrays, self.examples[split])
         return {name: np.asarray(each) for name, each in means(found).items()}
 
     def better(self, best: Best, score: np.ndarray, state: TrainState) -> Best:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from sire_jax.layers import BatchNorm, Conv, max_pool, uniform_fan_in
+from sire_jax.layers import BatchNorm, Conv, Dropout, max_pool, uniform_fan_in
 
 Endpoints = dict[str, Array]
 
@@ -41,7 +41,7 @@ class PairDense(nn.Module):
         for i, width in enumerate(self.hidden, start=1):
             x = nn.relu(_dense(width, f"hidden_{i}")(x))
             endpoints[f"hidden_{i}"] = x
-            x = nn.Dropout(self.dropout, deterministic=not train)(x)
+            x = Dropout(self.dropout)(x, train=train)
         return _dense(1, "output")(x), endpoints
 
 
@@ -77,11 +77,11 @@ class ConvolutionalFeatures(nn.Module):
             if self.batch_norm:
                 x = BatchNorm(name=f"conv_{i}_norm")(x, train=train)
             x = max_pool(x)
-            x = nn.Dropout(self.convolution_dropout, deterministic=not train)(x)
+            x = Dropout(self.convolution_dropout)(x, train=train)
         x = _dense(self.hidden, "hidden")(x.reshape(-1, x.shape[-1]).T)
         if self.batch_norm:
             x = BatchNorm(axis=-1, name="hidden_norm")(x, train=train)
-        x = nn.Dropout(self.dropout, deterministic=not train)(nn.relu(x))
+        x = Dropout(self.dropout)(nn.relu(x), train=train)
         return _dense(self.outputs, "output")(x)
 
 
@@ -111,7 +111,7 @@ class ResidualFeatures(nn.Module):
             if i == 2:
                 x = max_pool(x)
         x = nn.relu(_dense(self.hidden, "hidden")(x.reshape(-1, x.shape[-1]).T))
-        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        x = Dropout(self.dropout)(x, train=train)
         return _dense(self.outputs, "output")(x)
 
     def _block(self, x: Array, name: str, train: bool) -> Array:
@@ -199,7 +199,7 @@ class PairBranches(nn.Module):
             digits = jnp.stack(logits, axis=1)
         x = jax.nn.softmax(digits).reshape(pairs, -1)
         x = nn.relu(_dense(self.hidden, "hidden")(x))
-        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        x = Dropout(self.dropout)(x, train=train)
         return _dense(1, "output")(x), {"digits": digits}
 
     def _branch(self, name: str) -> Any:
