@@ -173,7 +173,15 @@ def _check_least(key: str, value: int, least: int) -> None:
 
 
 # Sections whose keys the user chooses: names, and the settings of the part that is named.
-_OPEN = ("backbone", "heads", "objectives", "predictions", "augmentation", "optimizer", "update_rule")
+_OPEN = (
+    "backbone",
+    "heads",
+    "objectives",
+    "predictions",
+    "augmentation",
+    "optimizer",
+    "update_rule",
+)
 
 
 def _check_section(where: str, given: Mapping[str, Any], known: Mapping[str, Any]) -> None:

@@ -172,7 +172,9 @@ def build(config: ConfigDict) -> Experiment:
     _check_widths(config, chosen, outputs)
     optimizer = registry.create(optimizers.OPTIMIZERS, config.optimizer, "optimizer")
     reach = _reach(network, chosen, batch, variables)
-    rule = registry.create(UPDATES, config.update_rule, "update rule", optimizer=optimizer, reach=reach)
+    rule = registry.create(
+        UPDATES, config.update_rule, "update rule", optimizer=optimizer, reach=reach
+    )
     return Experiment(
         config=config,
         task=task,

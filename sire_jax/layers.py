@@ -1,9 +1,12 @@
-"""Layers for small networks, with the images of a batch in the last axis: ``[c, h, w, b]``.
+"""Layers whose training step is fast on a CPU, inside loops and under ``vmap`` as outside.
 
-With the batch last, all that a small convolutional network does between matrix products (patches,
-pooling, batch norm) runs along contiguous memory. On two CPU cores this and the gradients below
-make a training step of the pairs network several times as fast as the same network from stock
-layers in ``[b, h, w, c]`` (``benchmarks/pairs.py``).
+XLA's CPU convolution is fast in one arrangement of its arguments and outside of loops only; its
+gradients inside a loop over steps take 20 to 60 times as long, and ``vmap`` over seeds makes slow
+grouped convolutions of it. Here a convolution on a CPU is shifted views and matrix products. On
+accelerators it is XLA's.
+
+Two layouts: ``[b, h, w, c]``, the usual one, and ``[c, h, w, b]``, images last, in which all that a
+*small* network does between matrix products runs along contiguous memory: it takes half the time.
 """
 
 import math
@@ -18,23 +21,25 @@ from jax import Array, lax
 # there, and shallow networks without batch norm are sensitive to it.
 uniform_fan_in = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
-# Values of stacked views up to which they beat XLA's convolution on a CPU (4 MiB).
+# Values of the shifted views that are made at once: 4 MiB, about what a core's caches hold.
 _CACHED = 2**20
 
 
-def _patches(x: Array, size: int) -> Array:
-    """Stacks the shifted views: ``[c, h, w, b] -> [size * size * c, h', w', b]``."""
-    _, height, width, _ = x.shape
-    rows, columns = height - size + 1, width - size + 1
-    shifts = [x[:, i : i + rows, j : j + columns] for i in range(size) for j in range(size)]
-    return jnp.concatenate(shifts, axis=0)
+def _shifts(x: Array, size: int, first: int) -> list[Array]:
+    """Returns the size x size shifted views of images, whose rows and columns are two axes."""
+    rows, columns = (x.shape[axis] - size + 1 for axis in (first, first + 1))
+    return [
+        lax.slice_in_dim(
+            lax.slice_in_dim(x, i, i + rows, axis=first), j, j + columns, axis=first + 1
+        )
+        for i in range(size)
+        for j in range(size)
+    ]
 
 
-def _convolve_by_patches(x: Array, kernel: Array, padding: int) -> Array:
-    x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-    views = _patches(x, kernel.shape[0])
-    depth, *spatial = views.shape
-    return _product(kernel.reshape(depth, -1), views.reshape(depth, -1)).reshape(-1, *spatial)
+def _pad(x: Array, padding: int, first: int) -> Array:
+    widths = [(padding, padding) if axis in (first, first + 1) else (0, 0) for axis in range(4)]
+    return jnp.pad(x, widths) if padding else x
 
 
 @jax.custom_vjp
@@ -44,7 +49,7 @@ def _product(a: Array, b: Array) -> Array:
 
 
 def _product_backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
-    # The derived gradient is (dy @ b.T).T, for which XLA's CPU kernels take up to 1.7 times as long.
+    # The derived gradient is (dy @ b.T).T, which takes up to 1.7 times as long on a CPU.
     a, b = saved
     return b @ dy.T, a @ dy
 
@@ -52,50 +57,106 @@ def _product_backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Arr
 _product.defvjp(lambda a, b: (_product(a, b), (a, b)), _product_backward)
 
 
-def convolve(x: Array, kernel: Array, padding: int) -> Array:
+def _images_last(x: Array, kernel: Array, padding: int) -> Array:
+    """Convolves ``[c, h, w, b]`` by one matrix product."""
+    size = kernel.shape[0]
+    views = jnp.concatenate(_shifts(_pad(x, padding, 1), size, 1), axis=0)
+    depth, *spatial = views.shape
+    product = _product(kernel.reshape(depth, -1), views.reshape(depth, -1))
+    return product.reshape(-1, *spatial)
+
+
+def _chunks(x: Array, kernel: Array) -> Array:
+    """Splits the images ``[b, h, w, c]`` so that the views of a chunk stay in cache."""
+    images = len(x)
+    most = max(1, _CACHED * images // (x.size * kernel.shape[0] ** 2))
+    chunk = max(n for n in range(1, images + 1) if images % n == 0 and n <= most)
+    return x.reshape(-1, chunk, *x.shape[1:])
+
+
+def _views(x: Array, size: int) -> Array:
+    """Stacks the shifted views of ``[b, h, w, c]`` as rows of a matrix, one for each pixel."""
+    views = jnp.concatenate(_shifts(x, size, 1), axis=-1)
+    return views.reshape(-1, views.shape[-1])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _chunked(x: Array, kernel: Array, padding: int) -> Array:
+    """Convolves ``[b, h, w, c]`` by matrix products, a few images at a time."""
+    size, _, _, features = kernel.shape
+    x = _pad(x, padding, 1)
+    matrix = kernel.reshape(-1, features)
+    y = lax.map(lambda chunk: _views(chunk, size) @ matrix, _chunks(x, kernel))
+    return y.reshape(len(x), x.shape[1] - size + 1, x.shape[2] - size + 1, features)
+
+
+def _chunked_backward(padding: int, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    x, kernel = saved
+    size = kernel.shape[0]
+    flipped = jnp.swapaxes(kernel[::-1, ::-1], 2, 3)
+    dx = _chunked(dy, flipped, size - 1 - padding)
+    chunks = _chunks(_pad(x, padding, 1), kernel)
+    dys = dy.reshape(len(chunks), -1, dy.shape[-1])
+
+    def add(total: Array, chunk: tuple[Array, Array]) -> tuple[Array, None]:
+        return total + _views(chunk[0], size).T @ chunk[1], None
+
+    start = jnp.zeros((size * size * x.shape[-1], dy.shape[-1]), dy.dtype)
+    dkernel, _ = lax.scan(add, start, (chunks, dys))
+    return dx, dkernel.reshape(kernel.shape)
+
+
+_chunked.defvjp(
+    lambda x, kernel, padding: (_chunked(x, kernel, padding), (x, kernel)), _chunked_backward
+)
+
+
+def convolve(x: Array, kernel: Array, padding: int = 0, images_last: bool = False) -> Array:
     """Convolves images with a square kernel at stride 1 (a cross-correlation, as in all libraries).
 
-    ``y[o, i, j, n] = sum_{u, v, c} kernel[u, v, c, o] x[c, i + u, j + v, n]``
-
-    On a CPU, while the k x k shifted views fit in its caches, they are stacked for one matrix
-    product; beyond that, and on accelerators, XLA's own convolution is faster.
+    ``y[n, i, j, o] = sum_{u, v, c} kernel[u, v, c, o] x[n, i + u, j + v, c]``
 
     Args:
-        x: Images ``[c, h, w, b]``.
+        x: Images ``[b, h, w, c]``, or ``[c, h, w, b]`` where ``images_last``.
         kernel: Weights ``[k, k, c, o]``.
-        padding: Zeros put around the image, in pixels.
+        padding: Zeros put around the image, in pixels, less than k.
+        images_last: The layout, also of the result.
 
     Returns:
-        ``[o, h + 2 padding - k + 1, w + 2 padding - k + 1, b]``.
+        ``[b, h', w', o]`` with ``h' = h + 2 padding - k + 1``, or ``[o, h', w', b]``.
     """
-    size = kernel.shape[0]
-    if jax.default_backend() == "cpu" and x.size * size * size <= _CACHED:
-        return _convolve_by_patches(x, kernel, padding)
-    layout = ("CHWN", "HWIO", "CHWN")
+    if jax.default_backend() == "cpu":
+        method = _images_last if images_last else _chunked
+        return method(x, kernel, padding)
+    layout = ("CHWN", "HWIO", "CHWN") if images_last else ("NHWC", "HWIO", "NHWC")
     pads = [(padding, padding)] * 2
     return lax.conv_general_dilated(x, kernel, (1, 1), pads, dimension_numbers=layout)
 
 
 class Conv(nn.Module):
-    """A biased convolution at stride 1 on ``[c, h, w, b]``.
+    """A biased convolution at stride 1.
 
     Attributes:
         features: Output channels.
         kernel_size: Side of the square kernel, in pixels.
         padding: Zeros around the image, in pixels.
+        images_last: Whether images are ``[c, h, w, b]`` rather than ``[b, h, w, c]``.
     """
 
     features: int
     kernel_size: int = 3
     padding: int = 0
+    images_last: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """Maps ``[c, h, w, b]`` to ``[features, h', w', b]``."""
-        shape = (self.kernel_size, self.kernel_size, x.shape[0], self.features)
+        """Maps ``[b, h, w, c]`` to ``[b, h', w', features]``, or likewise with images last."""
+        channels = x.shape[0 if self.images_last else -1]
+        shape = (self.kernel_size, self.kernel_size, channels, self.features)
         kernel = self.param("kernel", uniform_fan_in, shape)
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
-        return convolve(x, kernel, self.padding) + bias[:, None, None, None]
+        y = convolve(x, kernel, self.padding, self.images_last)
+        return y + _broadcast(bias, y, 0 if self.images_last else -1)
 
 
 def random_bits(key: Array, shape: tuple[int, ...]) -> Array:
@@ -148,16 +209,22 @@ class Dropout(nn.Module):
 
 
 def max_pool(x: Array) -> Array:
-    """Takes the largest value of each 2 x 2 window: ``[c, h, w, b] -> [c, h // 2, w // 2, b]``.
+    """Takes the largest value of each 2 x 2 window; an odd last row or column is dropped.
 
     Two pairwise maxima instead of a window reduction, whose gradient is slow on a CPU. Where values
-    tie, the gradient is shared between them. An odd last row or column is dropped.
+    tie, the gradient is shared between them.
+
+    Args:
+        x: Images ``[b, h, w, c]`` or ``[c, h, w, b]``: the windows are in the two middle axes.
+
+    Returns:
+        ``[b, h // 2, w // 2, c]`` or ``[c, h // 2, w // 2, b]``.
     """
-    channels, height, width, images = x.shape
+    first, height, width, last = x.shape
     x = x[:, : height // 2 * 2, : width // 2 * 2]
-    x = x.reshape(channels, height // 2, 2, -1, images)
+    x = x.reshape(first, height // 2, 2, -1, last)
     x = jnp.maximum(x[:, :, 0], x[:, :, 1])
-    x = x.reshape(channels, height // 2, width // 2, 2, images)
+    x = x.reshape(first, height // 2, width // 2, 2, last)
     return jnp.maximum(x[:, :, :, 0], x[:, :, :, 1])
 
 
@@ -236,7 +303,7 @@ class BatchNorm(nn.Module):
         epsilon: Added to the variance.
     """
 
-    axis: int = 0
+    axis: int = -1
     momentum: float = 0.9
     epsilon: float = 1e-5
 

@@ -146,7 +146,8 @@ def over_seeds(function: Callable[..., Any], shared: tuple[int, ...], at_once: i
             # No loop around a single run: a compiler sees more without.
             alone = one(jax.tree.map(lambda x: x[0], given))
             return jax.tree.map(lambda x: jnp.asarray(x)[None], alone)
-        return jax.lax.map(one, given, batch_size=size)
+        # Not batch_size=1, which would vectorize over one run.
+        return jax.lax.map(one, given, batch_size=size if size > 1 else None)
 
     return run
 

@@ -2,17 +2,17 @@
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
 from jax.sharding import NamedSharding, PartitionSpec
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-from sire_jax import experiment, figures, parallel, traced
+from sire_jax import command, configuration, experiment, figures, parallel, traced
 from sire_jax.checkpoint import Checkpoints
 from sire_jax.data import tasks
 from sire_jax.metrics import Average, Metrics, means
@@ -295,22 +295,22 @@ def summary(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(_: list[str]) -> None:
-    """Runs the program."""
-    logging.set_verbosity(logging.WARNING)  # JAX tells at INFO which accelerators are absent.
-    try:
-        results = train(flags.FLAGS.config, flags.FLAGS.workdir)
-    except InterruptedRunError as stopped:
-        print(stopped, flush=True)
-        sys.exit(INTERRUPTED)
-    except (ValueError, OSError, NonFiniteLossError) as error:
-        sys.exit(f"Error: {error}")
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the program with command line arguments."""
+    parser = command.parser(__doc__)
+    parser.add_argument("--config", required=True, help="configs/X.py or configs/X.py:variant")
+    parser.add_argument("--workdir", required=True, help="directory of the run")
+    known, overrides = parser.parse_known_args(arguments)
+    with command.readable_errors(NonFiniteLossError):
+        try:
+            results = train(configuration.load(known.config, overrides), known.workdir)
+        except InterruptedRunError as stopped:
+            print(stopped, flush=True)
+            sys.exit(INTERRUPTED)
     print(f"{results['step']} steps in {results['seconds']} s ({results['weights']} weights)")
     print(summary(results))
+    print(f"Curves: {Path(known.workdir) / 'curves.png'}")
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "Config file, with :variant.", lock_config=True)
-    flags.DEFINE_string("workdir", None, "Directory of the run.")
-    flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    main()

@@ -2,8 +2,8 @@
 
 Peeters and Schlyter, *Classification, weight sharing, auxiliary losses*. Each network maps pairs of
 images ``[b, 2, h, w, 1]`` to the logit of "the first digit is less than or equal to the second",
-``[b, 1]``. The report leaves open where batch norm, dropout and softmax stand; what is built here is
-written at each class.
+``[b, 1]``. The report leaves open where batch norm, dropout and softmax stand; what is built here
+is written at each class.
 """
 
 from typing import Any
@@ -73,14 +73,14 @@ class ConvolutionalFeatures(nn.Module):
     def __call__(self, x: Array, *, train: bool) -> Array:
         """Maps ``[c, h, w, b]`` to ``[b, outputs]``."""
         for i, width in enumerate(self.channels, start=1):
-            x = Conv(width, padding=self.padding, name=f"conv_{i}")(x)
+            x = Conv(width, padding=self.padding, images_last=True, name=f"conv_{i}")(x)
             if self.batch_norm:
-                x = BatchNorm(name=f"conv_{i}_norm")(x, train=train)
+                x = BatchNorm(axis=0, name=f"conv_{i}_norm")(x, train=train)
             x = max_pool(x)
             x = Dropout(self.convolution_dropout)(x, train=train)
         x = _dense(self.hidden, "hidden")(x.reshape(-1, x.shape[-1]).T)
         if self.batch_norm:
-            x = BatchNorm(axis=-1, name="hidden_norm")(x, train=train)
+            x = BatchNorm(name="hidden_norm")(x, train=train)
         x = Dropout(self.dropout)(nn.relu(x), train=train)
         return _dense(self.outputs, "output")(x)
 
@@ -105,12 +105,14 @@ class ResidualFeatures(nn.Module):
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
         """Maps ``[c, h, w, b]`` to ``[b, outputs]``."""
+        # Its maps are too large for the layout with images last to pay off.
+        x = jnp.transpose(x, (3, 1, 2, 0))
         x = nn.relu(Conv(self.channels, padding=1, name="stem")(x))
         for i in (1, 2, 3, 4):
             x = self._block(x, f"block_{i}", train)
             if i == 2:
                 x = max_pool(x)
-        x = nn.relu(_dense(self.hidden, "hidden")(x.reshape(-1, x.shape[-1]).T))
+        x = nn.relu(_dense(self.hidden, "hidden")(x.reshape(len(x), -1)))
         x = Dropout(self.dropout)(x, train=train)
         return _dense(self.outputs, "output")(x)
 

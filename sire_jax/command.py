@@ -1,0 +1,31 @@
+"""What all command line programs have in common."""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+def parser(documentation: str | None) -> argparse.ArgumentParser:
+    """Makes the argument parser of a program.
+
+    Args:
+        documentation: The docstring of the program's module.
+
+    Returns:
+        A parser; what it does not know (``--config.a.b=value``) is left to ``configuration.load``.
+    """
+    return argparse.ArgumentParser(description=documentation, allow_abbrev=False)
+
+
+@contextmanager
+def readable_errors(*others: type[Exception]) -> Iterator[None]:
+    """Ends the program with one message, not a traceback, where the user can mend the cause.
+
+    Args:
+        *others: Exceptions that speak to the user, beside ``ValueError`` and ``OSError``.
+    """
+    try:
+        yield
+    except (ValueError, OSError, *others) as error:
+        sys.exit(f"Error: {error}")
