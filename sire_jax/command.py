@@ -2,8 +2,10 @@
 
 import argparse
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 def parser(documentation: str | None) -> argparse.ArgumentParser:
@@ -28,4 +30,12 @@ def readable_errors(*others: type[Exception]) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, *others) as error:
+        if not _raised_here(error):
+            raise
         sys.exit(f"Error: {error}")
+
+
+def _raised_here(error: BaseException) -> bool:
+    """Tells whether this project raised an error, for the user; others are bugs, shown whole."""
+    *_, last = traceback.walk_tb(error.__traceback__)
+    return Path(last[0].f_code.co_filename).is_relative_to(Path(__file__).parent.parent)

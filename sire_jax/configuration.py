@@ -7,6 +7,7 @@ which show every setting, so that each can be overridden: ``--config.backbone.dr
 
 import json
 import math
+import runpy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -128,19 +129,55 @@ def load(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
         The config, locked against new keys.
 
     Raises:
-        ValueError: If an override names an unknown key or has a value of a wrong type.
+        ValueError: If there is no such variant, or an override names an unknown key or has a value
+            of a wrong type.
         FileNotFoundError: If there is no such file.
     """
-    arguments = ["sire_jax", f"--config={path}", *overrides]
+    file, _, chosen = path.partition(":")
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"There is no config file {file}.")
+    get_config = runpy.run_path(file).get("get_config")
+    if get_config is None:
+        raise ValueError(f"{file} has no function get_config.")
+    return override(get_config(chosen) if chosen else get_config(), overrides)
+
+
+def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
+    """Applies overrides to a config.
+
+    Args:
+        config: The config; it is left as it is.
+        overrides: ``--config.a.b=value`` each.
+
+    Returns:
+        A new config, locked against new keys.
+
+    Raises:
+        ValueError: If an override names an unknown key or has a value of a wrong type.
+    """
+    config = ConfigDict(config.to_dict())
+    for argument in overrides:
+        _check_override(config, argument)
+    arguments = ["sire_jax", *overrides]
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=arguments)
     try:
-        rest = values(arguments)[1:]
-    except (AttributeError, KeyError, TypeError, flags.Error) as error:
-        raise ValueError(str(error).strip("\"'")) from error
-    if rest:
-        raise ValueError(f"{' '.join(rest)} is no override; write --config.key=value.")
+        values(arguments)
+    except (TypeError, ValueError, flags.Error) as error:
+        raise ValueError(f"An override has a value of a wrong type: {error}") from error
     return values.config
+
+
+def _check_override(config: ConfigDict, argument: str) -> None:
+    """Checks that an override is one, and that its key exists."""
+    if not argument.startswith("--config.") or "=" not in argument:
+        raise ValueError(f"There is no option '{argument}'; overrides are --config.key=value.")
+    section, where = config, "config"
+    for key in argument.removeprefix("--config.").partition("=")[0].split("."):
+        if not isinstance(section, ConfigDict) or key not in section:
+            known = section.keys() if isinstance(section, ConfigDict) else ()
+            raise ValueError(f"{where} has no key '{key}'.{registry.nearest(key, known)}")
+        section, where = section[key], f"{where}.{key}"
 
 
 def validate(config: ConfigDict) -> None:

@@ -14,7 +14,7 @@ from sire_jax import configuration, objectives, optimizers, prediction, registry
 from sire_jax.backbones import BACKBONES
 from sire_jax.data import augmentation, sources, tasks
 from sire_jax.heads import HEADS
-from sire_jax.networks import Network
+from sire_jax.networks import MAIN, Network
 from sire_jax.parallel import INITIAL
 from sire_jax.step import Measure, Step, TrainState, make_losses, make_measure, make_step
 from sire_jax.updates import UPDATES, UpdateRule
@@ -49,6 +49,10 @@ class Experiment:
     batch: Mapping[str, Any]
     variables: Mapping[str, PyTree]
     outputs: Mapping[str, Any]
+
+    def output_names(self) -> list[str]:
+        """Returns the names of the outputs, the main one first and the heads in order."""
+        return [MAIN, *self.network.heads]
 
     def lookup(self, arrays: tasks.Arrays, examples: Array) -> dict[str, Array]:
         """Makes a batch of examples, with scaled images (see ``tasks``)."""

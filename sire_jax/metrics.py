@@ -70,7 +70,7 @@ def top_k(logits: Array, labels: Array, k: int) -> Array:
         ``[b, …]``, booleans. Of equal logits the class with the smaller index counts as larger.
     """
     right = jnp.take_along_axis(logits, labels[..., None], axis=-1)
-    before = jnp.arange(logits.shape[-1]) < labels[..., None]
+    before = jnp.arange(logits.shape[-1]).reshape((1,) * labels.ndim + (-1,)) < labels[..., None]
     larger = (logits > right) | ((logits == right) & before)
     # Not a number compares false with everything: without this it would count as right.
     return (larger.sum(-1) < k) & jnp.isfinite(right[..., 0])

@@ -150,6 +150,11 @@ def weights(objectives: Objectives, step: Array | int) -> dict[str, Array]:
     return {name: objective.weight_at(step) for name, objective in objectives.items()}
 
 
+def weighted_sum(losses: Mapping[str, Array], weights: Mapping[str, Array]) -> Array:
+    """Returns the total loss, ``sum_k w_k L_k``, a scalar."""
+    return sum((weights[name] * loss for name, loss in losses.items()), jnp.float32(0))
+
+
 def check(
     objectives: Objectives, outputs: Mapping[str, object], batch: Mapping[str, object]
 ) -> None:

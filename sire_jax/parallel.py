@@ -40,7 +40,8 @@ def data_mesh(devices: int, batch_size: int) -> Mesh:
             f"config.batch_size is {batch_size}, which {len(used)} devices can't share evenly;"
             f" take a multiple of {len(used)}, or other config.devices."
         )
-    return jax.make_mesh((len(used),), ("data",), devices=used)
+    kind = (jax.sharding.AxisType.Auto,)
+    return jax.make_mesh((len(used),), ("data",), axis_types=kind, devices=used)
 
 
 def split_batch(batch: Batch, mesh: Mesh) -> Batch:

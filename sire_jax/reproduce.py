@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
-from sire_jax import __version__, command, configuration, figures, registry
+from sire_jax import __version__, command, configuration, figures, registry, tables
 from sire_jax.train import InterruptedRunError, NonFiniteLossError, train
 
 Table = dict[str, Any]
@@ -48,11 +47,6 @@ def choose_rows(table: Table, names: Sequence[str]) -> list[dict[str, Any]]:
     return [registry.choose(known, name, "row") for name in names] or table["rows"]
 
 
-def spread(values: Sequence[float]) -> tuple[float, float]:
-    """Returns the mean and the standard deviation over runs (of the sample; 0 for one run)."""
-    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-
-
 def compare(row: Mapping[str, Any], table: Table, results: Mapping[str, Any]) -> dict[str, Any]:
     """Puts a row's figures beside the paper's.
 
@@ -69,7 +63,7 @@ def compare(row: Mapping[str, Any], table: Table, results: Mapping[str, Any]) ->
     line: dict[str, Any] = {"name": row["name"], "variant": row["variant"]}
     for column, where in table["columns"].items():
         runs = results["splits"][where["split"]][where["metric"]]
-        mean, deviation = spread(runs)
+        mean, deviation = tables.spread(runs)
         paper = row.get(column)
         difference = None if paper is None else mean - paper[0]
         line[column] = {
@@ -88,21 +82,11 @@ def markdown(lines: Sequence[Mapping[str, Any]], table: Table) -> str:
     heads = ["row"]
     for column in table["columns"]:
         heads += [f"{column}, paper", "ours", "difference"] if has_paper else [column]
-    rows = [[*heads, "seconds"], ["---"] * (len(heads) + 1)]
+    rows = [[*heads, "seconds"]]
     for line in lines:
-        cells = [line["name"]]
-        for column in table["columns"]:
-            cells += _cells(line[column], has_paper)
-        rows.append([*cells, f"{line['seconds']:.0f}"])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    padded = (
-        [
-            cell.ljust(width, "-" if cell == "---" else " ")
-            for cell, width in zip(row, widths, strict=True)
-        ]
-        for row in rows
-    )
-    return "\n".join(f"| {' | '.join(row)} |" for row in padded)
+        cells = [cell for column in table["columns"] for cell in _cells(line[column], has_paper)]
+        rows.append([line["name"], *cells, f"{line['seconds']:.0f}"])
+    return tables.align(rows)
 
 
 def _cells(figure: Mapping[str, Any], has_paper: bool) -> list[str]:
@@ -198,9 +182,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows = choose_rows(table, [name for name in known.rows.split(",") if name])
         lines = reproduce(table, rows, workdir, configs, known.option, overrides)
     print(f"\n{table['title']}\n\n{markdown(lines, table)}\n")
-    print(
-        f"{time.perf_counter() - started:.0f} s; curves: {workdir / 'table.png'}, and in each row's directory"
-    )
+    seconds = time.perf_counter() - started
+    print(f"{seconds:.0f} s; curves: {workdir / 'table.png'}, and in each row's directory")
 
 
 if __name__ == "__main__":

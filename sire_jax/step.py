@@ -125,7 +125,7 @@ def make_step(
         updated = rule.update(losses, weights, state.params, state.model_state, state.update_state)
         count = jnp.asarray(batch["image"].shape[0], jnp.float32)
         named = {f"{name}/loss": loss for name, loss in updated.losses.items()}
-        named["total/loss"] = sum(weights[k] * loss for k, loss in updated.losses.items())
+        named["total/loss"] = objectives.weighted_sum(updated.losses, weights)
         new = TrainState(
             step=state.step + 1,
             key=state.key,

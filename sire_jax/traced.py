@@ -160,19 +160,23 @@ def _count_equation(equation: core.JaxprEqn) -> int:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
-        shape = equation.invars[0].aval.shape
-        return math.prod(equation.outvars[0].aval.shape) * math.prod(shape[i] for i in contracted)
+        shape = _shape(equation.invars[0])
+        return math.prod(_shape(equation.outvars[0])) * math.prod(shape[i] for i in contracted)
     if name == "conv_general_dilated":
         # Each output value is a sum over the kernel and the input channels of its group.
-        kernel = equation.invars[1].aval.shape
+        kernel = _shape(equation.invars[1])
         outputs = kernel[params["dimension_numbers"].rhs_spec[0]]
-        return math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) // outputs
+        return math.prod(_shape(equation.outvars[0])) * math.prod(kernel) // outputs
     if name == "scan":
         return params["length"] * _count(params["jaxpr"].jaxpr)
     if name == "cond":
         return max(_count(branch.jaxpr) for branch in params["branches"])
     program = _sub_program(equation)
     return 0 if program is None else _count(program)
+
+
+def _shape(atom: Any) -> tuple[int, ...]:
+    return atom.aval.shape
 
 
 def size(params: PyTree, chosen: PyTree | None = None) -> int:

@@ -95,12 +95,19 @@ class Runs:
         seeds = jnp.arange(self.config.seed, self.config.seed + self.config.seeds, dtype=jnp.int32)
         return self._place(self._initial(seeds))
 
+    def checkpoint_tree(self) -> tuple[TrainState, Metrics, Best | None]:
+        """Returns what a checkpoint holds, before the first step."""
+        state = self.initial()
+        validates = "validation" in self.config.evaluate_splits
+        best = jax.tree.map(jnp.copy, jax.vmap(Best.start)(state)) if validates else None
+        return state, self.no_metrics(), best
+
     def no_metrics(self) -> Metrics:
         """Returns sums of nothing, for the metrics of a step."""
         names = [f"{name}/loss" for name in (*self.parts.objectives, "total")]
-        zero = np.zeros(self.config.seeds, np.float32)
+        nothing = jnp.zeros(self.config.seeds, jnp.float32)
         # An array each: they are donated.
-        return {name: self._place(Average(zero.copy(), zero.copy())) for name in names}
+        return {k: self._place(Average(nothing.copy(), nothing.copy())) for k in names}
 
     def epoch_order(self, state: TrainState, epoch: int) -> jax.Array:
         """Returns the examples of an epoch, ``[runs, steps, batch, …]``."""
@@ -160,9 +167,7 @@ def _train(
 ) -> dict[str, Any]:
     # ---- Start, or go on.
     started = time.perf_counter()
-    validates = "validation" in config.evaluate_splits
-    state, sums = runs.initial(), runs.no_metrics()
-    best = jax.tree.map(jnp.copy, jax.vmap(Best.start)(state)) if validates else None
+    state, sums, best = runs.checkpoint_tree()
     step = checkpoints.latest() or 0
     if step:
         state, sums, best = runs._place(checkpoints.restore((state, sums, best)))
@@ -231,7 +236,7 @@ def _end_of_epoch(
             found = runs.measure(state.params, state.model_state, split)
             logs.record(step, epoch, split, found)
             shown |= {f"{split} {k}": v for k, v in found.items() if k == "main/top_1"}
-            if split == "validation":
+            if split == "validation" and best is not None:
                 best = runs.better(best, found["main/top_1"], state)
     progress.report(step, shown)
     return best, runs.no_metrics()
@@ -242,9 +247,9 @@ def _check_finite(broken: Mapping[str, jax.Array], seed: int, directory: Workdir
         first = np.asarray(each)
         if name != "total/loss" and first.min() < parallel.NEVER:
             raise NonFiniteLossError(
-                f"The loss '{name}' is not finite at step {first.min()} of the run with seed"
-                f" {seed + int(first.argmin())}. {directory.checkpoints} has the last finite"
-                " checkpoint, if one was due; try a smaller learning rate or weight."
+                f"The loss '{name.removesuffix('/loss')}' is not finite at step {first.min()} of the run with seed"
+                f" {seed + int(first.argmin())}. The last finite checkpoint is kept in"
+                f" {directory.checkpoints}; try a smaller learning rate or weight."
             )
 
 
@@ -279,7 +284,7 @@ def _describe(parts: experiment.Experiment, runs: Runs) -> str:
     params = traced.size(parts.variables["params"])
     examples = runs.examples["train"].shape[1]
     return (
-        f"{config.name or 'run'}: {params:,} parameters, outputs {', '.join(parts.outputs)};"
+        f"{config.name or 'run'}: {params:,} parameters, outputs {', '.join(parts.output_names())};"
         f" {config.seeds} run{'s' * (config.seeds > 1)} of {config.epochs} epochs,"
         f" {examples:,} examples of {config.data.name}; compiling first."
     )

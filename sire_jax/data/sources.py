@@ -117,8 +117,8 @@ def _digits() -> Dataset:
     order = np.argsort(label, kind="stable")
     test = np.zeros(len(label), bool)
     test[order[::3]] = True
-    parts = [Source(image[chosen], {"label": label[chosen]}) for chosen in (~test, test)]
-    return Dataset(*parts, classes={"label": 10})
+    halves = (Source(image[half], {"label": label[half]}) for half in (~test, test))
+    return Dataset(*halves, classes={"label": 10})
 
 
 def _tfds(name: str, directory: Path, cache: str) -> Dataset:
@@ -159,8 +159,8 @@ def _decode(prepared: Path) -> Dataset:
             )
     if "image" not in features or "label" not in kinds:
         raise ValueError(f"{prepared} has no 'image' and 'label'; its features: {list(features)}.")
-    parts = [_decode_split(builder, split, kinds) for split in ("train", "test")]
-    return Dataset(*parts, classes={kind: features[kind].num_classes for kind in kinds})
+    train, test = (_decode_split(builder, split, kinds) for split in ("train", "test"))
+    return Dataset(train, test, classes={kind: features[kind].num_classes for kind in kinds})
 
 
 def _decode_split(builder: Any, split: str, kinds: list[str]) -> Source:
@@ -191,15 +191,15 @@ def _write(path: Path, dataset: Dataset) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # Written aside and renamed: whoever reads finds all of it or nothing.
     partial = path.with_suffix(".partial.npz")
-    np.savez(partial, **arrays)
+    np.savez(partial, allow_pickle=False, **arrays)
     partial.replace(path)
 
 
 def _read(path: Path) -> Dataset:
     with np.load(path, allow_pickle=False) as arrays:
         classes = json.loads(str(arrays["classes"]))
-        parts = [
+        train, test = (
             Source(arrays[f"{split}/image"], {k: arrays[f"{split}/labels/{k}"] for k in classes})
             for split in ("train", "test")
-        ]
-    return Dataset(*parts, classes=classes)
+        )
+    return Dataset(train, test, classes=classes)

@@ -7,6 +7,7 @@ import jax
 import optax
 from jax import Array
 
+from sire_jax.objectives import weighted_sum
 from sire_jax.updates.rule import Losses, Updated, UpdateRule
 
 PyTree = Any
@@ -43,7 +44,7 @@ def joint(optimizer: optax.GradientTransformation, reach: Mapping[str, PyTree]) 
     ) -> Updated:
         def total(params: PyTree) -> tuple[Array, Any]:
             named, rest = losses(params, model_state)
-            return sum(weights[name] * value for name, value in named.items()), (named, rest)
+            return weighted_sum(named, weights), (named, rest)
 
         gradient, (named, (outputs, new_model_state)) = jax.grad(total, has_aux=True)(params)
         step, new_state = masked.update(gradient, state, params)

@@ -1,0 +1,166 @@
+"""Times the row ``aux_10`` of the pairs table beside the same training in PyTorch eager.
+
+``python benchmarks/pairs.py --data-dir=DIR`` (needs ``pip install -e '.[benchmark]'``). Both train
+``--seeds`` networks for ``--epochs`` epochs of 1,000 pairs in batches of 100, with Adam, dropout
+and batch norm, and measure losses and accuracies of the training and test pairs after every epoch
+(with ``--no-evaluation`` after the last). Both start from decoded images in memory. Ours is timed
+from the config to the last measurement, compilation included; PyTorch from the first network to the
+last measurement. Prints a table and writes JSON.
+"""
+
+import argparse
+import json
+import platform
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+from torch import nn
+
+from sire_jax import configuration, train
+from sire_jax.data import sources
+from sire_jax.data.tasks import Pairs
+from sire_jax.tables import align, spread
+
+
+class Branches(nn.Module):
+    """The network of ``PairBranches``, written as its PyTorch users would."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(
+            *(nn.Conv2d(1, 16, 3), nn.BatchNorm2d(16), nn.MaxPool2d(2), nn.Dropout(0.1)),
+            *(nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16), nn.MaxPool2d(2), nn.Dropout(0.1)),
+            *(nn.Flatten(), nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.5)),
+            nn.Linear(32, 10),
+        )
+        self.combine = nn.Sequential(
+            nn.Linear(20, 20), nn.ReLU(), nn.Dropout(0.5), nn.Linear(20, 1)
+        )
+
+    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Maps ``[b, 2, 14, 14]`` to the logit ``[b]`` and the digits ``[b, 2, 10]``."""
+        digits = self.branch(image.flatten(0, 1)[:, None]).unflatten(0, (-1, 2))
+        return self.combine(digits.softmax(-1).flatten(1))[:, 0], digits
+
+
+def torch_run(splits: dict[str, tuple[torch.Tensor, ...]], epochs: int, evaluation: bool) -> float:
+    """Trains one PyTorch network; returns its test accuracy."""
+    network = Branches()
+    optimizer = torch.optim.Adam(network.parameters())
+    image, digits, label = splits["train"]
+    for epoch in range(epochs):
+        network.train()
+        for chosen in torch.randperm(len(image)).split(100):
+            logit, found = network(image[chosen])
+            main = nn.functional.binary_cross_entropy_with_logits(logit, label[chosen])
+            # A sum over the two digits, as in the report.
+            aux = 2 * nn.functional.cross_entropy(found.flatten(0, 1), digits[chosen].flatten())
+            optimizer.zero_grad()
+            (main + 10 * aux).backward()
+            optimizer.step()
+        network.eval()
+        if evaluation or epoch == epochs - 1:
+            measured = {split: torch_measure(network, *each) for split, each in splits.items()}
+    return measured["test"][0]
+
+
+@torch.no_grad()
+def torch_measure(
+    network: nn.Module, image: torch.Tensor, digits: torch.Tensor, label: torch.Tensor
+) -> tuple[float, ...]:
+    """Returns accuracy and loss of the order and of the digits."""
+    logit, found = network(image)
+    return (
+        ((logit > 0) == (label > 0.5)).float().mean().item(),
+        nn.functional.binary_cross_entropy_with_logits(logit, label).item(),
+        (found.argmax(-1) == digits).float().mean().item(),
+        nn.functional.cross_entropy(found.flatten(0, 1), digits.flatten()).item(),
+    )
+
+
+def time_torch(dataset: sources.Dataset, seeds: int, epochs: int, evaluation: bool) -> Any:
+    """Times PyTorch; returns seconds and test accuracies."""
+    task = Pairs(downscale=2)
+    arrays = {"train": task.prepare(dataset.train), "test": task.prepare(dataset.test)}
+    started = time.perf_counter()
+    accuracies = []
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        draw = task.draw(dataset, seed)._asdict()
+        splits = {}
+        for split, source in arrays.items():
+            image = torch.from_numpy(source["image"][draw[split]][..., 0] / 255)
+            digits = torch.from_numpy(source["label"][draw[split]]).long()
+            splits[split] = (image, digits, (digits[:, 0] <= digits[:, 1]).float())
+        accuracies.append(torch_run(splits, epochs, evaluation))
+    return time.perf_counter() - started, accuracies
+
+
+def time_ours(options: argparse.Namespace) -> Any:
+    """Times the shipped config; returns seconds and test accuracies."""
+    overrides = {
+        "data.dir": options.data_dir,
+        "seeds": options.seeds,
+        "epochs": options.epochs,
+        "evaluate_every": int(not options.no_evaluation),
+    }
+    given = [f"--config.{key}={value}" for key, value in overrides.items()]
+    started = time.perf_counter()
+    config = configuration.load(f"{configuration.repository_configs()}/pairs.py:aux_10", given)
+    with tempfile.TemporaryDirectory() as workdir:
+        results = train.train(config, workdir)
+    return time.perf_counter() - started, results["splits"]["test"]["main/top_1"]
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data-dir", default="~/tensorflow_datasets")
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=70)
+    parser.add_argument("--no-evaluation", action="store_true", help="measure only at the end")
+    parser.add_argument("--repeats", type=int, default=1, help="rounds; the fastest counts")
+    parser.add_argument("--json", type=Path, help="where to write the figures")
+    options = parser.parse_args()
+    config = configuration.load(f"{configuration.repository_configs()}/pairs.py:aux_10")
+    dataset = sources.load("tfds:mnist", options.data_dir, config.data.cache)
+    rounds = []
+    for _ in range(options.repeats):
+        jax.clear_caches()
+        evaluation = not options.no_evaluation
+        rounds.append(
+            {
+                "sire_jax": time_ours(options),
+                "PyTorch eager": time_torch(dataset, options.seeds, options.epochs, evaluation),
+            }
+        )
+    report(rounds, options)
+
+
+def report(rounds: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    """Prints the table and writes the JSON."""
+    best = {name: min(each[name][0] for each in rounds) for name in rounds[0]}
+    rows = [["", "seconds", "relative", "test accuracy"]]
+    for name, seconds in best.items():
+        accuracy = "{:.3f} ± {:.3f}".format(*spread(rounds[-1][name][1]))
+        relative = f"{seconds / best['PyTorch eager']:.2f}"
+        rows.append([name, f"{seconds:.1f}", relative, accuracy])
+    print("\n" + align(rows))
+    figures = {
+        "machine": f"{platform.processor() or platform.machine()}, {jax.devices()}",
+        "versions": {"jax": jax.__version__, "torch": torch.__version__, "numpy": np.__version__},
+        "threads": torch.get_num_threads(),
+        "options": {key: str(value) for key, value in vars(options).items() if key != "data_dir"},
+        "rounds": rounds,
+    }
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

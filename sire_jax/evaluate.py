@@ -1,0 +1,128 @@
+"""Measures a trained network: ``python -m sire_jax.evaluate --workdir=DIR [--json]``.
+
+For each output the top-1 and top-5 accuracy and the loss, and the same for each prediction rule,
+as mean and standard deviation over the runs of the workdir.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sire_jax import command, configuration, experiment, tables
+from sire_jax.checkpoint import Checkpoints
+from sire_jax.step import Best, TrainState
+from sire_jax.train import Runs
+from sire_jax.workdir import Workdir, read_config
+
+METRICS = ("top_1", "top_5", "loss")
+
+
+def restore(runs: Runs, checkpoints: Path) -> tuple[TrainState, Best | None]:
+    """Restores the newest checkpoint of a run.
+
+    Args:
+        runs: The programs of the run.
+        checkpoints: The directory of its checkpoints.
+
+    Returns:
+        The last state, and the weights with the best validation accuracy, if the run validates.
+
+    Raises:
+        FileNotFoundError: If there is no checkpoint.
+    """
+    manager = Checkpoints(checkpoints)
+    try:
+        state, _, best = manager.restore(runs.checkpoint_tree())
+    finally:
+        manager.close()
+    return state, best
+
+
+def evaluate(
+    workdir: str | Path, split: str = "test", overrides: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Measures the weights of a run: the best on validation data if it has any, else the last.
+
+    Args:
+        workdir: The run.
+        split: ``"train"``, ``"validation"`` or ``"test"``.
+        overrides: ``--config.data.dir=DIR`` and the like, where the data have moved.
+
+    Returns:
+        ``{"step", "split", "seeds", "outputs": {name: {metric: {"mean", "std", "runs"}}},
+        "predictions": …}``.
+
+    Raises:
+        FileNotFoundError: If there is no run, no checkpoint, or the data set is not prepared.
+        ValueError: If there are no examples of that split, or an override changes the run.
+    """
+    config = configuration.override(read_config(workdir), overrides)
+    directory = Workdir(workdir, config)
+    runs = Runs(experiment.build(config))
+    if not runs.examples[split].shape[1]:
+        raise ValueError(f"The run has no {split} examples.")
+    state, best = restore(runs, directory.checkpoints)
+    kept = state if best is None else best
+    found = runs.measure(kept.params, kept.model_state, split)
+    predictions = runs.parts.predictions
+    names = {name.rsplit("/", 1)[0] for name in found}
+    first = [*runs.parts.output_names(), *runs.parts.objectives]
+    ordered = sorted(names, key=lambda n: (first.index(n) if n in first else len(first), n))
+    measured = {name: _statistics(found, name) for name in ordered}
+    return {
+        "step": int(np.max(kept.step)),
+        "split": split,
+        "seeds": config.seeds,
+        "outputs": {k: v for k, v in measured.items() if k not in predictions},
+        "predictions": {k: v for k, v in measured.items() if k in predictions},
+    }
+
+
+def _statistics(found: Mapping[str, np.ndarray], name: str) -> dict[str, Any]:
+    statistics = {}
+    for metric in METRICS:
+        runs = found.get(f"{name}/{metric}")
+        if runs is not None:
+            mean, deviation = tables.spread(runs)
+            statistics[metric] = {"mean": mean, "std": deviation, "runs": runs.tolist()}
+    return statistics
+
+
+def report(results: Mapping[str, Any]) -> str:
+    """Writes measurements as a table with a row per output and prediction rule."""
+    rows = [["output", *METRICS]]
+    for kind in ("outputs", "predictions"):
+        for name, statistics in results[kind].items():
+            label = name if kind == "outputs" else f"{name} (prediction)"
+            rows.append([label, *(_cell(statistics.get(metric)) for metric in METRICS)])
+    return tables.align(rows)
+
+
+def _cell(statistics: Mapping[str, Any] | None) -> str:
+    if statistics is None:
+        return "-"
+    deviation = f" ± {statistics['std']:.4f}" if len(statistics["runs"]) > 1 else ""
+    return f"{statistics['mean']:.4f}{deviation}"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the program with command line arguments."""
+    parser = command.parser(__doc__)
+    parser.add_argument("--workdir", required=True, help="directory of the run")
+    parser.add_argument("--split", default="test", choices=configuration.SPLITS)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    known, overrides = parser.parse_known_args(arguments)
+    with command.readable_errors():
+        results = evaluate(known.workdir, known.split, overrides)
+    if known.json:
+        print(json.dumps(results))
+        return
+    print(f"{results['split']} after step {results['step']}, {results['seeds']} run(s)")
+    print(report(results))
+
+
+if __name__ == "__main__":
+    main()

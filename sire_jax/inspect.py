@@ -1,0 +1,84 @@
+"""Shows what a network costs: ``python -m sire_jax.inspect --config=configs/X.py:v [--json]``.
+
+For each output its shape, the parameters of the sub-network that computes it and the multiply-adds
+of one example, read from the traced program: nothing is trained and no data are needed.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from ml_collections import ConfigDict
+
+from sire_jax import command, configuration, experiment, tables, traced
+
+
+def inspect(config: ConfigDict) -> dict[str, Any]:
+    """Counts what each output of a network needs, in evaluation.
+
+    Args:
+        config: The config.
+
+    Returns:
+        ``{"outputs": {name: {"shape", "parameters", "multiply_adds"}}, "parameters",
+        "multiply_adds"}``: shapes of one example, numbers of one example's forward pass; the totals
+        are those of the whole network, in which outputs share what they have in common.
+
+    Raises:
+        ValueError: If the config asks for what does not exist or does not fit together.
+    """
+    parts = experiment.build(config)
+    variables = dict(parts.variables)
+    params = variables.pop("params")
+    batch = parts.batch["image"]
+    image = jax.ShapeDtypeStruct((1, *batch.shape[1:]), batch.dtype)
+
+    def apply(params: Any, image: Any, name: str | None = None) -> Mapping[str, Array]:
+        outputs: Any = parts.network.apply({"params": params, **state}, image)
+        return outputs if name is None else {name: outputs[name]}
+
+    state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), variables)
+    read = traced.parameters_read(apply, params, image)
+    outputs = {
+        name: {
+            "shape": list(parts.outputs[name].shape[1:]),
+            "parameters": traced.size(params, read[name]),
+            "multiply_adds": traced.multiply_adds(
+                lambda p, x, n=name: apply(p, x, n), params, image
+            ),
+        }
+        for name in parts.output_names()
+    }
+    return {
+        "outputs": outputs,
+        "parameters": traced.size(params),
+        "multiply_adds": traced.multiply_adds(apply, params, image),
+    }
+
+
+def report(found: Mapping[str, Any]) -> str:
+    """Writes the counts as a table with a row per output and the totals."""
+    rows = [["output", "shape", "parameters", "multiply-adds"]]
+    for name, counts in found["outputs"].items():
+        shape = " x ".join(map(str, counts["shape"]))
+        rows.append([name, shape, f"{counts['parameters']:,}", f"{counts['multiply_adds']:,}"])
+    rows.append(["whole network", "", f"{found['parameters']:,}", f"{found['multiply_adds']:,}"])
+    return tables.align(rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the program with command line arguments."""
+    parser = command.parser(__doc__)
+    parser.add_argument("--config", required=True, help="configs/X.py or configs/X.py:variant")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    known, overrides = parser.parse_known_args(arguments)
+    with command.readable_errors():
+        found = inspect(configuration.load(known.config, overrides))
+    print(json.dumps(found) if known.json else report(found))
+
+
+if __name__ == "__main__":
+    main()
