@@ -29,10 +29,10 @@ def readable_errors(*others: type[Exception]) -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, OSError, *others) as error:
-        if not _raised_here(error):
-            raise
-        sys.exit(f"Error: {error}")
+    except Exception as error:
+        if isinstance(error, (ValueError, OSError, *others)) and _raised_here(error):
+            sys.exit(f"Error: {error}")
+        raise
 
 
 def _raised_here(error: BaseException) -> bool:

@@ -10,13 +10,13 @@ import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
 
-from sire_jax import configuration, objectives, optimizers, prediction, registry, traced
+from sire_jax import configuration, objectives, optimizers, prediction, registry
 from sire_jax.backbones import BACKBONES
 from sire_jax.data import augmentation, sources, tasks
 from sire_jax.heads import HEADS
 from sire_jax.networks import MAIN, Network
 from sire_jax.parallel import INITIAL
-from sire_jax.step import Measure, Step, TrainState, make_losses, make_measure, make_step
+from sire_jax.step import Measure, Step, TrainState, find_reach, make_measure, make_step
 from sire_jax.updates import UPDATES, UpdateRule
 
 PyTree = Any
@@ -62,15 +62,8 @@ class Experiment:
         """Returns the state of a run before its first step; ``seed`` is an int32."""
         key = jax.random.key(seed)
         image = jnp.zeros(self.batch["image"].shape, self.batch["image"].dtype)
-        variables = dict(self.network.init(jax.random.fold_in(key, INITIAL), image))
-        params = variables.pop("params")
-        return TrainState(
-            step=jnp.zeros((), jnp.int32),
-            key=key,
-            params=params,
-            model_state=variables,
-            update_state=self.rule.init(params),
-        )
+        variables = self.network.init(jax.random.fold_in(key, INITIAL), image)
+        return TrainState.start(key, variables, self.rule)
 
     def step(self) -> Step:
         """Returns the training step."""
@@ -175,7 +168,7 @@ def build(config: ConfigDict) -> Experiment:
     _check_names(predictions, outputs, chosen)
     _check_widths(config, chosen, outputs)
     optimizer = registry.create(optimizers.OPTIMIZERS, config.optimizer, "optimizer")
-    reach = _reach(network, chosen, batch, variables)
+    reach = find_reach(network.apply, chosen, variables, batch)
     rule = registry.create(
         UPDATES, config.update_rule, "update rule", optimizer=optimizer, reach=reach
     )
@@ -191,20 +184,6 @@ def build(config: ConfigDict) -> Experiment:
         variables=variables,
         outputs=outputs,
     )
-
-
-def _reach(
-    network: Network, chosen: objectives.Objectives, batch: Mapping[str, Any], variables: Any
-) -> dict[str, PyTree]:
-    """Finds which parameters each objective's gradient reaches, in training mode."""
-    blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (dict(batch), dict(variables)))
-    state = {key: value for key, value in blank[1].items() if key != "params"}
-    key = jax.random.key(0)
-
-    def losses(params: PyTree) -> dict[str, Array]:
-        return make_losses(network.apply, chosen, blank[0], key)(params, state)[0]
-
-    return traced.reach(losses, variables["params"])
 
 
 def _check_names(predictions: Any, outputs: Any, chosen: Any) -> None:

@@ -5,32 +5,50 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from sire_jax.networks import MAIN
 from sire_jax.workdir import read_metrics
 
 # Colours that stay apart in greys and for most colour-blind readers (Okabe and Ito, 2008).
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+
+def _colours(number: int) -> list[Any]:
+    """Returns that many colours, all different up to twenty."""
+    many = [colormaps["tab20"](i % 20) for i in range(number)]
+    return list(_COLOURS[:number]) if number <= len(_COLOURS) else many
+
+
 _LABELS = {"top_1": "accuracy", "top_5": "top-5 accuracy", "loss": "loss"}
 
 
-def band(axes: Axes, steps: Sequence[float], values: np.ndarray, label: str, colour: str) -> None:
+def band(
+    axes: Axes,
+    epochs: Sequence[float],
+    values: np.ndarray,
+    label: str,
+    colour: Any,
+    opacity: float = 1.0,
+) -> None:
     """Draws a mean over runs as a line, with dashes one standard deviation above and below.
 
     Args:
         axes: Where.
-        steps: ``[n]``, the horizontal positions.
+        epochs: ``[n]``, the horizontal positions.
         values: ``[n, runs]``.
         label: Text of the legend.
         colour: Of the lines.
+        opacity: Of the lines, in [0, 1].
     """
     mean = values.mean(1)
-    axes.plot(steps, mean, color=colour, label=label)
+    axes.plot(epochs, mean, color=colour, label=label, alpha=opacity)
     if values.shape[1] > 1:
         spread = values.std(1, ddof=1)
         for edge in (mean - spread, mean + spread):
-            axes.plot(steps, edge, color=colour, linestyle="--", linewidth=0.8)
+            axes.plot(epochs, edge, color=colour, linestyle="--", linewidth=0.8, alpha=opacity)
 
 
 def series(
@@ -53,9 +71,17 @@ def _draw(axes: Axes, lines: Sequence[Mapping[str, Any]], kind: str) -> None:
         for name in line
         if name.endswith(f"/{kind}") and line["split"] != "steps"
     }
-    for (split, metric), colour in zip(sorted(found), COLOURS * 9, strict=False):
-        epochs, values = series(lines, split, metric)
-        band(axes, epochs, values, f"{metric.rsplit('/', 1)[0]} {split}", colour)
+    # A colour for each output; training, which is not the point, paler.
+    names = sorted(
+        {metric for _, metric in found}, key=lambda name: (not name.startswith(MAIN), name)
+    )
+    colours = dict(zip(names, _colours(len(names)), strict=True))
+    for metric in names:
+        for split in sorted(split for split, name in found if name == metric):
+            epochs, values = series(lines, split, metric)
+            label = f"{metric.rsplit('/', 1)[0]}, {split}"
+            opacity = 0.4 if split == "train" else 1.0
+            band(axes, epochs, values, label, colours[metric], opacity)
     axes.set_xlabel("epoch")
     axes.set_ylabel(_LABELS[kind])
     axes.grid(alpha=0.3)
@@ -96,7 +122,8 @@ def compare(directories: Mapping[str, str | Path], metric: str, split: str, path
     """
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.subplots()
-    for (label, directory), colour in zip(directories.items(), COLOURS * 9, strict=False):
+    colours = _colours(len(directories))
+    for (label, directory), colour in zip(directories.items(), colours, strict=True):
         epochs, values = series(read_metrics(directory), split, metric)
         if len(epochs):
             band(axes, epochs, values, label, colour)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import optax
+from ml_collections import ConfigDict
 
 from sire_jax import registry
 
@@ -16,7 +17,7 @@ SCHEDULES = {
 }
 
 
-def number_or_schedule(value: float | Mapping[str, Any], what: str) -> float | optax.Schedule:
+def number_or_schedule(value: Any, what: str) -> float | optax.Schedule:
     """Reads a setting that is a number or a schedule over steps.
 
     Args:
@@ -30,7 +31,7 @@ def number_or_schedule(value: float | Mapping[str, Any], what: str) -> float | o
     Raises:
         ValueError: If it is neither, or the schedule does not exist or lacks an argument.
     """
-    if isinstance(value, Mapping) or hasattr(value, "to_dict"):
+    if isinstance(value, Mapping | ConfigDict):
         return registry.create(SCHEDULES, value, f"schedule of the {what}")
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"The {what} is {value!r}; it should be a number or a schedule.")

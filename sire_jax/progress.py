@@ -78,7 +78,7 @@ class Stop:
 def stop_on_signals() -> Iterator[Stop]:
     """Notes Ctrl-C and SIGTERM instead of dying of them; a second one has its usual effect."""
     stop = Stop()
-    before = {}
+    before: dict[signal.Signals, Any] = {}
 
     def note(number: int, frame: Any) -> None:
         stop.signal = signal.Signals(number).name

@@ -3,6 +3,7 @@
 ``jit``, ``vmap`` over seeds and loops over steps are wrappers around them (``sire_jax.parallel``).
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from sire_jax import metrics, objectives, prediction
+from sire_jax import metrics, objectives, prediction, traced
 from sire_jax.data.augmentation import Augmentation, Batch
 from sire_jax.metrics import Average, Metrics
 from sire_jax.updates import Losses, UpdateRule
@@ -37,6 +38,22 @@ class TrainState:
     params: PyTree
     model_state: PyTree
     update_state: PyTree
+
+    @classmethod
+    def start(cls, key: Array, variables: Mapping[str, PyTree], rule: UpdateRule) -> "TrainState":
+        """Returns the state before the first step.
+
+        Args:
+            key: The run's random key.
+            variables: What ``init`` of the network returned.
+            rule: Update rule.
+
+        Returns:
+            The state.
+        """
+        model_state = {kind: values for kind, values in variables.items() if kind != "params"}
+        params = variables["params"]
+        return cls(jnp.zeros((), jnp.int32), key, params, model_state, rule.init(params))
 
 
 @struct.dataclass
@@ -101,8 +118,35 @@ def make_losses(
     return losses
 
 
+def find_reach(
+    apply: Apply, chosen: objectives.Objectives, variables: Mapping[str, PyTree], batch: Batch
+) -> dict[str, PyTree]:
+    """Finds which parameters each objective's gradient reaches in training (``traced.reach``).
+
+    Args:
+        apply: ``apply`` of a Flax network that returns named outputs.
+        chosen: Objectives by name.
+        variables: Variables of the network, or their shapes.
+        batch: Images and targets, or their shapes.
+
+    Returns:
+        For each objective a tree of booleans over the parameters.
+    """
+    blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (dict(batch), dict(variables)))
+    state = {kind: values for kind, values in blank[1].items() if kind != "params"}
+    key = jax.random.key(0)
+
+    def losses(params: PyTree) -> dict[str, Array]:
+        return make_losses(apply, chosen, blank[0], key)(params, state)[0]
+
+    return traced.reach(losses, blank[1]["params"])
+
+
 def make_step(
-    apply: Apply, chosen: objectives.Objectives, rule: UpdateRule, augment: Augmentation
+    apply: Apply,
+    chosen: objectives.Objectives,
+    rule: UpdateRule,
+    augment: Augmentation | None = None,
 ) -> Step:
     """Makes the training step.
 
@@ -110,7 +154,7 @@ def make_step(
         apply: ``apply`` of a Flax network that returns named outputs.
         chosen: Objectives by name.
         rule: Update rule.
-        augment: Changes a batch under a random key.
+        augment: Changes a batch under a random key; nothing by default.
 
     Returns:
         A pure function from ``(state, batch)`` to ``(state, metrics)``; the metrics are
@@ -119,16 +163,16 @@ def make_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         augmenting, dropout = jax.random.split(jax.random.fold_in(state.key, state.step))
-        batch = augment(augmenting, batch)
+        batch = augment(augmenting, batch) if augment else batch
         losses = make_losses(apply, chosen, batch, dropout)
         weights = objectives.weights(chosen, state.step)
         updated = rule.update(losses, weights, state.params, state.model_state, state.update_state)
         count = jnp.asarray(batch["image"].shape[0], jnp.float32)
         named = {f"{name}/loss": loss for name, loss in updated.losses.items()}
         named["total/loss"] = objectives.weighted_sum(updated.losses, weights)
-        new = TrainState(
+        new = dataclasses.replace(
+            state,
             step=state.step + 1,
-            key=state.key,
             params=updated.params,
             model_state=updated.model_state,
             update_state=updated.state,
@@ -141,14 +185,14 @@ def make_step(
 def make_measure(
     apply: Apply,
     chosen: objectives.Objectives,
-    predictions: Mapping[str, prediction.Prediction],
+    predictions: Mapping[str, prediction.Prediction] | None = None,
 ) -> Measure:
     """Makes the measurement of a batch in evaluation mode.
 
     Args:
         apply: ``apply`` of a Flax network that returns named outputs.
         chosen: Objectives by name.
-        predictions: Prediction rules by name.
+        predictions: Prediction rules by name, if any.
 
     Returns:
         A pure function from ``(params, model_state, batch, mask)`` to metrics: ``"<objective>/
@@ -166,7 +210,7 @@ def make_measure(
             output, target = outputs[objective.output], batch[objective.target]
             if metrics.is_classification(output, target):
                 found |= metrics.classification(objective.output, output, target, mask)
-        for name, predict in predictions.items():
+        for name, predict in (predictions or {}).items():
             found |= _measure_prediction(name, predict(outputs), batch["label"], mask)
         return found
 

@@ -172,6 +172,8 @@ def _train(
     if step:
         state, sums, best = runs._place(checkpoints.restore((state, sums, best)))
         print(f"Going on after step {step}.", flush=True)
+    else:
+        checkpoints.save(0, (state, sums, best))  # what is left if the first losses are not finite
     directory.forget_after(step)
     logs = _Logs(directory, config.tensorboard)
     steps = runs.steps_per_epoch
@@ -246,9 +248,10 @@ def _check_finite(broken: Mapping[str, jax.Array], seed: int, directory: Workdir
     for name, each in broken.items():
         first = np.asarray(each)
         if name != "total/loss" and first.min() < parallel.NEVER:
+            run = seed + int(first.argmin())
             raise NonFiniteLossError(
-                f"The loss '{name.removesuffix('/loss')}' is not finite at step {first.min()} of the run with seed"
-                f" {seed + int(first.argmin())}. The last finite checkpoint is kept in"
+                f"The loss '{name.removesuffix('/loss')}' is not finite at step {first.min()} of"
+                f" the run with seed {run}. The last finite checkpoint is kept in"
                 f" {directory.checkpoints}; try a smaller learning rate or weight."
             )
 

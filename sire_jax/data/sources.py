@@ -117,8 +117,8 @@ def _digits() -> Dataset:
     order = np.argsort(label, kind="stable")
     test = np.zeros(len(label), bool)
     test[order[::3]] = True
-    halves = (Source(image[half], {"label": label[half]}) for half in (~test, test))
-    return Dataset(*halves, classes={"label": 10})
+    parts = [Source(image[part], {"label": label[part]}) for part in (~test, test)]
+    return Dataset(parts[0], parts[1], classes={"label": 10})
 
 
 def _tfds(name: str, directory: Path, cache: str) -> Dataset:
