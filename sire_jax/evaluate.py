@@ -15,7 +15,7 @@ from sire_jax import command, configuration, experiment, tables
 from sire_jax.checkpoint import Checkpoints
 from sire_jax.step import Best, TrainState
 from sire_jax.train import Runs
-from sire_jax.workdir import Workdir, read_config
+from sire_jax.workdir import CHECKPOINTS, read_config
 
 METRICS = ("top_1", "top_5", "loss")
 
@@ -59,12 +59,15 @@ def evaluate(
         FileNotFoundError: If there is no run, no checkpoint, or the data set is not prepared.
         ValueError: If there are no examples of that split, or an override changes the run.
     """
-    config = configuration.override(read_config(workdir), overrides)
-    directory = Workdir(workdir, config)
+    trained = read_config(workdir)
+    config = configuration.override(trained, overrides)
+    changed = configuration.differences(trained, config)
+    if changed:
+        raise ValueError(f"An override would change the run: {'; '.join(changed)}.")
     runs = Runs(experiment.build(config))
     if not runs.examples[split].shape[1]:
         raise ValueError(f"The run has no {split} examples.")
-    state, best = restore(runs, directory.checkpoints)
+    state, best = restore(runs, Path(workdir).expanduser() / CHECKPOINTS)
     kept = state if best is None else best
     found = runs.measure(kept.params, kept.model_state, split)
     predictions = runs.parts.predictions

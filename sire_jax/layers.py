@@ -204,7 +204,7 @@ class Dropout(nn.Module):
         if not train or self.rate == 0:
             return x
         bits = random_bits(self.make_rng("dropout"), x.shape)
-        kept = bits >= jnp.uint32(round(self.rate * 2**32))
+        kept = bits >= jnp.uint32(min(round(self.rate * 2**32), 2**32 - 1))
         return jnp.where(kept, x / (1 - self.rate), 0.0)
 
 

@@ -73,7 +73,7 @@ def top_k(logits: Array, labels: Array, k: int) -> Array:
     before = jnp.arange(logits.shape[-1]).reshape((1,) * labels.ndim + (-1,)) < labels[..., None]
     larger = (logits > right) | ((logits == right) & before)
     # Not a number compares false with everything: without this it would count as right.
-    return (larger.sum(-1) < k) & jnp.isfinite(right[..., 0])
+    return (larger.sum(-1) < k) & ~jnp.isnan(logits).any(-1)
 
 
 def classification(prefix: str, logits: Array, labels: Array, mask: Array | None = None) -> Metrics:

@@ -144,8 +144,9 @@ def multiply_adds(function: Callable[..., Any], *args: Any) -> int:
         *args: Its arguments, or their shapes.
 
     Returns:
-        The number of multiply-adds of one call; a loop's body is counted as often as it runs,
-        and of a conditional the most expensive branch.
+        The number of multiply-adds of one call. A loop's body is counted as often as it runs (of a
+        ``while_loop``, whose runs the program does not tell, not at all), of a conditional the most
+        expensive branch.
     """
     program = jax.make_jaxpr(function)(*args).jaxpr
     needed, _ = partial_eval.dce_jaxpr(program, [True] * len(program.outvars))

@@ -1,5 +1,6 @@
 """Trains a network: ``python -m sire_jax.train --config=configs/X.py:variant --workdir=DIR``."""
 
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -177,7 +178,7 @@ def _train(
     directory.forget_after(step)
     logs = _Logs(directory, config.tensorboard)
     steps = runs.steps_per_epoch
-    progress = Progress(config.epochs, steps, config.batch_size * config.seeds, step)
+    progress = Progress(config.epochs, steps, _images_per_step(parts), step)
 
     # ---- Train.
     with stop_on_signals() as stop:
@@ -215,6 +216,12 @@ def _train(
     directory.write_results(results)
     figures.curves(directory.path)
     return results
+
+
+def _images_per_step(parts: experiment.Experiment) -> int:
+    """Counts the images of a step over all runs; a pair has two."""
+    two_examples = parts.batch["image"].shape[:-3]
+    return math.prod(two_examples) // 2 * parts.config.batch_size * parts.config.seeds
 
 
 def _end_of_epoch(

@@ -13,6 +13,7 @@ from sire_jax import configuration
 
 # {metric name: a value for each run}
 Values = Mapping[str, np.ndarray]
+CHECKPOINTS = "checkpoints"
 
 
 class Workdir:
@@ -60,7 +61,7 @@ class Workdir:
     @property
     def checkpoints(self) -> Path:
         """The directory of the checkpoints."""
-        return self.path / "checkpoints"
+        return self.path / CHECKPOINTS
 
     def record(self, step: int, epoch: int, split: str, values: Values) -> None:
         """Appends a measurement to ``metrics.jsonl``."""

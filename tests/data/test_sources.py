@@ -1,0 +1,294 @@
+import os
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+
+from sire_jax.data import sources
+from sire_jax.data.sources import Dataset, Source
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return sources.load("digits", "")
+
+
+def test_digits_are_split_by_class_into_two_thirds_and_one_third(digits):
+    bundled = np.bincount(load_digits().target)
+    train, test = (np.bincount(part.labels["label"]) for part in (digits.train, digits.test))
+    assert np.array_equal(train + test, bundled)
+    assert bundled.sum() == 1797
+    assert (np.abs(test - bundled / 3) <= 1).all()
+    assert digits.classes == {"label": 10}
+
+
+def test_digits_are_the_bundled_images_each_in_one_part(digits):
+    image = np.concatenate([digits.train.image, digits.test.image])
+    assert image.dtype == np.uint8
+    assert image.shape == (1797, 8, 8, 1)
+    assert (image.min(), image.max()) == (0, 255)
+    label = np.concatenate([digits.train.labels["label"], digits.test.labels["label"]])
+    bundled = load_digits()
+    ours = sorted((each.tobytes(), int(k)) for each, k in zip(image, label, strict=True))
+    scaled = np.round(bundled.images * 255 / 16).astype(np.uint8)
+    theirs = sorted((x.tobytes(), int(k)) for x, k in zip(scaled, bundled.target, strict=True))
+    assert ours == theirs
+    assert not {x.tobytes() for x in digits.train.image} & {x.tobytes() for x in digits.test.image}
+    # The first bundled image starts 0 0 5 13 9 1 0 0, of 16.
+    assert digits.test.image[0, 0, :, 0].tolist() == [0, 0, 80, 207, 143, 16, 0, 0]
+    assert digits.test.labels["label"][0] == 0
+
+
+def test_digits_are_the_same_at_every_load(digits):
+    again = sources.load("digits", "")
+    _assert_equal(digits, again)
+
+
+def _assert_equal(a, b):
+    assert a.classes == b.classes
+    for one, other in ((a.train, b.train), (a.test, b.test)):
+        assert one.image.dtype == other.image.dtype
+        assert np.array_equal(one.image, other.image)
+        assert one.labels.keys() == other.labels.keys()
+        assert all(np.array_equal(one.labels[k], other.labels[k]) for k in one.labels)
+
+
+def _dataset(images=5, dtype=np.float32, classes=3):
+    parts = [
+        Source(np.zeros((images, 2, 2, 1), dtype), {"label": np.zeros(images, np.int32)})
+        for _ in ("train", "test")
+    ]
+    return Dataset(*parts, classes={"label": classes})
+
+
+def test_possible_values_pass_the_check():
+    dataset = _dataset()
+    dataset.train.labels["label"][:] = [0, 1, 2, 2, 0]
+    sources.check(dataset)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_an_image_that_is_not_finite_is_refused_with_its_index(value):
+    dataset = _dataset()
+    dataset.test.image[2, 1, 0, 0] = dataset.test.image[4, 0, 0, 0] = value
+    with pytest.raises(ValueError, match="2 of 5 test images.*first at index 2"):
+        sources.check(dataset)
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(3, np.int32), (-1, np.int32), (200, np.uint8)])
+def test_a_label_outside_the_classes_is_refused_with_count_value_and_index(value, dtype):
+    labels = np.array([0, 2, 1, value, value], dtype)
+    dataset = Dataset(
+        Source(np.zeros((5, 2, 2, 1), np.uint8), {"label": labels}), _dataset().test, {"label": 3}
+    )
+    message = f"train 'label' has 2 labels outside the 3 classes 0..2: the first is {value} at ind"
+    with pytest.raises(ValueError, match=rf"{message}ex 3"):
+        sources.check(dataset)
+
+
+def test_every_kind_of_label_is_checked():
+    dataset = _dataset()
+    dataset.test.labels["coarse"] = np.array([0, 1, 0, 1, 2])
+    dataset.train.labels["coarse"] = np.zeros(5, np.int32)
+    dataset = Dataset(dataset.train, dataset.test, {"label": 3, "coarse": 2})
+    with pytest.raises(ValueError, match=r"test 'coarse' has 1 labels.*0\.\.1.*is 2 at index 4"):
+        sources.check(dataset)
+
+
+def test_another_number_of_labels_than_images_is_refused():
+    dataset = _dataset()
+    dataset.train.labels["label"] = np.zeros(4, np.int32)
+    with pytest.raises(ValueError, match="train 'label' has 4 labels for 5 images"):
+        sources.check(dataset)
+
+
+def test_images_without_channels_are_refused():
+    flat = Source(np.zeros((5, 2, 2)), {"label": np.zeros(5, np.int32)})
+    with pytest.raises(ValueError, match=r"test images have the shape \(5, 2, 2\), not \[n, h, w"):
+        sources.check(Dataset(_dataset().train, flat, {"label": 3}))
+
+
+def test_an_unknown_source_is_refused_with_the_nearest_name():
+    with pytest.raises(ValueError, match="'digit'.*Did you mean 'digits'"):
+        sources.load("digit", "")
+    with pytest.raises(ValueError, match="no data source 'mnist'.*Known: digits, tfds:<set>"):
+        sources.load("mnist", "")
+
+
+def test_a_set_that_is_not_prepared_is_refused_at_once(tmp_path):
+    start = time.monotonic()
+    with pytest.raises(FileNotFoundError) as raised:
+        sources.load("tfds:mnist", str(tmp_path), str(tmp_path / "cache"))
+    assert time.monotonic() - start < 2
+    assert f"'mnist' is not prepared in {tmp_path}" in str(raised.value)
+    assert f"tfds build mnist --data_dir={tmp_path} --file_format=array_record" in str(raised.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_source_without_the_name_of_a_set_is_refused(prepared):
+    with pytest.raises((ValueError, FileNotFoundError)):
+        sources.load("tfds:", str(prepared))
+
+
+# A set of our own: image i of the split is all 10 * i, its label i mod 3, its parity i mod 2.
+def _prepare(root, splits, label="label"):
+    import tensorflow_datasets as tfds
+    from PIL import Image
+
+    def examples(split, number):
+        for i in range(number):
+            path = root / f"{split}_{i}.png"
+            Image.fromarray(np.full((4, 6), 10 * i, np.uint8)).save(path)
+            yield i, {"image": path, label: i % 3, "parity": i % 2, "place": i}
+
+    with tfds.core.registered.skip_registration():
+
+        class Tiny(tfds.core.GeneratorBasedBuilder):
+            VERSION = tfds.core.Version("1.0.0")
+
+            def _info(self):
+                features = {
+                    "image": tfds.features.Image(shape=(4, 6, 1)),
+                    label: tfds.features.ClassLabel(num_classes=3),
+                    "parity": tfds.features.ClassLabel(num_classes=2),
+                    "place": tfds.features.Scalar(np.int64),
+                }
+                return tfds.core.DatasetInfo(
+                    builder=self, features=tfds.features.FeaturesDict(features)
+                )
+
+            def _split_generators(self, _):
+                return {split: examples(split, number) for split, number in splits.items()}
+
+            def _generate_examples(self):
+                raise NotImplementedError
+
+    Tiny(data_dir=root / "sets", file_format="array_record").download_and_prepare()
+    return root / "sets"
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    return _prepare(tmp_path_factory.mktemp("tiny"), {"train": 8, "test": 4})
+
+
+@pytest.fixture
+def no_decoding(monkeypatch):
+    def fail(*_):
+        raise AssertionError("the set was decoded")
+
+    monkeypatch.setattr("tensorflow_datasets.builder_from_directory", fail)
+
+
+def _check_tiny(dataset):
+    assert dataset.classes == {"label": 3, "parity": 2}
+    for source, number in ((dataset.train, 8), (dataset.test, 4)):
+        assert source.image.dtype == np.uint8
+        assert source.image.shape == (number, 4, 6, 1)
+        order = source.image[:, 0, 0, 0] // 10
+        assert sorted(order.tolist()) == list(range(number))
+        assert (source.image == 10 * order[:, None, None, None]).all()
+        assert np.array_equal(source.labels["label"], order % 3)
+        assert np.array_equal(source.labels["parity"], order % 2)
+        assert set(source.labels) == {"label", "parity"}
+
+
+def test_a_prepared_set_is_decoded_with_all_its_class_labels(prepared):
+    _check_tiny(sources.load("tfds:tiny", str(prepared)))
+
+
+def test_a_cached_set_is_not_decoded_again(prepared, tmp_path, request):
+    first = sources.load("tfds:tiny", str(prepared), str(tmp_path / "cache"))
+    request.getfixturevalue("no_decoding")
+    again = sources.load("tfds:tiny", str(prepared), str(tmp_path / "cache"))
+    _check_tiny(again)
+    _assert_equal(first, again)
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    with pytest.raises(AssertionError, match="the set was decoded"):
+        sources.load("tfds:tiny", str(prepared))
+
+
+def test_a_set_that_was_prepared_again_is_decoded_again(prepared, tmp_path, request):
+    sets = shutil.copytree(prepared, tmp_path / "sets")
+    sources.load("tfds:tiny", str(sets), str(tmp_path / "cache"))
+    (record,) = sets.glob("tiny/1.0.0/*train*")
+    os.utime(record, (1, 1))
+    request.getfixturevalue("no_decoding")
+    with pytest.raises(AssertionError, match="the set was decoded"):
+        sources.load("tfds:tiny", str(sets), str(tmp_path / "cache"))
+
+
+def test_the_newest_version_is_used(prepared, tmp_path):
+    for version in ("1.9.0", "1.10.0", "1.2.0"):
+        shutil.copytree(prepared / "tiny" / "1.0.0", tmp_path / "tiny" / version)
+    for version in ("1.9.0", "1.2.0"):
+        (tmp_path / "tiny" / version / "features.json").unlink()
+    _check_tiny(sources.load("tfds:tiny", str(tmp_path)))
+
+
+def test_a_tilde_in_the_directories_is_the_home(prepared, monkeypatch):
+    monkeypatch.setenv("HOME", str(prepared.parent))
+    _check_tiny(sources.load("tfds:tiny", f"~/{prepared.name}", "~/home_cache"))
+    assert len(list((prepared.parent / "home_cache").iterdir())) == 1
+
+
+def test_a_set_without_test_images_or_labels_is_refused(tmp_path):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(ValueError, match=r"no split 'test', only \['train'\]"):
+        sources.load("tfds:tiny", str(_prepare(tmp_path / "a", {"train": 2})))
+    (tmp_path / "b").mkdir()
+    with pytest.raises(ValueError, match="no 'image' and 'label'.*'kind'"):
+        sources.load("tfds:tiny", str(_prepare(tmp_path / "b", {"train": 2, "test": 1}, "kind")))
+
+
+def test_two_programs_may_write_the_cache_at_once(prepared, tmp_path, monkeypatch):
+    save, nested = np.savez, []
+
+    def interrupted(path, **arrays):
+        save(path, **arrays)
+        if not nested:
+            nested.append(True)
+            # Another program decodes the same set meanwhile.
+            sources.load("tfds:tiny", str(prepared), str(tmp_path))
+
+    monkeypatch.setattr(np, "savez", interrupted)
+    _check_tiny(sources.load("tfds:tiny", str(prepared), str(tmp_path)))
+    assert nested
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+# The real set, where there is one.
+
+
+@pytest.fixture(scope="module")
+def mnist(tmp_path_factory):
+    directory = os.environ.get("TFDS_DATA_DIR", "")
+    if not directory:
+        pytest.skip("TFDS_DATA_DIR is not set: no directory of prepared data sets")
+    if not list(Path(directory).glob("mnist/**/dataset_info.json")):
+        pytest.skip(f"mnist is not prepared in TFDS_DATA_DIR={directory}")
+    cache = str(tmp_path_factory.mktemp("cache"))
+    return directory, cache, sources.load("tfds:mnist", directory, cache)
+
+
+def test_mnist_has_its_images_and_labels(mnist):
+    _, _, dataset = mnist
+    assert dataset.train.image.shape == (60000, 28, 28, 1)
+    assert dataset.test.image.shape == (10000, 28, 28, 1)
+    assert dataset.classes == {"label": 10}
+    # The numbers of each digit in the set, as published.
+    counts = [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
+    assert np.bincount(dataset.train.labels["label"]).tolist() == counts
+    assert np.unique(dataset.test.labels["label"]).tolist() == list(range(10))
+    for source, mean in ((dataset.train, 0.1307), (dataset.test, 0.1325)):
+        assert source.image.dtype == np.uint8
+        assert source.image.mean() / 255 == pytest.approx(mean, abs=1e-4)
+
+
+@pytest.mark.usefixtures("no_decoding")
+def test_mnist_is_decoded_once(mnist):
+    directory, cache, dataset = mnist
+    _assert_equal(dataset, sources.load("tfds:mnist", directory, cache))

@@ -1,0 +1,79 @@
+"""The shipped configs themselves, on the bundled digits and shrunk to one step."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sire_jax import configuration, experiment, inspect, reproduce
+
+CONFIGS = configuration.repository_configs()
+TABLES = sorted(path.stem for path in (CONFIGS / "tables").glob("*.json"))
+
+# Weights and biases of the report's networks on 14 x 14 images, as counted in test_networks.py.
+PARAMETERS = {
+    "dense_bce": 27265,
+    "dense_mse": 27265,
+    "conv": 4737,
+    "conv_bn": 4865,
+    "conv_augment": 4737,
+    "duplicated": 10477,
+    "shared": 5459,
+    "aux_0.1": 5459,
+    "aux_10": 5459,
+    "residual": 154217,
+    "resless": 154217,
+}
+
+
+def _shrunk(variant):
+    overrides = {
+        "data.name": "digits",
+        "data.shape": "(8, 8, 1)",
+        "data.task.downscale": 1,
+        "data.task.train": 20,
+        "data.task.test": 20,
+        "batch_size": 4,
+        "devices": 1,
+    }
+    if not variant.startswith("dense"):
+        overrides["backbone.padding"] = 1
+    given = [f"--config.{key}={value}" for key, value in overrides.items()]
+    return configuration.load(f"{CONFIGS}/pairs.py:{variant}", given)
+
+
+@pytest.mark.optax_dtypes
+@pytest.mark.parametrize("variant", [*PARAMETERS, "conv,as_released", "aux_10,as_released"])
+def test_a_step_of_a_pairs_config_has_finite_losses_and_changes_every_parameter(variant):
+    parts = experiment.build(_shrunk(variant))
+    dataset, (draw,) = parts.load()
+    arrays = jax.tree.map(jnp.asarray, parts.task.prepare(dataset.train))
+    batch = parts.lookup(arrays, jnp.asarray(draw.train[:4]))
+    before = parts.initial_state(0)
+    after, metrics = jax.jit(parts.step())(before, batch)
+    assert set(metrics) == {f"{name}/loss" for name in (*parts.objectives, "total")}
+    assert all(np.isfinite(metric.mean()) for metric in metrics.values())
+    assert float(metrics["main/loss"].count) == 4
+    changed = jax.tree.map(lambda a, b: not np.array_equal(a, b), before.params, after.params)
+    assert jax.tree.all(changed)
+
+
+@pytest.mark.parametrize(("variant", "parameters"), PARAMETERS.items())
+def test_parameters_of_the_pairs_configs(variant, parameters):
+    counts = inspect.inspect(configuration.load(f"{CONFIGS}/pairs.py:{variant}"))
+    assert counts["parameters"] == counts["outputs"]["main"]["parameters"] == parameters
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_row_of_a_table_has_a_config(name):
+    table = reproduce.load_table(name, CONFIGS)
+    for row in table["rows"]:
+        for option in ("", *table["options"]):
+            variant = f"{row['variant']},{option}" if option else row["variant"]
+            config = configuration.load(f"{CONFIGS / table['config']}:{variant}")
+            configuration.validate(config)
+            assert config.epochs == row.get("epochs", config.epochs)
+            assert {where["split"] for where in table["columns"].values()} <= {
+                *config.evaluate_splits,
+                "test",
+            }

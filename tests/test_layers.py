@@ -1,0 +1,430 @@
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from jax import lax
+from jax.test_util import check_grads
+
+from sire_jax import layers
+from sire_jax.layers import BatchNorm, Conv, Dropout, convolve, max_pool, normalize, random_bits
+
+
+def _integers(seed, *shape):
+    """Small whole numbers, whose sums of products are exact in float32 in any order."""
+    values = np.random.default_rng(seed).integers(-4, 5, shape)
+    return jnp.asarray(values, jnp.float32)
+
+
+def _normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def _lax(x, kernel, padding, images_last):
+    x = jnp.transpose(x, (3, 1, 2, 0)) if images_last else x
+    pads = [(padding, padding)] * 2
+    layout = ("NHWC", "HWIO", "NHWC")
+    y = lax.conv_general_dilated(x, kernel, (1, 1), pads, dimension_numbers=layout)
+    return jnp.transpose(y, (3, 1, 2, 0)) if images_last else y
+
+
+def _with_gradients(function, x, kernel, padding, images_last):
+    y = jax.eval_shape(lambda x, k: function(x, k, padding, images_last), x, kernel)
+    weight = _integers(7, *y.shape)
+
+    def total(x, kernel):
+        y = function(x, kernel, padding, images_last)
+        return (y * weight).sum(), y
+
+    gradients, y = jax.jit(jax.grad(total, (0, 1), has_aux=True))(x, kernel)
+    return y, gradients
+
+
+def _assert_trees_equal(a, b, tolerance=1e-3):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for left, right in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(left, right, rtol=1e-6, atol=tolerance)
+
+
+# batch, height, width, channels, features, kernel, padding
+CONVOLUTIONS = [
+    (3, 6, 5, 2, 4, 3, 0),
+    (2, 6, 7, 3, 2, 3, 1),
+    (4, 4, 4, 1, 3, 3, 2),
+    (2, 5, 6, 2, 3, 2, 1),
+    (1, 5, 5, 3, 1, 5, 0),
+    (2, 3, 4, 2, 3, 1, 0),
+]
+
+
+def _case(b, h, w, c, o, k, images_last):
+    x = _integers(1, *((c, h, w, b) if images_last else (b, h, w, c)))
+    return x, _integers(2, k, k, c, o)
+
+
+@pytest.mark.parametrize("images_last", [False, True])
+@pytest.mark.parametrize(("b", "h", "w", "c", "o", "k", "padding"), CONVOLUTIONS)
+def test_convolution_and_its_gradients_equal_xlas(b, h, w, c, o, k, padding, images_last):
+    x, kernel = _case(b, h, w, c, o, k, images_last)
+    ours = _with_gradients(convolve, x, kernel, padding, images_last)
+    theirs = _with_gradients(_lax, x, kernel, padding, images_last)
+    _assert_trees_equal(ours, theirs)
+    assert float(jnp.abs(ours[0]).max()) > 1
+
+
+def test_convolution_is_the_formula():
+    x, kernel = np.asarray(_integers(1, 2, 5, 4, 3)), np.asarray(_integers(2, 3, 3, 3, 2))
+    padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    expected = np.zeros((2, 5, 4, 2))
+    for i in range(5):
+        for j in range(4):
+            window = padded[:, i : i + 3, j : j + 3]
+            expected[:, i, j] = np.einsum("nuvc,uvco->no", window, kernel)
+    np.testing.assert_array_equal(convolve(jnp.asarray(x), jnp.asarray(kernel), 1), expected)
+    last = convolve(jnp.asarray(x).transpose(3, 1, 2, 0), jnp.asarray(kernel), 1, images_last=True)
+    np.testing.assert_array_equal(last.transpose(3, 1, 2, 0), expected)
+
+
+@pytest.mark.parametrize("cached", [1, 2 * 756, 5 * 756])
+def test_splitting_images_into_chunks_changes_nothing(monkeypatch, cached):
+    x, kernel = _integers(1, 6, 5, 4, 2), _integers(2, 3, 3, 2, 3)
+    monkeypatch.setattr(layers, "_CACHED", cached)
+    ours = _with_gradients(convolve, x, kernel, 1, False)
+    _assert_trees_equal(ours, _with_gradients(_lax, x, kernel, 1, False))
+
+
+@pytest.mark.parametrize(("cached", "chunks"), [(756, 6), (2 * 756, 3), (5 * 756, 2), (10**6, 1)])
+def test_chunks_are_as_large_as_the_cache_allows_and_in_order(monkeypatch, cached, chunks):
+    monkeypatch.setattr(layers, "_CACHED", cached)
+    # 9 views of 7 * 6 * 2 values are 756 for each image.
+    x, kernel = _integers(1, 6, 7, 6, 2), _integers(2, 3, 3, 2, 3)
+    split = layers._chunks(x, kernel)
+    assert split.shape == (chunks, 6 // chunks, 7, 6, 2)
+    assert jnp.array_equal(split.reshape(x.shape), x)
+
+
+def _descend(function, images_last):
+    def step(kernel, x):
+        gradient = jax.grad(lambda k: (function(x, k, 1, images_last) ** 2).mean())
+        return kernel - 0.01 * gradient(kernel)
+
+    return step
+
+
+@pytest.mark.parametrize("images_last", [False, True])
+def test_convolution_trains_the_same_in_loops(images_last):
+    x, kernel = _normal(1, 3, 4, 4, 5, 2), _normal(2, 3, 3, 2, 3)
+    x = x.transpose(0, 4, 2, 3, 1) if images_last else x
+    step, plain = _descend(convolve, images_last), jax.jit(_descend(_lax, images_last))
+    expected = kernel
+    for i in range(3):
+        expected = plain(expected, x[i])
+    assert float(jnp.abs(expected - kernel).max()) > 1e-2
+    in_fori = jax.jit(lambda k: lax.fori_loop(0, 3, lambda i, k: step(k, x[i]), k))(kernel)
+    in_scan = jax.jit(lambda k: lax.scan(lambda k, x: (step(k, x), None), k, x)[0])(kernel)
+    np.testing.assert_allclose(in_fori, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(in_scan, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("images_last", [False, True])
+@pytest.mark.parametrize("axes", [(0, 0), (None, 0), (0, None)])
+def test_convolution_under_vmap_is_one_after_the_other(images_last, axes):
+    xs, kernels = _integers(1, 3, 4, 5, 6, 4), _integers(2, 3, 3, 3, 4, 2)
+    xs = xs if axes[0] == 0 else xs[0]
+    kernels = kernels if axes[1] == 0 else kernels[0]
+    if images_last:
+        xs = jnp.moveaxis(xs, (-4, -1), (-1, -4))
+    weight = _integers(3, *((2, 5, 6, 4) if images_last else (4, 5, 6, 2)))
+
+    def total(function, x, kernel):
+        y = function(x, kernel, 1, images_last)
+        return (y * weight).sum(), y
+
+    run = jax.grad(total, (1, 2), has_aux=True)
+    together = jax.jit(jax.vmap(partial(run, convolve), in_axes=axes))(xs, kernels)
+    alone = jax.jit(partial(run, _lax))
+    for i in range(3):
+        expected = alone(xs[i] if axes[0] == 0 else xs, kernels[i] if axes[1] == 0 else kernels)
+        _assert_trees_equal(jax.tree.map(lambda v, i=i: v[i], together), expected)
+
+
+def test_a_gradient_through_vmapped_convolutions_sums_over_the_shared_kernel():
+    xs, kernel = _integers(1, 3, 2, 5, 5, 2), _integers(2, 3, 3, 2, 3)
+    found = jax.grad(lambda k: jax.vmap(lambda x: convolve(x, k))(xs).sum())
+    expected = jax.grad(lambda k: _lax(xs.reshape(6, 5, 5, 2), k, 0, False).sum())
+    np.testing.assert_allclose(jax.jit(found)(kernel), jax.jit(expected)(kernel), atol=1e-3)
+
+
+@pytest.mark.parametrize("images_last", [False, True])
+def test_the_convolution_layer_adds_its_bias_to_each_channel(images_last):
+    x = _integers(1, 2, 5, 5, 3)
+    x = x.transpose(3, 1, 2, 0) if images_last else x
+    layer = Conv(4, padding=1, images_last=images_last)
+    params = layer.init(jax.random.key(0), x)["params"]
+    assert not params["bias"].any()
+    bound = 1 / np.sqrt(27)
+    assert 0.8 * bound < float(jnp.abs(params["kernel"]).max()) <= bound
+    bias = jnp.asarray([1.0, 2.0, 3.0, 4.0])
+    y = layer.apply({"params": {**params, "bias": bias}}, x)
+    without = _lax(x, params["kernel"], 1, images_last)
+    added = jnp.moveaxis(y - without, 0 if images_last else -1, -1)
+    np.testing.assert_allclose(added, jnp.broadcast_to(bias, added.shape), atol=1e-4)
+
+
+def _reduce_window(x):
+    return lax.reduce_window(x, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 6, 3), (2, 5, 6, 3), (3, 4, 5, 2), (1, 7, 3, 4)])
+def test_pooling_and_its_gradient_equal_a_window_reduction(shape):
+    size = int(np.prod(shape))
+    # All different: no ties.
+    x = jnp.asarray(np.random.default_rng(0).permutation(size) - size / 2, jnp.float32)
+    x = x.reshape(shape)
+    np.testing.assert_array_equal(max_pool(x), _reduce_window(x))
+    weight = _integers(1, *_reduce_window(x).shape)
+    ours, theirs = (
+        jax.jit(jax.grad(lambda x, f=f: (f(x) * weight).sum()))(x)
+        for f in (max_pool, _reduce_window)
+    )
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def test_pooling_shares_the_gradient_where_values_tie():
+    gradient = jax.jit(jax.grad(lambda x: 8 * max_pool(x).sum()))
+
+    def of(*window):
+        x = jnp.asarray(window, jnp.float32).reshape(1, 2, 2, 1)
+        return gradient(x).reshape(-1).tolist()
+
+    assert of(5, 5, 5, 5) == [2, 2, 2, 2]
+    assert of(1, 0, 1, 0) == [4, 0, 4, 0]
+    assert of(1, 1, 0, 0) == [4, 4, 0, 0]
+    assert of(1, 0, 0, 1) == [4, 0, 0, 4]
+    three = of(1, 1, 1, 0)
+    assert sum(three) == 8
+    assert min(three[:3]) > 0
+    assert three[3] == 0
+
+
+def test_normalization_by_hand():
+    # Channels 1, 3, 5, 7 and 0, 0, 0, 4: means 4 and 1, variances 5 and 3.
+    x = jnp.asarray([[1.0, 0.0], [3.0, 0.0], [5.0, 0.0], [7.0, 4.0]])
+    scale, bias = jnp.asarray([2.0, -1.0]), jnp.asarray([0.5, 1.0])
+    y, mean, variance = normalize(x, scale, bias, -1, 1.0)
+    np.testing.assert_allclose(mean, [4, 1], rtol=1e-6)
+    np.testing.assert_allclose(variance, [5, 3], rtol=1e-6)
+    first = [2 * v / 6**0.5 + 0.5 for v in (-3, -1, 1, 3)]
+    second = [-v / 2 + 1 for v in (-1, -1, -1, 3)]
+    np.testing.assert_allclose(y, np.transpose([first, second]), rtol=1e-5)
+    transposed = normalize(x.T, scale, bias, 0, 1.0)
+    np.testing.assert_allclose(transposed[0], y.T, rtol=1e-6)
+    np.testing.assert_allclose(transposed[1], mean, rtol=1e-6)
+
+
+def test_normalization_of_a_constant_is_the_bias():
+    y, _, variance = normalize(jnp.full((7, 2), 3.3), jnp.ones(2), jnp.asarray([1.0, 2]), -1, 1e-5)
+    np.testing.assert_allclose(variance, [0, 0], atol=1e-5)
+    np.testing.assert_allclose(y, np.tile([1.0, 2.0], (7, 1)), atol=1e-2)
+
+
+def _plain_normalize(x, scale, bias, axis, epsilon):
+    axes = tuple(i for i in range(x.ndim) if i != axis % x.ndim)
+    mean = x.mean(axes, keepdims=True)
+    variance = ((x - mean) ** 2).mean(axes, keepdims=True)
+    scale, bias = jnp.expand_dims(scale, axes), jnp.expand_dims(bias, axes)
+    return scale * (x - mean) / jnp.sqrt(variance + epsilon) + bias
+
+
+@pytest.mark.parametrize("axis", [0, -1])
+@pytest.mark.parametrize("epsilon", [1e-5, 0.5])
+def test_normalizations_gradients_equal_those_of_a_plain_formula(axis, epsilon):
+    x = 2 * _normal(0, 3, 4, 5, 3) + 1.5
+    scale, bias, weight = _normal(1, 3), _normal(2, 3), _normal(3, *x.shape)
+
+    def total(function, *arguments):
+        y = function(*arguments, axis, epsilon)
+        return (y * weight).sum(), y
+
+    run = jax.jit(jax.grad(total, (1, 2, 3), has_aux=True), static_argnums=0)
+    ours = run(lambda *a: normalize(*a)[0], x, scale, bias)
+    theirs = run(_plain_normalize, x, scale, bias)
+    for left, right in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(left, right, rtol=1e-4, atol=2e-5)
+        assert float(jnp.abs(right).max()) > 0.1
+
+
+@pytest.mark.parametrize("axis", [0, -1])
+def test_normalizations_gradients_equal_finite_differences(axis):
+    x, scale, bias = _normal(0, 2, 5, 2), _normal(1, 2), _normal(2, 2)
+    function = jax.jit(lambda *a: normalize(*a, axis, 0.1)[0])
+    check_grads(function, (x, scale, bias), 1, modes=["rev"], atol=2e-2, rtol=2e-2)
+
+
+def test_no_gradient_flows_through_the_statistics():
+    def total(x):
+        _, mean, variance = normalize(x, jnp.ones(2), jnp.zeros(2), -1, 1e-5)
+        return (mean + 3 * variance).sum()
+
+    assert not jax.grad(total)(_normal(0, 6, 2)).any()
+
+
+def test_running_averages_by_hand():
+    x = jnp.asarray([[1.0, 0.0], [3.0, 0.0], [5.0, 0.0], [7.0, 4.0]])
+    layer = BatchNorm(momentum=0.75)
+    variables = layer.init(jax.random.key(0), x, train=True)
+    assert variables["batch_stats"]["mean"].tolist() == [0, 0]
+    assert variables["batch_stats"]["var"].tolist() == [1, 1]
+    _, changed = layer.apply(variables, x, train=True, mutable="batch_stats")
+    np.testing.assert_allclose(changed["batch_stats"]["mean"], [1, 0.25], rtol=1e-6)
+    np.testing.assert_allclose(changed["batch_stats"]["var"], [2, 1.5], rtol=1e-6)
+    _, again = layer.apply({**variables, **changed}, x, train=True, mutable="batch_stats")
+    np.testing.assert_allclose(again["batch_stats"]["mean"], [1.75, 0.4375], rtol=1e-6)
+    np.testing.assert_allclose(again["batch_stats"]["var"], [2.75, 1.875], rtol=1e-6)
+
+
+def test_evaluation_normalizes_with_the_running_averages_and_keeps_them():
+    layer = BatchNorm(epsilon=1.0)
+    variables = {
+        "params": {"scale": jnp.asarray([2.0, 1.0]), "bias": jnp.asarray([0.0, 10.0])},
+        "batch_stats": {"mean": jnp.asarray([1.0, -1.0]), "var": jnp.asarray([3.0, 15.0])},
+    }
+    x = jnp.asarray([[1.0, 3.0], [5.0, -1.0]])
+    y, changed = layer.apply(variables, x, train=False, mutable="batch_stats")
+    np.testing.assert_allclose(y, [[0, 11], [4, 10]], rtol=1e-6, atol=1e-6)
+    for name, value in variables["batch_stats"].items():
+        assert jnp.array_equal(changed["batch_stats"][name], value)
+
+
+@pytest.mark.parametrize("axis", [0, -1])
+def test_batch_norm_equals_flaxs(axis):
+    x = 2 * _normal(0, 3, 4, 4, 3) + 1
+    ours, variables = BatchNorm(axis=axis), None
+    kinds = [(ours, {"train": True}, {"train": False})]
+    flax = nn.BatchNorm(axis=axis, momentum=0.9, epsilon=1e-5)
+    kinds.append((flax, {"use_running_average": False}, {"use_running_average": True}))
+    found = []
+    for layer, train, evaluate in kinds:
+        variables = layer.init(jax.random.key(0), x, **train)
+        params = {"scale": _normal(1, 3), "bias": _normal(2, 3)}
+        assert set(variables["params"]) == set(params)
+        results = []
+        stats = variables["batch_stats"]
+        for factor in (1.0, 3.0):
+            y, changed = layer.apply(
+                {"params": params, "batch_stats": stats}, factor * x, mutable="batch_stats", **train
+            )
+            stats = changed["batch_stats"]
+            results.append(y)
+        results.append(layer.apply({"params": params, "batch_stats": stats}, x, **evaluate))
+        found.append((results, dict(stats)))
+    _assert_trees_equal(*found, tolerance=2e-5)
+    assert set(found[0][1]) == {"mean", "var"}
+
+
+def _drop(rate, x, key, train=True):
+    return Dropout(rate).apply({}, x, train=train, rngs={"dropout": key})
+
+
+def test_dropout_at_rate_zero_and_in_evaluation_is_the_identity():
+    x = _normal(0, 50)
+    assert jnp.array_equal(_drop(0.0, x, jax.random.key(0)), x)
+    assert jnp.array_equal(_drop(0.5, x, jax.random.key(0), train=False), x)
+    assert jnp.array_equal(Dropout(0.5).apply({}, x, train=False), x)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.25, 0.5, 0.9])
+def test_dropout_keeps_its_share_and_scales_what_it_keeps(rate):
+    x = jnp.abs(_normal(0, 100, 400)) + 1
+    y = _drop(rate, x, jax.random.key(3))
+    kept = y != 0
+    # Five standard deviations of a binomial's share.
+    assert abs(float(kept.mean()) - (1 - rate)) < 5 * (rate * (1 - rate) / x.size) ** 0.5
+    np.testing.assert_array_equal(y[kept], (x / (1 - rate))[kept])
+    assert kept.any(axis=0).all()
+    assert not kept.all(axis=1).any()
+
+
+def test_dropout_passes_the_gradient_of_what_it_keeps_only():
+    x = jnp.abs(_normal(0, 1000)) + 1
+    gradient = jax.grad(lambda x: _drop(0.75, x, jax.random.key(1)).sum())(x)
+    np.testing.assert_array_equal(gradient, jnp.where(_drop(0.75, x, jax.random.key(1)) > 0, 4, 0))
+
+
+def test_masks_differ_between_keys_and_steps_and_not_for_one_key():
+    x = jnp.ones(4000)
+    keys = [jax.random.fold_in(jax.random.key(0), step) for step in range(3)]
+    keys.append(jax.random.key(1))
+    masks = np.stack([_drop(0.5, x, key) > 0 for key in keys])
+    for i in range(4):
+        np.testing.assert_array_equal(_drop(0.5, x, keys[i]) > 0, masks[i])
+        for j in range(i):
+            # Independent masks agree in half of the places.
+            assert abs((masks[i] == masks[j]).mean() - 0.5) < 0.05
+
+
+def test_two_dropouts_of_a_network_have_different_masks():
+    class Twice(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return Dropout(0.5)(x, train=True), Dropout(0.5)(x, train=True)
+
+    a, b = Twice().apply({}, jnp.ones(4000), rngs={"dropout": jax.random.key(0)})
+    assert abs(float((a == b).mean()) - 0.5) < 0.05
+
+
+def test_masks_are_the_same_under_vmap_and_in_loops_as_alone():
+    x, keys = _normal(0, 3, 70), jax.random.split(jax.random.key(0), 4)
+    alone = jnp.stack([_drop(0.3, x, key) for key in keys])
+    together = jax.jit(jax.vmap(lambda key: _drop(0.3, x, key)))(keys)
+    looped = jax.jit(lambda keys: lax.map(lambda key: _drop(0.3, x, key), keys))(keys)
+    np.testing.assert_array_equal(together != 0, alone != 0)
+    np.testing.assert_array_equal(looped != 0, alone != 0)
+    np.testing.assert_allclose(together, alone, rtol=1e-6)
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.0, 1.5, float("nan")])
+def test_dropout_rates_outside_the_range_are_refused(rate):
+    with pytest.raises(ValueError, match=rf"dropout rate is {rate}; it should be in \[0, 1\)"):
+        Dropout(rate)
+
+
+@pytest.mark.parametrize("rate", [1 - 2**-20, 1 - 2**-40])
+def test_a_dropout_rate_just_below_one_drops_all_but_a_few(rate):
+    y = _drop(rate, jnp.ones(1000), jax.random.key(0))
+    assert float((y != 0).mean()) < 0.01
+
+
+def _signs(bits):
+    bits = np.asarray(bits).reshape(-1) >> np.arange(32, dtype=np.uint32)[:, None]
+    return 2 * (bits & 1).astype(np.float32) - 1
+
+
+def test_each_random_bit_is_one_half_of_the_time():
+    for seed in (0, 1, 12345):
+        signs = _signs(random_bits(jax.random.key(seed), (256, 256)))
+        assert np.abs(signs.mean(1)).max() < 5 / 256
+
+
+def test_random_bits_of_neighbours_and_of_following_keys_are_uncorrelated():
+    n = 2**14
+    for k in (0, 41):
+        here = _signs(random_bits(jax.random.key(k), (n,)))
+        following = _signs(random_bits(jax.random.key(k + 1), (n,)))
+        for lag in (1, 16):
+            assert np.abs(here[:, lag:] @ here[:, :-lag].T / n).max() < 5.5 / n**0.5
+        assert np.abs(here @ following.T / n).max() < 5.5 / n**0.5
+        between = here @ here.T / n - np.eye(32)
+        assert np.abs(between).max() < 5.5 / n**0.5
+
+
+def test_random_bits_depend_on_the_position_and_on_both_words_of_the_key():
+    shape = (5, 7)
+    bits = random_bits(jax.random.key(3), shape)
+    assert bits.dtype == jnp.uint32
+    assert jnp.array_equal(bits.reshape(-1), random_bits(jax.random.key(3), (35,)))
+    for words in ([1, 3], [0, 4], [3, 0]):
+        key = jax.random.wrap_key_data(jnp.asarray(words, jnp.uint32))
+        assert float((random_bits(key, shape) == bits).mean()) < 0.1

@@ -1,0 +1,144 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.test_util import check_grads
+
+from sire_jax import objectives
+from sire_jax.objectives import (
+    LOSSES,
+    Objective,
+    binary_cross_entropy,
+    binary_squared_error,
+    cross_entropy,
+    mean_squared_error,
+    negative_probability,
+)
+
+LOG = np.log
+# Softmax of these: 1/6, 2/6, 3/6 and 1/2, 1/4, 1/4.
+LOGITS = jnp.asarray([[0.0, LOG(2), LOG(3)], [LOG(2), 0.0, 0.0]], jnp.float32)
+
+
+def test_cross_entropy_by_hand():
+    losses = cross_entropy(LOGITS + 7.0, jnp.asarray([2, 1]))
+    np.testing.assert_allclose(losses, [LOG(2), LOG(4)], rtol=1e-5)
+
+
+def test_cross_entropy_sums_over_positions():
+    two = jnp.stack([LOGITS, LOGITS[::-1]])
+    losses = cross_entropy(two, jnp.asarray([[0, 0], [2, 1]]))
+    np.testing.assert_allclose(losses, [LOG(6) + LOG(2), LOG(4) + LOG(3)], rtol=1e-5)
+
+
+def test_negative_probability_by_hand():
+    losses = negative_probability(LOGITS - 3.0, jnp.asarray([1, 0]))
+    np.testing.assert_allclose(losses, [-1 / 3, -1 / 2], rtol=1e-5)
+
+
+def test_negative_probability_sums_over_positions():
+    two = jnp.stack([LOGITS, LOGITS[::-1]])
+    losses = negative_probability(two, jnp.asarray([[0, 0], [2, 1]]))
+    np.testing.assert_allclose(losses, [-1 / 6 - 1 / 2, -1 / 4 - 1 / 3], rtol=1e-5)
+
+
+def test_binary_cross_entropy_by_hand():
+    logit = jnp.asarray([[0.0], [LOG(3)], [LOG(3)]], jnp.float32)
+    losses = binary_cross_entropy(logit, jnp.asarray([1, 1, 0]))
+    np.testing.assert_allclose(losses, [LOG(2), LOG(4 / 3), LOG(4)], rtol=1e-5)
+
+
+def test_binary_squared_error_by_hand():
+    logit = jnp.asarray([[0.0], [LOG(3)], [LOG(3)]], jnp.float32)
+    losses = binary_squared_error(logit, jnp.asarray([1, 1, 0]))
+    np.testing.assert_allclose(losses, [1 / 4, 1 / 16, 9 / 16], rtol=1e-5)
+
+
+def test_mean_squared_error_is_a_mean_over_all_of_an_example():
+    output = jnp.asarray([[[1.0, 2.0], [3.0, 4.0]], [[0.0, 0.0], [0.0, 2.0]]])
+    target = jnp.asarray([[[1.0, 1.0], [1.0, 1.0]], [[0.0, 0.0], [0.0, -2.0]]])
+    assert mean_squared_error(output, target).tolist() == [(0 + 1 + 4 + 9) / 4, 4.0]
+    assert mean_squared_error(jnp.asarray([3.0, 1.0]), jnp.asarray([1.0, 1.0])).tolist() == [4, 0]
+
+
+EXTREME = {
+    "cross_entropy": [0.0, 2e30],
+    "negative_probability": [-1.0, 0.0],
+    "binary_cross_entropy": [0.0, 2e30],
+    "binary_squared_error": [0.0, 1.0],
+}
+
+
+@pytest.mark.parametrize("name", EXTREME)
+def test_losses_and_gradients_of_extreme_logits_are_finite(name):
+    big = 1e30 if "binary" not in name else 2e30
+    # The first is right beyond doubt, the second as wrong.
+    if "binary" in name:
+        logits, labels = jnp.asarray([[-big], [big]]), jnp.asarray([0, 0])
+    else:
+        logits, labels = jnp.asarray([[big, -big, 0.0]] * 2), jnp.asarray([0, 1])
+    np.testing.assert_allclose(LOSSES[name](logits, labels), EXTREME[name], rtol=1e-5)
+    gradient = jax.grad(lambda x: LOSSES[name](x, labels).sum())(logits)
+    assert jnp.isfinite(gradient).all()
+    assert not gradient[0].any()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradients_equal_finite_differences(name):
+    random = np.random.default_rng(0)
+    if "binary" in name:
+        output, target = random.normal(size=(4, 1)), jnp.asarray([0, 1, 1, 0])
+    elif name == "mean_squared_error":
+        output = random.normal(size=(3, 2, 2))
+        target = jnp.asarray(random.normal(size=(3, 2, 2)), jnp.float32)
+    else:
+        output, target = random.normal(size=(3, 2, 4)), jnp.asarray([[0, 3], [1, 1], [2, 0]])
+    loss = jax.jit(lambda x: LOSSES[name](x, target))
+    output = jnp.asarray(output, jnp.float32)
+    check_grads(loss, (output,), 1, modes=["rev"], atol=1e-2, rtol=1e-2)
+    assert float(jnp.abs(jax.grad(lambda x: loss(x).sum())(output)).max()) > 0.05
+
+
+def test_cross_entropys_gradient_is_the_probability_less_one_at_the_label():
+    gradient = jax.grad(lambda x: cross_entropy(x, jnp.asarray([2, 1])).sum())(LOGITS)
+    expected = [[1 / 6, 1 / 3, -1 / 2], [1 / 2, -3 / 4, 1 / 4]]
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5)
+
+
+def test_a_weight_is_a_number_or_a_schedule():
+    number = Objective("main", "label", cross_entropy, 0.3)
+    schedule = Objective("main", "label", cross_entropy, optax.linear_schedule(1.0, 0.0, 4))
+    for step in (1, jnp.asarray(1, jnp.int32)):
+        assert number.weight_at(step) == jnp.float32(0.3)
+        assert schedule.weight_at(step) == 0.75
+        assert schedule.weight_at(step).dtype == number.weight_at(step).dtype == jnp.float32
+        assert schedule.weight_at(step).shape == ()
+    assert schedule.weight_at(9) == 0
+    assert Objective("main", "label", cross_entropy).weight_at(5) == 1
+    assert jax.jit(schedule.weight_at)(jnp.asarray(2, jnp.int32)) == 0.5
+    weights = objectives.weights({"a": number, "b": schedule}, 3)
+    assert {k: float(v) for k, v in weights.items()} == {"a": pytest.approx(0.3), "b": 0.25}
+
+
+def test_each_objective_is_evaluated_on_its_output_and_target_without_its_weight():
+    chosen = {
+        "class": Objective("main", "label", cross_entropy, 0.5),
+        "copy": Objective("code", "image", mean_squared_error, 7.0),
+    }
+    outputs = {"main": LOGITS, "code": jnp.asarray([1.0, 4.0])}
+    batch = {"label": jnp.asarray([2, 1]), "image": jnp.asarray([1.0, 1.0])}
+    found = objectives.evaluate(chosen, outputs, batch)
+    np.testing.assert_allclose(found["class"], [LOG(2), LOG(4)], rtol=1e-5)
+    assert found["copy"].tolist() == [0, 9]
+
+
+def test_check_names_what_is_missing():
+    outputs, batch = {"main": 0, "exit_1": 0}, {"image": 0, "label": 0}
+    objectives.check({"o": Objective("main", "label", cross_entropy)}, outputs, batch)
+    with pytest.raises(ValueError, match="There is no objective"):
+        objectives.check({}, outputs, batch)
+    with pytest.raises(ValueError, match=r"'o' is on the output 'exit1'.*Did you mean 'exit_1'"):
+        objectives.check({"o": Objective("exit1", "label", cross_entropy)}, outputs, batch)
+    with pytest.raises(ValueError, match=r"'o' is on the target 'zzz'.*Known: image, label"):
+        objectives.check({"o": Objective("main", "zzz", cross_entropy)}, outputs, batch)
