@@ -12,6 +12,9 @@ import numpy as np
 from tqdm import tqdm
 
 
+_BAR = "{percentage:3.0f}% |{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
+
+
 class Progress:
     """A bar with losses and images/s on a terminal, plain lines elsewhere.
 
@@ -31,6 +34,7 @@ class Progress:
             unit="step",
             disable=not self._terminal,
             dynamic_ncols=True,
+            bar_format=_BAR,
         )
         self._since, self._taken = time.perf_counter(), 0
 
@@ -46,7 +50,7 @@ class Progress:
         self._since, self._taken = now, 0
         shown = "  ".join(f"{name} {np.mean(each):.4g}" for name, each in values.items())
         if self._terminal:
-            self._bar.set_postfix_str(f"{shown}  {speed:,.0f} images/s")
+            self._bar.set_postfix_str(f"{speed:,.0f} images/s  {shown}")
         else:
             epoch = -(-step // self._steps)
             print(
