@@ -1,5 +1,7 @@
 import os
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -245,18 +247,17 @@ def test_a_set_without_test_images_or_labels_is_refused(tmp_path):
 
 
 def test_two_programs_may_write_the_cache_at_once(prepared, tmp_path, monkeypatch):
-    save, nested = np.savez, []
+    arguments = ("tfds:tiny", str(prepared), str(tmp_path))
+    other = f"from sire_jax.data import sources; sources.load(*{arguments})"
+    save = np.savez
 
-    def interrupted(path, **arrays):
+    def slow(path, **arrays):
         save(path, **arrays)
-        if not nested:
-            nested.append(True)
-            # Another program decodes the same set meanwhile.
-            sources.load("tfds:tiny", str(prepared), str(tmp_path))
+        # Another program decodes the same set meanwhile.
+        subprocess.run([sys.executable, "-c", other], check=True)
 
-    monkeypatch.setattr(np, "savez", interrupted)
-    _check_tiny(sources.load("tfds:tiny", str(prepared), str(tmp_path)))
-    assert nested
+    monkeypatch.setattr(np, "savez", slow)
+    _check_tiny(sources.load(*arguments))
     assert len(list(tmp_path.iterdir())) == 1
 
 
