@@ -233,6 +233,8 @@ def _check_section(where: str, given: Mapping[str, Any], known: Mapping[str, Any
             if not isinstance(given[key], ConfigDict):
                 raise ValueError(f"{path} is {given[key]!r}; it should be a section.")
         elif isinstance(value, ConfigDict):
+            if not isinstance(given[key], ConfigDict):
+                raise ValueError(f"{path} is {given[key]!r}; it should be a section.")
             _check_section(path, given[key], value)
         else:
             registry.check_type(path, given[key], value)
@@ -261,7 +263,7 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, Mapping | ConfigDict):
             found |= flat(value, f"{prefix}{key}.")
         else:
-            found[prefix + key] = value
+            found[prefix + key] = tuple(value) if isinstance(value, list) else value
     return found
 
 

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from sire_jax import configuration, objectives, optimizers, prediction, registry
 from sire_jax.backbones import BACKBONES
 from sire_jax.data import augmentation, sources, tasks
+from sire_jax.data.augmentation import AUGMENTATIONS
 from sire_jax.heads import HEADS
 from sire_jax.networks import MAIN, Network
 from sire_jax.parallel import INITIAL
@@ -100,11 +101,12 @@ class Experiment:
                 f"config.batch_size is {self.config.batch_size}, but there are only"
                 f" {len(draws[0].train)} training examples."
             )
-        if "validation" in self.config.evaluate_splits and not len(draws[0].validation):
-            raise ValueError(
-                "config.evaluate_splits has 'validation', but the task takes no example aside;"
-                " set config.data.task.validation_per_class or validation."
-            )
+        for split in (*self.config.evaluate_splits, "test"):
+            if not len(getattr(draws[0], split)):
+                raise ValueError(
+                    f"There are no {split} examples to measure; give config.data.task some (the"
+                    " validation examples are validation_per_class or validation)."
+                )
         return dataset, draws
 
 
@@ -125,14 +127,20 @@ def _example_batch(task: tasks.Task, config: ConfigDict) -> dict[str, Any]:
 
 
 def _section(config: ConfigDict, key: str, parts: Mapping[str, Any], what: str) -> dict[str, Any]:
-    return {k: registry.create(parts, section, what) for k, section in config[key].items()}
+    """Makes all parts of a section, in the order of their registry, those of one's own last."""
+    made = {k: registry.create(parts, section, what) for k, section in config[key].items()}
+    known = list(parts)
+    place = {
+        k: known.index(s.name) if s.name in known else len(known) for k, s in config[key].items()
+    }
+    return {k: made[k] for k in sorted(made, key=lambda k: place[k])}
 
 
 def _objective(name: str, section: ConfigDict) -> objectives.Objective:
     described = {"name": name, **section}
     made = registry.create({name: objectives.Objective}, described, "objective")
     loss = registry.choose(objectives.LOSSES, made.loss, "loss")
-    weight = optimizers.number_or_schedule(section["weight"], f"weight of the objective '{name}'")
+    weight = optimizers.number_or_schedule(made.weight, f"weight of the objective '{name}'")
     return objectives.Objective(made.output, made.target, loss, weight)
 
 
@@ -150,10 +158,7 @@ def build(config: ConfigDict) -> Experiment:
     """
     configuration.validate(config)
     task = registry.create(tasks.TASKS, config.data.task, "task")
-    augmentations = {
-        key: registry.create(augmentation.AUGMENTATIONS, config.augmentation[key], "augmentation")
-        for key in sorted(config.augmentation, key=list(augmentation.AUGMENTATIONS).index)
-    }
+    augmentations = _section(config, "augmentation", AUGMENTATIONS, "augmentation")
     network = Network(
         registry.create(BACKBONES, config.backbone, "backbone"),
         _section(config, "heads", HEADS, "head"),
@@ -166,7 +171,8 @@ def build(config: ConfigDict) -> Experiment:
     objectives.check(chosen, outputs, batch)
     prediction.check(predictions, outputs)
     _check_names(predictions, outputs, chosen)
-    _check_widths(config, chosen, outputs)
+    _check_widths(task.classes(config.data.classes), chosen, outputs)
+    _check_augmentations(augmentations, batch)
     optimizer = registry.create(optimizers.OPTIMIZERS, config.optimizer, "optimizer")
     reach = find_reach(network.apply, chosen, variables, batch)
     rule = registry.create(
@@ -196,15 +202,28 @@ def _check_names(predictions: Any, outputs: Any, chosen: Any) -> None:
             )
 
 
-def _check_widths(config: ConfigDict, chosen: objectives.Objectives, outputs: Any) -> None:
+def _check_widths(
+    classes: Mapping[str, int], chosen: objectives.Objectives, outputs: Mapping[str, Any]
+) -> None:
     """Checks that an output has as many logits as its target has classes."""
     for name, objective in chosen.items():
-        classes = config.data.classes.get(objective.target)
         width = outputs[objective.output].shape[-1]
-        if classes is None or config.data.task.name != "images":
-            continue
-        if objective.loss is objectives.cross_entropy and width != classes:
+        known = classes.get(objective.target, width)
+        if objective.loss in (objectives.cross_entropy, objectives.negative_probability) and (
+            width != known
+        ):
             raise ValueError(
                 f"The objective '{name}' compares '{objective.output}', which has {width} logits,"
-                f" with '{objective.target}', which has {classes} classes."
+                f" with '{objective.target}', which has {known} classes."
             )
+
+
+def _check_augmentations(augmentations: Mapping[str, Any], batch: Mapping[str, Any]) -> None:
+    """Checks that a batch has what each augmentation changes."""
+    for name, each in augmentations.items():
+        for key in getattr(each, "needs", ("image",)):
+            if key not in batch:
+                raise ValueError(
+                    f"The augmentation '{name}' needs '{key}', which the task's batches don't have;"
+                    f" they have {', '.join(sorted(batch))}."
+                )

@@ -8,7 +8,7 @@ import difflib
 import importlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, get_origin
 
 from ml_collections import ConfigDict
 
@@ -43,8 +43,10 @@ def choose(registry: Mapping[str, Any], name: str, what: str) -> Any:
     if isinstance(name, str) and ":" in name:
         module, attribute = name.split(":", 1)
         try:
+            if not module or not attribute:
+                raise ValueError("it should be package.module:Name")
             return getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
+        except (ImportError, AttributeError, ValueError) as error:
             raise ValueError(f"The {what} '{name}' can't be imported: {error}.") from error
     raise ValueError(f"There is no {what} '{name}'.{nearest(str(name), registry)}")
 
@@ -107,11 +109,19 @@ def create(
             raise ValueError(
                 f"The {what} '{section['name']}' has no setting '{key}'.{nearest(key, known)}"
             )
-        check_type(f"{what} '{section['name']}': {key}", value, known[key].default)
+        _check_setting(f"{what} '{section['name']}': {key}", value, known[key])
     missing = [k for k, p in known.items() if p.default is p.empty and k not in given]
     if missing:
         raise ValueError(f"The {what} '{section['name']}' needs a value for {', '.join(missing)}.")
     return part(**given, **supplied)
+
+
+def _check_setting(where: str, value: Any, parameter: inspect.Parameter) -> None:
+    """Checks a setting whose annotation is a plain type; others, such as schedules, check it."""
+    annotation = get_origin(parameter.annotation) or parameter.annotation
+    if annotation in (bool, int, float, str, tuple):
+        default = parameter.default
+        check_type(where, value, annotation() if default is parameter.empty else default)
 
 
 def check_type(where: str, value: Any, default: Any) -> None:

@@ -6,6 +6,7 @@ each image of a pair is changed on its own.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,7 @@ class Swap:
     """
 
     probability: float = 0.5
+    needs: ClassVar = ("image", "digits")
 
     def __post_init__(self) -> None:
         _check_probability("swap", self.probability)

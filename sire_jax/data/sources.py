@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,6 +135,8 @@ def _tfds(name: str, directory: Path, cache: str) -> Dataset:
 
 def _prepared(name: str, directory: Path) -> Path:
     """Finds the newest prepared version of a set; never asks the network."""
+    if not name:
+        raise ValueError("The data source 'tfds:' names no set; write tfds:mnist, for example.")
     root = directory / name
     versions = [path.parent for path in root.glob("**/dataset_info.json")]
     if not versions:
@@ -190,7 +193,7 @@ def _write(path: Path, dataset: Dataset) -> None:
         arrays |= {f"{split}/labels/{kind}": values for kind, values in source.labels.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     # Written aside and renamed: whoever reads finds all of it or nothing.
-    partial = path.with_suffix(".partial.npz")
+    partial = path.with_suffix(f".{os.getpid()}.npz")
     np.savez(partial, allow_pickle=False, **arrays)
     partial.replace(path)
 

@@ -32,6 +32,11 @@ class Draw(NamedTuple):
     test: np.ndarray
 
 
+def _check_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"config.data.task.{name} is {value}; it should be at least {least}.")
+
+
 def stratified(labels: np.ndarray, per_class: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Takes the same number of random examples of each class aside.
 
@@ -70,6 +75,13 @@ class Images:
     """
 
     validation_per_class: int = 0
+
+    def __post_init__(self) -> None:
+        _check_least("validation_per_class", self.validation_per_class, 0)
+
+    def classes(self, labels: Mapping[str, int]) -> dict[str, int]:
+        """Returns the number of classes of each target, given those of each kind of label."""
+        return dict(labels)
 
     def draw(self, dataset: Dataset, seed: int) -> Draw:
         """Splits the training images; see ``stratified`` for what is raised."""
@@ -112,6 +124,15 @@ class Pairs:
     test: int = 1000
     validation: int = 0
     downscale: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("train", "test", "validation"):
+            _check_least(name, getattr(self, name), 0)
+        _check_least("downscale", self.downscale, 1)
+
+    def classes(self, labels: Mapping[str, int]) -> dict[str, int]:
+        """Returns the number of classes of each target, given those of each kind of label."""
+        return {"digits": labels["label"], "label": 2}
 
     def draw(self, dataset: Dataset, seed: int) -> Draw:
         """Draws the pairs of one run.

@@ -76,7 +76,7 @@ def test_possible_values_pass_the_check():
 def test_an_image_that_is_not_finite_is_refused_with_its_index(value):
     dataset = _dataset()
     dataset.test.image[2, 1, 0, 0] = dataset.test.image[4, 0, 0, 0] = value
-    with pytest.raises(ValueError, match="2 of 5 test images.*first at index 2"):
+    with pytest.raises(ValueError, match=r"2 of 5 test images.*first at index 2"):
         sources.check(dataset)
 
 
@@ -114,9 +114,9 @@ def test_images_without_channels_are_refused():
 
 
 def test_an_unknown_source_is_refused_with_the_nearest_name():
-    with pytest.raises(ValueError, match="'digit'.*Did you mean 'digits'"):
+    with pytest.raises(ValueError, match=r"'digit'.*Did you mean 'digits'"):
         sources.load("digit", "")
-    with pytest.raises(ValueError, match="no data source 'mnist'.*Known: digits, tfds:<set>"):
+    with pytest.raises(ValueError, match=r"no data source 'mnist'.*Known: digits, tfds:<set>"):
         sources.load("mnist", "")
 
 
@@ -242,7 +242,7 @@ def test_a_set_without_test_images_or_labels_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"no split 'test', only \['train'\]"):
         sources.load("tfds:tiny", str(_prepare(tmp_path / "a", {"train": 2})))
     (tmp_path / "b").mkdir()
-    with pytest.raises(ValueError, match="no 'image' and 'label'.*'kind'"):
+    with pytest.raises(ValueError, match=r"no 'image' and 'label'.*'kind'"):
         sources.load("tfds:tiny", str(_prepare(tmp_path / "b", {"train": 2, "test": 1}, "kind")))
 
 

@@ -1,0 +1,283 @@
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ml_collections import ConfigDict
+
+from sire_jax import configuration
+
+QUICKSTART = str(configuration.repository_configs() / "quickstart.py")
+
+
+def _load(*overrides, variant="auxiliary"):
+    arguments = [f"--config.{each}" for each in overrides]
+    return configuration.load(f"{QUICKSTART}:{variant}", arguments)
+
+
+def _set(config, path, value):
+    """Sets a key of a nested dictionary, whatever its type, and returns the config."""
+    *sections, key = path.split(".")
+    plain = config.to_dict()
+    section = plain
+    for each in sections:
+        section = section[each]
+    section[key] = value
+    return ConfigDict(plain)
+
+
+def test_a_file_is_loaded_with_its_variant():
+    assert _load().name == "quickstart/auxiliary"
+    assert _load(variant="main_only").heads.to_dict() == {}
+    assert configuration.load(QUICKSTART).name == "quickstart/auxiliary"
+    with pytest.raises(ValueError, match=r"no variant 'auxilary'. Did you mean 'auxiliary'"):
+        _load(variant="auxilary")
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("epochs=3", 3),
+        ("data.scale=0.5", 0.5),
+        ("data.scale=2", 2.0),
+        ("data.shape=(4,6,3)", (4, 6, 3)),
+        ("data.task.train=20", 20),
+        ("data.task.name=images", "images"),
+        ("backbone.dropout=0.25", 0.25),
+        ("backbone.shared=false", False),
+        ("tensorboard=true", True),
+        ("heads.digits.endpoints=('hidden','digits')", ("hidden", "digits")),
+        ("objectives.digits.weight=0.1", 0.1),
+        ("evaluate_splits=('test',)", ("test",)),
+        ("evaluate_splits=test", ("test",)),
+        ("name=a=b", "a=b"),
+    ],
+)
+def test_an_override_sets_a_nested_key_and_nothing_else(override, value):
+    before, after = configuration.flat(_load()), configuration.flat(_load(override))
+    key = override.partition("=")[0]
+    assert after[key] == value
+    assert type(after[key]) is type(value)
+    assert before.keys() == after.keys()
+    assert [k for k in before if before[k] != after[k]] == [key]
+
+
+def test_several_overrides_apply_together():
+    config = _load("seed=3", "data.task.test=7", "data.task.train=8")
+    assert (config.seed, config.data.task.test, config.data.task.train) == (3, 7, 8)
+    assert config.data.task.name == "pairs"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("epchs=3", "config has no key 'epchs'. Did you mean 'epochs'"),
+        ("data.tsk.train=3", "config.data has no key 'tsk'. Did you mean 'task'"),
+        ("data.task.trian=3", "config.data.task has no key 'trian'. Did you mean 'train'"),
+        ("backbone.droput=0.5", "config.backbone has no key 'droput'. Did you mean 'dropout'"),
+        ("heads.digit.name=x", "config.heads has no key 'digit'. Did you mean 'digits'"),
+        ("objectives.main.wieght=2.0", "config.objectives.main has no key.*Did you mean 'weight'"),
+        ("epochs.more=3", "config.epochs has no key 'more'"),
+    ],
+)
+def test_a_mistyped_override_is_refused_with_the_nearest_key(override, message):
+    with pytest.raises(ValueError, match=message):
+        _load(override)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "epochs=many",
+        "epochs=1.5",
+        "epochs=",
+        "data.scale=high",
+        "backbone.shared=perhaps",
+        "data.task=3",
+        "objectives.digits.weight=heavy",
+    ],
+)
+def test_an_override_of_a_wrong_type_is_refused(override):
+    with pytest.raises(ValueError, match=rf"wrong type.*{override.partition('=')[0]}"):
+        _load(override)
+
+
+@pytest.mark.parametrize("argument", ["epochs=3", "--epochs=3", "--confg.epochs=3", "more"])
+def test_what_is_no_override_is_refused(argument):
+    with pytest.raises(ValueError, match=f"{argument}.*--config.key=value"):
+        configuration.load(QUICKSTART, [argument])
+
+
+def test_a_file_that_does_not_exist_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no_such\.py"):
+        configuration.load(str(tmp_path / "no_such.py:variant"))
+    (tmp_path / "empty.py").write_text("x = 1\n")
+    with pytest.raises(ValueError, match=r"empty\.py has no function get_config"):
+        configuration.load(str(tmp_path / "empty.py"))
+
+
+def test_overriding_leaves_the_given_config_as_it_is():
+    config = _load()
+    other = configuration.override(config, ["--config.data.task.train=9"])
+    assert (config.data.task.train, other.data.task.train) == (500, 9)
+    with pytest.raises((AttributeError, KeyError)):
+        other.epchs = 3
+
+
+@pytest.mark.parametrize("variant", ["auxiliary", "main_only"])
+def test_a_config_as_json_reads_back_equal(variant):
+    config = _load("data.scale=0.1", "heads={}" if variant == "main_only" else "seed=1")
+    again = configuration.from_json(configuration.to_json(config))
+    assert again.to_dict() == config.to_dict()
+    assert again.data.shape == (8, 8, 1)
+    assert configuration.differences(config, again) == []
+    configuration.validate(again)
+
+
+leaves = st.one_of(
+    st.integers(),
+    st.booleans(),
+    st.floats(allow_nan=False),
+    st.text(max_size=5),
+    st.lists(st.one_of(st.integers(), st.text(max_size=3)), max_size=3).map(tuple),
+)
+names = st.text("abc_", min_size=1, max_size=3)
+nested = st.recursive(
+    st.dictionaries(names, leaves, max_size=3),
+    lambda inner: st.dictionaries(names, inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.dictionaries(names, st.one_of(leaves, nested), max_size=4))
+def test_any_config_as_json_reads_back_equal(values):
+    config = ConfigDict(values)
+    again = configuration.from_json(configuration.to_json(config))
+    assert again.to_dict() == config.to_dict()
+    assert configuration.differences(config, again) == []
+
+
+def test_lists_read_back_from_json_are_no_difference():
+    config = ConfigDict({"heads": {"a": {"endpoints": ["x", "y"]}}})
+    again = configuration.from_json(configuration.to_json(config))
+    assert configuration.differences(again, config) == []
+
+
+def test_differences_are_listed_a_line_each():
+    old = _load()
+    new = _load("seed=7", "data.task.train=9", "objectives.digits.weight=1")
+    assert configuration.differences(old, old) == []
+    assert configuration.differences(old, new) == [
+        "data.task.train: 500 -> 9",
+        "objectives.digits.weight: 10.0 -> 1.0",
+        "seed: 0 -> 7",
+    ]
+    lines = configuration.differences(_load(variant="main_only"), old)
+    assert "heads.digits.name: '(absent)' -> 'identity'" in lines
+    assert "name: 'quickstart/main_only' -> 'quickstart/auxiliary'" in lines
+
+
+def test_keys_that_do_not_change_results_are_no_difference():
+    free = ("devices=2", "steps_per_call=7", "checkpoint_every=3", "tensorboard=true")
+    new = _load(*free, "data.dir=/elsewhere", "data.cache=")
+    assert configuration.differences(_load(), new) == []
+    # A key of the same name elsewhere counts.
+    old = ConfigDict({"dir": 1, "data": {"devices": 1}})
+    new = ConfigDict({"dir": 2, "data": {"devices": 2}})
+    assert configuration.differences(old, new) == ["data.devices: 1 -> 2", "dir: 1 -> 2"]
+
+
+def test_the_defaults_and_the_quickstart_are_valid():
+    configuration.validate(configuration.default())
+    configuration.validate(_load())
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("epohs", 3, "config has no key 'epohs'. Did you mean 'epochs'"),
+        ("data.shap", 3, "config.data has no key 'shap'. Did you mean 'shape'"),
+        ("epochs", 0, "config.epochs is 0; it should be at least 1"),
+        ("seeds", 0, "config.seeds is 0; it should be at least 1"),
+        ("batch_size", -3, "config.batch_size is -3; it should be at least 1"),
+        ("steps_per_call", 0, "config.steps_per_call is 0"),
+        ("evaluate_batch_size", 0, "config.evaluate_batch_size is 0"),
+        ("seeds_at_once", -1, "config.seeds_at_once is -1; it should be at least 0"),
+        ("devices", -1, "config.devices is -1"),
+        ("evaluate_every", -1, "config.evaluate_every is -1"),
+        ("checkpoint_every", -1, "config.checkpoint_every is -1"),
+        ("data.scale", 0.0, "config.data.scale is 0.0; it should be above 0"),
+        ("data.scale", -1.0, "config.data.scale is -1.0"),
+        ("data.scale", float("nan"), "config.data.scale is nan"),
+        ("data.scale", float("inf"), "config.data.scale is inf"),
+        ("evaluate_splits", ("train", "tset"), "has 'tset'. Did you mean 'test'"),
+        ("epochs", True, "config.epochs is True, a bool; it should be a int like 1"),
+        ("epochs", 2.0, "config.epochs is 2.0, a float; it should be a int"),
+        ("data.scale", "1", "config.data.scale is '1', a str; it should be a float"),
+        ("tensorboard", 1, "config.tensorboard is 1, a int; it should be a bool"),
+        ("data.shape", 8, "config.data.shape is 8, a int; it should be a tuple"),
+        ("backbone", "small_cnn", "config.backbone is 'small_cnn'; it should be a section"),
+        ("data.task", "pairs", "config.data.task is 'pairs'; it should be a section"),
+        ("data.classes", 10, "config.data.classes is 10; it should be a section"),
+        ("data", "digits", "config.data is 'digits'; it should be a section"),
+    ],
+)
+def test_wrong_keys_types_and_ranges_are_refused(path, value, message):
+    with pytest.raises(ValueError, match=message):
+        configuration.validate(_set(_load(), path, value))
+
+
+def test_an_int_is_allowed_for_a_float_and_zero_where_it_means_something():
+    config = _load()
+    for path, value in (("data.scale", 1), ("devices", 0), ("evaluate_every", 0)):
+        config = _set(config, path, value)
+    configuration.validate(config)
+
+
+@pytest.mark.parametrize(("section", "key"), [("", "epochs"), ("data", "shape"), ("", "backbone")])
+def test_a_missing_key_is_refused(section, key):
+    plain = _load().to_dict()
+    del (plain[section] if section else plain)[key]
+    where = f"config.{section}" if section else "config"
+    with pytest.raises(ValueError, match=f"{where} lacks the key '{key}'"):
+        configuration.validate(ConfigDict(plain))
+
+
+@pytest.mark.parametrize(
+    ("describe", "name", "message"),
+    [
+        (configuration.backbone, "pair_dens", "no backbone 'pair_dens'. Did you mean 'pair_dense'"),
+        (configuration.head, "identiy", "no head 'identiy'. Did you mean 'identity'"),
+        (configuration.task, "pair", "no task 'pair'. Did you mean 'pairs'"),
+        (configuration.augmentation, "flp", "no augmentation 'flp'. Did you mean 'flip'"),
+        (configuration.prediction, "digit_oder", "no prediction.*Did you mean 'digit_order'"),
+        (configuration.optimizer, "adm", "no optimizer 'adm'. Did you mean 'adam'"),
+    ],
+)
+def test_an_unknown_part_is_refused_where_it_is_described(describe, name, message):
+    with pytest.raises(ValueError, match=message):
+        describe(name)
+
+
+def test_described_parts_show_their_settings():
+    assert configuration.task("pairs", train=5).to_dict() == {
+        "name": "pairs",
+        "train": 5,
+        "test": 1000,
+        "validation": 0,
+        "downscale": 1,
+    }
+    assert configuration.objective("main", "label", "cross_entropy", 2.0).to_dict() == {
+        "output": "main",
+        "target": "label",
+        "loss": "cross_entropy",
+        "weight": 2.0,
+    }
+    with pytest.raises(ValueError, match=r"no loss 'cros_entropy'. Did you mean 'cross_entropy'"):
+        configuration.objective("main", "label", "cros_entropy")
+    with pytest.raises(ValueError, match=r"no setting 'dropot'. Did you mean 'dropout'"):
+        configuration.backbone("pair_dense", dropot=0.1)
+
+
+def test_a_flat_config_has_a_key_for_each_value():
+    config = ConfigDict({"a": 1, "b": {"c": (1, 2), "d": {"e": "x"}}, "f": {}})
+    assert configuration.flat(config) == {"a": 1, "b.c": (1, 2), "b.d.e": "x"}
