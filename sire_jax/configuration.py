@@ -193,10 +193,13 @@ def validate(config: ConfigDict) -> None:
     _check_section("config", config, default())
     for key in ("seeds", "epochs", "batch_size", "steps_per_call", "evaluate_batch_size"):
         _check_least(key, config[key], 1)
-    for key in ("seeds_at_once", "devices", "evaluate_every", "checkpoint_every"):
+    for key in ("seed", "seeds_at_once", "devices", "evaluate_every", "checkpoint_every"):
         _check_least(key, config[key], 0)
     if not math.isfinite(config.data.scale) or config.data.scale <= 0:
         raise ValueError(f"config.data.scale is {config.data.scale}; it should be above 0.")
+    shape = tuple(config.data.shape)
+    if len(shape) != 3 or not all(isinstance(n, int) and n > 0 for n in shape):
+        raise ValueError(f"config.data.shape is {shape}; it should be (height, width, channels).")
     for split in config.evaluate_splits:
         if split not in SPLITS:
             raise ValueError(

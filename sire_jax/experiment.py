@@ -137,6 +137,8 @@ def _section(config: ConfigDict, key: str, parts: Mapping[str, Any], what: str) 
 
 
 def _objective(name: str, section: ConfigDict) -> objectives.Objective:
+    if not isinstance(section, ConfigDict):
+        raise ValueError(f"The objective '{name}' is {section!r}; it should be a section.")
     described = {"name": name, **section}
     made = registry.create({name: objectives.Objective}, described, "objective")
     loss = registry.choose(objectives.LOSSES, made.loss, "loss")
@@ -171,6 +173,7 @@ def build(config: ConfigDict) -> Experiment:
     objectives.check(chosen, outputs, batch)
     prediction.check(predictions, outputs)
     _check_names(predictions, outputs, chosen)
+    _check_losses(chosen, outputs, batch)
     _check_widths(task.classes(config.data.classes), chosen, outputs)
     _check_augmentations(augmentations, batch)
     optimizer = registry.create(optimizers.OPTIMIZERS, config.optimizer, "optimizer")
@@ -215,6 +218,23 @@ def _check_widths(
             raise ValueError(
                 f"The objective '{name}' compares '{objective.output}', which has {width} logits,"
                 f" with '{objective.target}', which has {known} classes."
+            )
+
+
+def _check_losses(
+    chosen: objectives.Objectives, outputs: Mapping[str, Any], batch: Mapping[str, Any]
+) -> None:
+    """Checks that each loss takes its output and target, and gives a value per example."""
+    for name, objective in chosen.items():
+        output, target = outputs[objective.output], batch[objective.target]
+        try:
+            fits = jax.eval_shape(objective.loss, output, target).shape == target.shape[:1]
+        except (TypeError, ValueError):
+            fits = False
+        if not fits:
+            raise ValueError(
+                f"The loss of the objective '{name}' can't compare '{objective.output}', {output},"
+                f" with '{objective.target}', {target} (of a batch of two)."
             )
 
 

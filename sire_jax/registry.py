@@ -99,6 +99,8 @@ def create(
         ValueError: If the part or a setting does not exist, a setting without a default is missing,
             or a value has another type than the setting's default.
     """
+    if not isinstance(section, Mapping | ConfigDict):
+        raise ValueError(f"A {what} is {section!r}; it should be a section with a 'name'.")
     if "name" not in section:
         raise ValueError(f"A {what} needs a 'name'; it has only {sorted(section)}.")
     given = {key: _plain(value) for key, value in section.items() if key != "name"}

@@ -126,6 +126,26 @@ def test_negative_probabilities_of_another_width_than_the_classes_are_refused():
         experiment.build(_digits(changes))
 
 
+def test_a_loss_that_does_not_take_its_output_is_refused():
+    for loss in ("mean_squared_error", "binary_cross_entropy"):
+        with pytest.raises(ValueError, match=r"'digits' can't compare 'digits'.*\(2, 2, 10\)"):
+            experiment.build(_quickstart({"objectives.digits.loss": loss}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": -1}, "seed is -1; it should be at least 0"),
+        ({"data.shape": (8, 8)}, r"shape is \(8, 8\); it should be \(height, width, channels\)"),
+        ({"objectives.main": 3}, "objective 'main' is 3; it should be a section"),
+        ({"heads.digits": 3}, "A head is 3; it should be a section"),
+    ],
+)
+def test_values_that_are_no_sense_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        experiment.build(_quickstart(changes))
+
+
 def test_a_weight_may_be_a_schedule():
     falling = {"name": "linear", "init_value": 2.0, "end_value": 0.0, "transition_steps": 4}
     parts = experiment.build(_quickstart({"objectives.digits.weight": falling}))
