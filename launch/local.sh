@@ -6,8 +6,8 @@ set -u
 for ((try = 0; try <= ${TRIES:-3}; try++)); do
   "${PYTHON:-python}" -m sire_jax.train "$@"
   status=$?
-  # 0: done; 1: an error that the message explains; 2: usage; 130: stopped by a person.
-  case $status in 0 | 1 | 2 | 130) exit $status ;; esac
+  # 0: done; 2: an error that its message explains; 130: stopped by a person.
+  case $status in 0 | 2 | 130) exit $status ;; esac
   echo "Ended with status $status; starting again." >&2
 done
 exit $status

@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+# Exit statuses: an error that its message explains, as argparse has it; ended by Ctrl-C.
+EXPLAINED, INTERRUPTED = 2, 130
+
 
 def parser(documentation: str | None) -> argparse.ArgumentParser:
     """Makes the argument parser of a program.
@@ -31,11 +34,12 @@ def readable_errors(*others: type[Exception]) -> Iterator[None]:
         yield
     except Exception as error:
         if isinstance(error, (ValueError, OSError, *others)) and _raised_here(error):
-            sys.exit(f"Error: {error}")
+            print(f"Error: {error}", file=sys.stderr, flush=True)
+            sys.exit(EXPLAINED)
         raise
 
 
 def _raised_here(error: BaseException) -> bool:
     """Tells whether this project raised an error, for the user; others are bugs, shown whole."""
     *_, last = traceback.walk_tb(error.__traceback__)
-    return Path(last[0].f_code.co_filename).is_relative_to(Path(__file__).parent.parent)
+    return Path(last[0].f_code.co_filename).is_relative_to(Path(__file__).parent)

@@ -15,7 +15,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from sire_jax import registry
+from sire_jax import names, registry
 from sire_jax.backbones import BACKBONES
 from sire_jax.data.augmentation import AUGMENTATIONS
 from sire_jax.data.tasks import TASKS
@@ -139,7 +139,11 @@ def load(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
     get_config = runpy.run_path(file).get("get_config")
     if get_config is None:
         raise ValueError(f"{file} has no function get_config.")
-    return override(get_config(chosen) if chosen else get_config(), overrides)
+    try:
+        config = get_config(chosen) if chosen else get_config()
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return override(config, overrides)
 
 
 def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
@@ -176,7 +180,7 @@ def _check_override(config: ConfigDict, argument: str) -> None:
     for key in argument.removeprefix("--config.").partition("=")[0].split("."):
         if not isinstance(section, ConfigDict) or key not in section:
             known = section.keys() if isinstance(section, ConfigDict) else ()
-            raise ValueError(f"{where} has no key '{key}'.{registry.nearest(key, known)}")
+            raise ValueError(f"{where} has no key '{key}'.{names.nearest(key, known)}")
         section, where = section[key], f"{where}.{key}"
 
 
@@ -197,14 +201,14 @@ def validate(config: ConfigDict) -> None:
         _check_least(key, config[key], 0)
     if not math.isfinite(config.data.scale) or config.data.scale <= 0:
         raise ValueError(f"config.data.scale is {config.data.scale}; it should be above 0.")
+    if config.seed + config.seeds > 2**31:
+        raise ValueError(f"config.seed is {config.seed}; seeds should be below 2**31.")
     shape = tuple(config.data.shape)
     if len(shape) != 3 or not all(isinstance(n, int) and n > 0 for n in shape):
         raise ValueError(f"config.data.shape is {shape}; it should be (height, width, channels).")
     for split in config.evaluate_splits:
         if split not in SPLITS:
-            raise ValueError(
-                f"config.evaluate_splits has '{split}'.{registry.nearest(split, SPLITS)}"
-            )
+            raise ValueError(f"config.evaluate_splits has '{split}'.{names.nearest(split, SPLITS)}")
 
 
 def _check_least(key: str, value: int, least: int) -> None:
@@ -227,7 +231,7 @@ _OPEN = (
 def _check_section(where: str, given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
     for key in given:
         if key not in known:
-            raise ValueError(f"{where} has no key '{key}'.{registry.nearest(key, known)}")
+            raise ValueError(f"{where} has no key '{key}'.{names.nearest(key, known)}")
     for key, value in known.items():
         if key not in given:
             raise ValueError(f"{where} lacks the key '{key}'; start from configuration.default().")

@@ -15,6 +15,7 @@ from sire_jax.backbones import BACKBONES
 from sire_jax.data import augmentation, sources, tasks
 from sire_jax.data.augmentation import AUGMENTATIONS
 from sire_jax.heads import HEADS
+from sire_jax.metrics import is_classification
 from sire_jax.networks import MAIN, Network
 from sire_jax.parallel import INITIAL
 from sire_jax.step import Measure, Step, TrainState, find_reach, make_measure, make_step
@@ -52,7 +53,7 @@ class Experiment:
     outputs: Mapping[str, Any]
 
     def output_names(self) -> list[str]:
-        """Returns the names of the outputs, the main one first and the heads in order."""
+        """Returns the names of the outputs: the main one, then the heads (a config sorts them)."""
         return [MAIN, *self.network.heads]
 
     def lookup(self, arrays: tasks.Arrays, examples: Array) -> dict[str, Array]:
@@ -176,6 +177,8 @@ def build(config: ConfigDict) -> Experiment:
     _check_losses(chosen, outputs, batch)
     _check_widths(task.classes(config.data.classes), chosen, outputs)
     _check_augmentations(augmentations, batch)
+    if "validation" in config.evaluate_splits:
+        _check_selection(chosen, outputs, batch)
     optimizer = registry.create(optimizers.OPTIMIZERS, config.optimizer, "optimizer")
     reach = find_reach(network.apply, chosen, variables, batch)
     rule = registry.create(
@@ -196,6 +199,14 @@ def build(config: ConfigDict) -> Experiment:
 
 
 def _check_names(predictions: Any, outputs: Any, chosen: Any) -> None:
+    if "total" in chosen:
+        raise ValueError("An objective can't be called 'total': that is the weighted sum.")
+    for name, objective in chosen.items():
+        if name in outputs and name != objective.output:
+            raise ValueError(
+                f"The objective '{name}' is on the output '{objective.output}', but has the name of"
+                " another; their metrics could not be told apart. Choose another name."
+            )
     taken = set(outputs) | set(chosen)
     for name in predictions:
         if name in taken:
@@ -236,6 +247,18 @@ def _check_losses(
                 f"The loss of the objective '{name}' can't compare '{objective.output}', {output},"
                 f" with '{objective.target}', {target} (of a batch of two)."
             )
+
+
+def _check_selection(
+    chosen: objectives.Objectives, outputs: Mapping[str, Any], batch: Mapping[str, Any]
+) -> None:
+    """Checks that the main output's accuracy, which chooses the best weights, is measured."""
+    targets = [batch[o.target] for o in chosen.values() if o.output == MAIN]
+    if not any(is_classification(outputs[MAIN], target) for target in targets):
+        raise ValueError(
+            "config.evaluate_splits has 'validation', where the best accuracy of the main output"
+            " chooses the weights, but no objective on 'main' has labels."
+        )
 
 
 def _check_augmentations(augmentations: Mapping[str, Any], batch: Mapping[str, Any]) -> None:

@@ -244,7 +244,9 @@ def normalize(
 ) -> tuple[Array, Array, Array]:
     """Normalizes over all axes but one, with a gradient in two sums and one pass.
 
-    ``y = scale (x - mean) / sqrt(variance + epsilon) + bias`` (Ioffe and Szegedy, 2015, Alg. 1)
+    ``y = scale (x - mean) / sqrt(variance + epsilon) + bias`` (Ioffe and Szegedy, 2015, Alg. 1).
+    The variance is ``E[x^2] - E[x]^2``, as Flax's: inexact where the mean is hundreds of times the
+    deviation.
 
     Args:
         x: Features, any rank; float32.

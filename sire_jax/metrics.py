@@ -1,14 +1,15 @@
 """Metrics as sums and counts, which add up exactly over batches, devices and machines."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax import Array
 
 
-@struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Average:
     """A weighted mean that is still to be divided.
 
@@ -27,7 +28,7 @@ class Average:
         mask = jnp.ones(values.shape[0], jnp.float32) if mask is None else mask
         # Not values * mask: what is masked may be infinite.
         kept = jnp.where(mask[:, None] > 0, values, 0.0)
-        return cls(kept.sum(), mask.sum() * values.shape[1])
+        return cls(total=kept.sum(), count=mask.sum() * values.shape[1])
 
     def mean(self) -> Array:
         """Returns total / count, NaN where nothing was counted."""

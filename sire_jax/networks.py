@@ -6,7 +6,7 @@ from typing import Any
 from flax import linen as nn
 from jax import Array
 
-from sire_jax.registry import nearest
+from sire_jax.names import nearest
 
 MAIN = "main"
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from sire_jax.registry import nearest
+from sire_jax.names import nearest
 
 Loss = Callable[[Array, Array], Array]
 
@@ -16,6 +16,12 @@ Loss = Callable[[Array, Array], Array]
 def _sum_positions(values: Array) -> Array:
     """Sums ``[b, …]`` over all axes but the first."""
     return values.reshape(values.shape[0], -1).sum(-1)
+
+
+def _one_logit(logit: Array) -> Array:
+    if logit.ndim != 2 or logit.shape[1] != 1:
+        raise ValueError(f"A binary loss needs one logit, [b, 1]; the output is {logit.shape}.")
+    return logit[:, 0]
 
 
 def cross_entropy(logits: Array, labels: Array) -> Array:
@@ -62,8 +68,11 @@ def binary_cross_entropy(logit: Array, label: Array) -> Array:
 
     Returns:
         ``[b]``.
+
+    Raises:
+        ValueError: If there is not one logit.
     """
-    return optax.sigmoid_binary_cross_entropy(logit[:, 0], label.astype(logit.dtype))
+    return optax.sigmoid_binary_cross_entropy(_one_logit(logit), label.astype(logit.dtype))
 
 
 def binary_squared_error(logit: Array, label: Array) -> Array:
@@ -75,8 +84,11 @@ def binary_squared_error(logit: Array, label: Array) -> Array:
 
     Returns:
         ``[b]``, in [0, 1].
+
+    Raises:
+        ValueError: If there is not one logit.
     """
-    return (jax.nn.sigmoid(logit[:, 0]) - label.astype(logit.dtype)) ** 2
+    return (jax.nn.sigmoid(_one_logit(logit)) - label.astype(logit.dtype)) ** 2
 
 
 def mean_squared_error(output: Array, target: Array) -> Array:
@@ -90,7 +102,12 @@ def mean_squared_error(output: Array, target: Array) -> Array:
 
     Returns:
         ``[b]``.
+
+    Raises:
+        ValueError: If the shapes differ.
     """
+    if output.shape != target.shape:
+        raise ValueError(f"An output {output.shape} can't be compared with {target.shape}.")
     error = (output - target) ** 2
     return error.reshape(error.shape[0], -1).mean(-1)
 

@@ -1,5 +1,6 @@
 """Optimizers from a config section: ``optax`` transformations and schedules by name."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,12 +30,15 @@ def number_or_schedule(value: Any, what: str) -> float | optax.Schedule:
         The number or the schedule.
 
     Raises:
-        ValueError: If it is neither, or the schedule does not exist or lacks an argument.
+        ValueError: If it is neither, negative or not finite, or the schedule does not exist or
+            lacks an argument.
     """
     if isinstance(value, Mapping | ConfigDict):
         return registry.create(SCHEDULES, value, f"schedule of the {what}")
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"The {what} is {value!r}; it should be a number or a schedule.")
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"The {what} is {value}; it should be finite and at least 0.")
     return float(value)
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from sire_jax.metrics import class_logits
-from sire_jax.registry import nearest
+from sire_jax.names import nearest
 
 
 @dataclass(frozen=True)

@@ -57,10 +57,6 @@ class Progress:
                 flush=True,
             )
 
-    def say(self, text: str) -> None:
-        """Prints a line without breaking the bar."""
-        tqdm.write(text) if self._terminal else print(text, flush=True)
-
     def close(self) -> None:
         """Leaves the bar as it is."""
         self._bar.close()

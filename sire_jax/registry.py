@@ -4,24 +4,17 @@ A registry is a plain dictionary from names to classes, or to functions that mak
 settings are their arguments, so a config can name nothing that the code does not have.
 """
 
-import difflib
 import importlib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, get_origin
 
 from ml_collections import ConfigDict
 
+from sire_jax.names import nearest
+
 # Fields that Flax adds to every module and that a config never sets.
 _FLAX_FIELDS = {"parent", "name"}
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Ends an error message on a mistyped name: `` Did you mean 'x'? Known: …``."""
-    known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f" Did you mean '{close[0]}'?" if close else ""
-    return f"{hint} Known: {', '.join(known) or 'none'}."
 
 
 def choose(registry: Mapping[str, Any], name: str, what: str) -> Any:

@@ -7,15 +7,18 @@ Tables are data, ``configs/tables/NAME.json``. A row that has been trained is no
 
 import json
 import platform
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+from ml_collections import ConfigDict
 
-from sire_jax import __version__, command, configuration, figures, registry, tables
+from sire_jax import __version__, command, configuration, figures, names, registry, tables
 from sire_jax.train import InterruptedRunError, NonFiniteLossError, train
+from sire_jax.workdir import read_config, read_results
 
 Table = dict[str, Any]
 
@@ -111,29 +114,32 @@ def reproduce(
 
     Args:
         table: The table.
-        rows: Its rows to train.
+        rows: Its rows to train; others are shown if they have been trained.
         workdir: Where the rows' workdirs are, and ``table.json``, ``table.md``, ``table.png``.
         configs: The directory of the configs.
         option: One of the table's options, such as ``as_released``.
         overrides: ``--config.a.b=value`` each, for all rows.
 
     Returns:
-        A comparison for each row.
+        A comparison for each row that has been trained.
 
     Raises:
         ValueError: If the table has no such option, or as ``train`` raises.
     """
     if option and option not in table["options"]:
         raise ValueError(
-            f"The table has no option '{option}'.{registry.nearest(option, table['options'])}"
+            f"The table has no option '{option}'.{names.nearest(option, table['options'])}"
         )
     lines, directories = [], {}
-    for row in rows:
+    for row in table["rows"]:
         variant = f"{row['variant']},{option}" if option else row["variant"]
         config = configuration.load(f"{configs / table['config']}:{variant}", overrides)
         directory = workdir / row["variant"]
+        results = _trained(config, directory)
+        if results is None and row not in rows:
+            continue
         directories[row["name"]] = directory
-        lines.append(compare(row, table, _train_once(config, directory)))
+        lines.append(compare(row, table, results or train(config, str(directory))))
         (workdir / "table.md").write_text(markdown(lines, table) + "\n")
         details = {
             "title": table["title"],
@@ -147,12 +153,12 @@ def reproduce(
     return lines
 
 
-def _train_once(config: Any, directory: Path) -> dict[str, Any]:
-    stored = directory / "results.json"
-    same = stored.exists() and (directory / "config.json").read_text() == configuration.to_json(
-        config
-    )
-    return json.loads(stored.read_text()) if same else train(config, str(directory))
+def _trained(config: ConfigDict, directory: Path) -> dict[str, Any] | None:
+    """Returns the final measurements of a row that has been trained with that config, if any."""
+    results = read_results(directory)
+    if results and not configuration.differences(read_config(directory), config):
+        return results
+    return None
 
 
 def _machine() -> dict[str, Any]:
@@ -177,10 +183,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         known.workdir or Path("runs") / "-".join(filter(None, (known.table, known.option)))
     )
     started = time.perf_counter()
-    with command.readable_errors(NonFiniteLossError, InterruptedRunError):
+    with command.readable_errors(NonFiniteLossError):
         table = load_table(known.table, configs)
         rows = choose_rows(table, [name for name in known.rows.split(",") if name])
-        lines = reproduce(table, rows, workdir, configs, known.option, overrides)
+        try:
+            lines = reproduce(table, rows, workdir, configs, known.option, overrides)
+        except InterruptedRunError as stopped:
+            print(stopped, flush=True)
+            sys.exit(command.INTERRUPTED)
     print(f"\n{table['title']}\n\n{markdown(lines, table)}\n")
     seconds = time.perf_counter() - started
     print(f"{seconds:.0f} s; curves: {workdir / 'table.png'}, and in each row's directory")

@@ -3,13 +3,12 @@
 ``jit``, ``vmap`` over seeds and loops over steps are wrappers around them (``sire_jax.parallel``).
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax import Array
 
 from sire_jax import metrics, objectives, prediction, traced
@@ -21,7 +20,8 @@ PyTree = Any
 Apply = Callable[..., Any]
 
 
-@struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class TrainState:
     """All that training changes.
 
@@ -53,10 +53,17 @@ class TrainState:
         """
         model_state = {kind: values for kind, values in variables.items() if kind != "params"}
         params = variables["params"]
-        return cls(jnp.zeros((), jnp.int32), key, params, model_state, rule.init(params))
+        return cls(
+            step=jnp.zeros((), jnp.int32),
+            key=key,
+            params=params,
+            model_state=model_state,
+            update_state=rule.init(params),
+        )
 
 
-@struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Best:
     """The weights with the best validation accuracy so far.
 
@@ -76,12 +83,16 @@ class Best:
     def start(cls, state: TrainState) -> "Best":
         """Returns what any measured weights replace."""
         score = jnp.asarray(-1.0, jnp.float32)
-        return cls(score, state.step, state.params, state.model_state)
+        return cls._of(score, state)
 
     def update(self, score: Array, state: TrainState) -> "Best":
         """Returns the better of this and a state with ``score``; the earlier one where equal."""
-        new = Best(score, state.step, state.params, state.model_state)
+        new = Best._of(score, state)
         return jax.tree.map(lambda a, b: jnp.where(score > self.score, a, b), new, self)
+
+    @classmethod
+    def _of(cls, score: Array, state: TrainState) -> "Best":
+        return cls(score=score, step=state.step, params=state.params, model_state=state.model_state)
 
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
@@ -162,22 +173,25 @@ def make_step(
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        augmenting, dropout = jax.random.split(jax.random.fold_in(state.key, state.step))
+        keys = jax.random.split(jax.random.fold_in(state.key, state.step), 3)
+        augmenting, dropout, updating = keys
         batch = augment(augmenting, batch) if augment else batch
         losses = make_losses(apply, chosen, batch, dropout)
         weights = objectives.weights(chosen, state.step)
-        updated = rule.update(losses, weights, state.params, state.model_state, state.update_state)
+        updated = rule.update(
+            losses, weights, state.params, state.model_state, state.update_state, updating
+        )
         count = jnp.asarray(batch["image"].shape[0], jnp.float32)
         named = {f"{name}/loss": loss for name, loss in updated.losses.items()}
         named["total/loss"] = objectives.weighted_sum(updated.losses, weights)
-        new = dataclasses.replace(
+        new = replace(
             state,
             step=state.step + 1,
             params=updated.params,
             model_state=updated.model_state,
             update_state=updated.state,
         )
-        return new, {name: Average(loss * count, count) for name, loss in named.items()}
+        return new, {name: Average(total=loss * count, count=count) for name, loss in named.items()}
 
     return step
 

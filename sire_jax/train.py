@@ -3,7 +3,7 @@
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,9 @@ from sire_jax.data import tasks
 from sire_jax.metrics import Average, Metrics, means
 from sire_jax.progress import Progress, stop_on_signals
 from sire_jax.step import Best, TrainState
-from sire_jax.workdir import Workdir
+from sire_jax.workdir import Workdir, read_results
 
 PyTree = Any
-INTERRUPTED = 130  # exit status, as of a program that Ctrl-C ends
 
 
 class InterruptedRunError(Exception):
@@ -50,7 +49,7 @@ class Runs:
         self.mesh = parallel.data_mesh(config.devices, config.batch_size)
         self.everywhere = NamedSharding(self.mesh, PartitionSpec())
         dataset, draws = parts.load()
-        # Training and test images in one array, so that one compiled program measures any split.
+        # Training and test images in one array, so that one program measures all splits of a size.
         halves = [parts.task.prepare(source) for source in (dataset.train, dataset.test)]
         joined = {key: np.concatenate([half[key] for half in halves]) for key in halves[0]}
         self.arrays = self._place(joined)
@@ -108,7 +107,7 @@ class Runs:
         names = [f"{name}/loss" for name in (*self.parts.objectives, "total")]
         nothing = jnp.zeros(self.config.seeds, jnp.float32)
         # An array each: they are donated.
-        return {k: self._place(Average(nothing.copy(), nothing.copy())) for k in names}
+        return {k: self._place(Average(total=nothing.copy(), count=nothing.copy())) for k in names}
 
     def epoch_order(self, state: TrainState, epoch: int) -> jax.Array:
         """Returns the examples of an epoch, ``[runs, steps, batch, …]``."""
@@ -131,13 +130,12 @@ class Runs:
         return self._best(best, jnp.asarray(score, jnp.float32), state)
 
 
-def train(config: ConfigDict, workdir: str, say: Callable[[str], None] = print) -> dict[str, Any]:
+def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     """Trains, or goes on with, the run of a config.
 
     Args:
         config: The config.
         workdir: Where the run is kept; one that holds a run of this config is resumed.
-        say: Prints a line of the head of the output.
 
     Returns:
         The final measurements, as in ``results.json``.
@@ -149,12 +147,18 @@ def train(config: ConfigDict, workdir: str, say: Callable[[str], None] = print) 
         InterruptedRunError: If a signal asked to stop; the state has been saved.
     """
     parts = experiment.build(config)
-    runs = Runs(parts)
     directory = Workdir(workdir, config)
+    logs = _Logs(directory, config.tensorboard)
+    runs = Runs(parts)
+    directory.write_config()
     checkpoints = Checkpoints(directory.checkpoints)
-    say(_describe(parts, runs))
+    results = read_results(directory.path)
+    if results and results["step"] == checkpoints.latest() == config.epochs * runs.steps_per_epoch:
+        checkpoints.close()
+        return results
+    print(_describe(parts, runs), flush=True)
     try:
-        return _train(config, parts, runs, directory, checkpoints)
+        return _train(config, parts, runs, directory, logs, checkpoints)
     finally:
         checkpoints.close()
 
@@ -164,6 +168,7 @@ def _train(
     parts: experiment.Experiment,
     runs: Runs,
     directory: Workdir,
+    logs: "_Logs",
     checkpoints: Checkpoints,
 ) -> dict[str, Any]:
     # ---- Start, or go on.
@@ -176,7 +181,6 @@ def _train(
     else:
         checkpoints.save(0, (state, sums, best))  # what is left if the first losses are not finite
     directory.forget_after(step)
-    logs = _Logs(directory, config.tensorboard)
     steps = runs.steps_per_epoch
     progress = Progress(config.epochs, steps, _images_per_step(parts), step)
 
@@ -197,7 +201,7 @@ def _train(
                 )
             due = config.checkpoint_every and (epoch + 1) % config.checkpoint_every == 0
             if stop.signal or step == config.epochs * steps or (due and first == steps):
-                checkpoints.save(step, (state, sums, best))
+                _save(checkpoints, step, (state, sums, best), directory)
     progress.close()
     if stop.signal:
         raise InterruptedRunError(f"{stop.signal}: saved after step {step} in {directory.path}.")
@@ -252,15 +256,35 @@ def _end_of_epoch(
 
 
 def _check_finite(broken: Mapping[str, jax.Array], seed: int, directory: Workdir) -> None:
-    for name, each in broken.items():
-        first = np.asarray(each)
-        if name != "total/loss" and first.min() < parallel.NEVER:
-            run = seed + int(first.argmin())
-            raise NonFiniteLossError(
-                f"The loss '{name.removesuffix('/loss')}' is not finite at step {first.min()} of"
-                f" the run with seed {run}. The last finite checkpoint is kept in"
-                f" {directory.checkpoints}; try a smaller learning rate or weight."
-            )
+    """Raises where a loss was not finite, naming the first; the total only if it is alone."""
+    first = {name: np.asarray(each) for name, each in broken.items()}
+    name = min(first, key=lambda name: (first[name].min(), name == "total/loss"))
+    if first[name].min() == parallel.NEVER:
+        return
+    run, loss = seed + int(first[name].argmin()), name.removesuffix("/loss")
+    raise NonFiniteLossError(
+        f"The loss '{loss}' is not finite after {first[name].min()} steps of the run with seed"
+        f" {run}. {_KEPT.format(directory.checkpoints)}"
+    )
+
+
+_KEPT = "The last finite checkpoint is kept in {}; try a smaller learning rate or weight."
+
+
+def _save(checkpoints: Checkpoints, step: int, tree: PyTree, directory: Workdir) -> None:
+    """Saves a checkpoint, if it is finite: its losses were taken before the last update."""
+    if not _all_finite(tree[0].params, tree[0].update_state):
+        raise NonFiniteLossError(
+            f"The parameters are not finite after {step} steps."
+            f" {_KEPT.format(directory.checkpoints)}"
+        )
+    checkpoints.save(step, tree)
+
+
+@jax.jit
+def _all_finite(*trees: PyTree) -> jax.Array:
+    numbers = [x for x in jax.tree.leaves(trees) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return jnp.stack([jnp.isfinite(x).all() for x in numbers]).all()
 
 
 class _Logs:
@@ -321,7 +345,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             results = train(configuration.load(known.config, overrides), known.workdir)
         except InterruptedRunError as stopped:
             print(stopped, flush=True)
-            sys.exit(INTERRUPTED)
+            sys.exit(command.INTERRUPTED)
     print(f"{results['step']} steps in {results['seconds']} s ({results['weights']} weights)")
     print(summary(results))
     print(f"Curves: {Path(known.workdir) / 'curves.png'}")

@@ -44,7 +44,11 @@ class Workdir:
                     f"{self.path} holds a run of another config:\n{lines}\n"
                     "Choose another --workdir, or remove this one."
                 )
-        stored.write_text(configuration.to_json(config))
+        self._config = config
+
+    def write_config(self) -> None:
+        """Writes ``config.json``: from now on the directory is this run's."""
+        _replace(self.path / "config.json", configuration.to_json(self._config))
 
     def _check_writable(self) -> None:
         try:
@@ -74,13 +78,24 @@ class Workdir:
         """Drops measurements of later steps, which a resumed run will take again."""
         path = self.path / "metrics.jsonl"
         kept = [line for line in read_metrics(self.path) if line["step"] <= step]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        partial.replace(path)
+        _replace(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write_results(self, results: Mapping[str, Any]) -> None:
         """Writes ``results.json``."""
-        (self.path / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        _replace(self.path / "results.json", json.dumps(results, indent=2) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    """Writes a file aside and renames it: a crash leaves the old one or the new one, whole."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def read_results(path: str | Path) -> dict[str, Any] | None:
+    """Reads the final measurements of the run in a directory, ``None`` if it has not ended."""
+    stored = Path(path).expanduser() / "results.json"
+    return json.loads(stored.read_text()) if stored.exists() else None
 
 
 def read_config(path: str | Path) -> ConfigDict:

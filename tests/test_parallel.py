@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -163,7 +165,7 @@ def _step(state, batch):
     value = batch["value"].sum()
     metrics = {"log": Average(jnp.log(value), value * 0 + 1), "value": Average(value, value * 0)}
     params = state.params * 2 + value
-    return state.replace(step=state.step + 1, params=params), metrics
+    return dataclasses.replace(state, step=state.step + 1, params=params), metrics
 
 
 def _take(values, first, count, at=0):

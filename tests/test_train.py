@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,17 @@ import jax
 import numpy as np
 import pytest
 
-from sire_jax import configuration, evaluate, experiment, inspect, reproduce, train, workdir
+from sire_jax import (
+    command,
+    configuration,
+    evaluate,
+    experiment,
+    inspect,
+    parallel,
+    reproduce,
+    train,
+    workdir,
+)
 from sire_jax.checkpoint import Checkpoints
 
 pytestmark = pytest.mark.optax_dtypes
@@ -96,7 +107,9 @@ def test_a_run_among_several_is_the_run_alone(trained, tmp_path, at_once):
     several = train.train(_config("auxiliary", f"seeds_at_once={at_once}"), str(tmp_path / "a"))
     alone = train.train(_config("auxiliary", "seeds=1", "seed=1"), str(tmp_path / "b"))
     for metric, values in several["splits"]["test"].items():
-        np.testing.assert_allclose(values[1], alone["splits"]["test"][metric][0], rtol=2e-3)
+        # Vectorized sums have another order; of 30 pairs one or two may change sides.
+        tolerance = {"rtol": 2e-3} if metric.endswith("loss") else {"atol": 0.04}
+        np.testing.assert_allclose(values[1], alone["splits"]["test"][metric][0], **tolerance)
 
 
 def test_runs_differ_in_weights_data_and_order():
@@ -133,10 +146,31 @@ def test_a_loss_that_is_not_finite_halts_and_keeps_the_finite_checkpoint(tmp_pat
     # Weights grow by the learning rate a step: 1e25 overflows in the second forward pass.
     config = _config("auxiliary", "optimizer.learning_rate=1e25", "steps_per_call=1")
     with pytest.raises(
-        train.NonFiniteLossError, match=r"The loss '\w+' is not finite at step [1-3] "
+        train.NonFiniteLossError, match=r"The loss '\w+' is not finite after [1-3] steps "
     ):
         train.train(config, str(tmp_path))
     assert Checkpoints(tmp_path / "checkpoints").latest() in (0, 2)
+
+
+def test_parameters_that_are_not_finite_are_not_saved(tmp_path):
+    # The loss of the one step of an epoch is finite; its update is not.
+    config = _config("auxiliary", "batch_size=100", "checkpoint_every=1", "seeds=1")
+    config.optimizer = configuration.optimizer("sgd", learning_rate=3e38)
+    with pytest.raises(train.NonFiniteLossError, match="parameters are not finite after 1 steps"):
+        train.train(config, str(tmp_path))
+    assert Checkpoints(tmp_path / "checkpoints").latest() == 0
+
+
+def test_the_first_loss_that_breaks_is_named_and_the_total_only_alone(tmp_path):
+    directory = workdir.Workdir(tmp_path, _config())
+    never = parallel.NEVER
+    broken = {"digits/loss": [never, 4], "main/loss": [never, 3], "total/loss": [never, 3]}
+    with pytest.raises(train.NonFiniteLossError, match=r"'main' .* after 3 steps.*seed 6"):
+        train._check_finite(broken, 5, directory)
+    broken = {"main/loss": [never, never], "total/loss": [2, never]}
+    with pytest.raises(train.NonFiniteLossError, match=r"'total' .* after 2 steps.*seed 5"):
+        train._check_finite(broken, 5, directory)
+    train._check_finite({"main/loss": [never, never]}, 5, directory)
 
 
 def test_the_best_validation_weights_are_kept(tmp_path):
@@ -256,7 +290,7 @@ def test_ctrl_c_saves_and_ends_the_program(tmp_path):
     assert seen.wait(120), "".join(output)
     program.send_signal(signal.SIGINT)
     started = time.monotonic()
-    assert program.wait(30) == train.INTERRUPTED, "".join(output)
+    assert program.wait(30) == command.INTERRUPTED, "".join(output)
     reader.join()
     program.stdout.close()
     assert time.monotonic() - started < 15
@@ -276,8 +310,9 @@ def test_ctrl_c_saves_and_ends_the_program(tmp_path):
         (["--config.batch_size=5"], "batch_size is 5, which 2 devices"),
     ],
 )
-def test_bad_input_ends_the_program_at_once_with_one_message(overrides, message, tmp_path):
-    with pytest.raises(SystemExit, match=message) as stopped:
+def test_bad_input_ends_the_program_at_once_with_one_message(overrides, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
         train.main([f"--config={CONFIGS}/quickstart.py", f"--workdir={tmp_path / 'w'}", *overrides])
-    assert str(stopped.value).startswith("Error: ")
+    assert stopped.value.code == command.EXPLAINED
+    assert re.search(rf"^Error: .*{message}", capsys.readouterr().err, re.DOTALL)
     assert not (tmp_path / "w" / "config.json").exists()

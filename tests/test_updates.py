@@ -35,6 +35,7 @@ def _standard_promotion():
         yield
 
 
+KEY = jax.random.key(0)
 STATE = {"count": jnp.asarray(4, jnp.int32), "other": jnp.asarray([1.5, 2.5])}
 
 
@@ -48,7 +49,7 @@ def _weights(first, second):
 
 def _run(optimizer, weights, steps=1):
     rule = joint(optimizer, _reach())
-    update = jax.jit(lambda w, p, m, s: rule.update(_losses, w, p, m, s))
+    update = jax.jit(lambda w, p, m, s: rule.update(_losses, w, p, m, s, KEY))
     params, model_state = _params(), STATE
     state = rule.init(params)
     for _ in range(steps):
@@ -132,7 +133,7 @@ def test_a_rule_runs_in_a_loop_over_steps():
     rule, weights = joint(optax.adam(0.1), _reach()), _weights(1, 0.5)
 
     def body(carry, _):
-        updated = rule.update(_losses, weights, *carry)
+        updated = rule.update(_losses, weights, *carry, KEY)
         return (updated.params, updated.model_state, updated.state), updated.losses["second"]
 
     start = (_params(), STATE, rule.init(_params()))
@@ -155,7 +156,7 @@ def test_scheduled_weights_change_the_step():
     a, b, state = A, B, rule.init(params)
     for step, first in enumerate([1.0, 0.5, 0.0, 0.0]):
         weights = objectives.weights(chosen, jnp.asarray(step, jnp.int32))
-        updated = rule.update(_losses, weights, params, STATE, state)
+        updated = rule.update(_losses, weights, params, STATE, state, KEY)
         a, b = a - 0.1 * (first * a + 0.5 * b), b - 0.1 * 0.5 * a
         params, state = updated.params, updated.state
         np.testing.assert_allclose(params["a"], a, rtol=1e-5)

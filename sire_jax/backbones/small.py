@@ -3,6 +3,8 @@
 from flax import linen as nn
 from jax import Array
 
+from sire_jax.layers import Conv, max_pool
+
 Endpoints = dict[str, Array]
 
 
@@ -22,8 +24,8 @@ class SmallCNN(nn.Module):
         """Maps ``[b, h, w, c]`` to ``[b, classes]`` and the endpoints ``block_1`` and so on."""
         x, endpoints = image, {}
         for i, width in enumerate(self.channels, start=1):
-            x = nn.relu(nn.Conv(width, (3, 3), name=f"conv_{i}")(x))
+            x = nn.relu(Conv(width, padding=1, name=f"conv_{i}")(x))
             endpoints[f"block_{i}"] = x
             if i < len(self.channels):
-                x = nn.max_pool(x, (2, 2), (2, 2))
+                x = max_pool(x)
         return nn.Dense(self.classes, name="output")(x.mean((1, 2))), endpoints

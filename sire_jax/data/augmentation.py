@@ -84,6 +84,10 @@ class Crop:
 
     padding: int = 4
 
+    def __post_init__(self) -> None:
+        if self.padding < 0:
+            raise ValueError(f"crop: padding is {self.padding}; it should be at least 0.")
+
     def __call__(self, key: Array, batch: Batch) -> Batch:
         """Crops ``image`` at random out of itself with a border of zeros."""
         return {**batch, "image": _each_image(self._crop, key, batch["image"])}

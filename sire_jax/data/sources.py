@@ -1,5 +1,6 @@
 """Sources of labelled images, by name: ``digits`` (bundled) and ``tfds:<set>`` (prepared)."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from sire_jax.registry import nearest
+from sire_jax.names import nearest
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,9 @@ def _tfds(name: str, directory: Path, cache: str) -> Dataset:
         return _read(stored)
     dataset = _decode(prepared)
     if stored is not None:
-        _write(stored, dataset)
+        # Without a copy the next start only takes longer.
+        with contextlib.suppress(OSError):
+            _write(stored, dataset)
     return dataset
 
 
@@ -153,6 +156,11 @@ def _decode(prepared: Path) -> Dataset:
     import tensorflow_datasets as tfds
 
     builder = tfds.builder_from_directory(prepared)
+    if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
+        raise ValueError(
+            f"{prepared} is in the format {builder.info.file_format.value}, which needs TensorFlow;"
+            " prepare the set with --file_format=array_record."
+        )
     features = builder.info.features
     kinds = [k for k, f in features.items() if isinstance(f, tfds.features.ClassLabel)]
     for split in ("train", "test"):

@@ -41,7 +41,10 @@ def joint(optimizer: optax.GradientTransformation, reach: Mapping[str, PyTree]) 
         params: PyTree,
         model_state: PyTree,
         state: PyTree,
+        key: Array,
     ) -> Updated:
+        del key
+
         def total(params: PyTree) -> tuple[Array, Any]:
             named, rest = losses(params, model_state)
             return weighted_sum(named, weights), (named, rest)

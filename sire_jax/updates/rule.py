@@ -34,9 +34,10 @@ class UpdateRule(NamedTuple):
 
     Attributes:
         init: Maps parameters to the rule's state.
-        update: Maps ``(losses, weights, params, model_state, state)`` to ``Updated``. ``losses`` is
-            a function of type ``Losses``; ``weights`` has a scalar for each loss.
+        update: Maps ``(losses, weights, params, model_state, state, key)`` to ``Updated``.
+            ``losses`` is a function of type ``Losses``; ``weights`` has a scalar for each loss;
+            ``key`` is the step's random key, for rules that draw.
     """
 
     init: Callable[[PyTree], PyTree]
-    update: Callable[[Losses, Mapping[str, Array], PyTree, PyTree, PyTree], Updated]
+    update: Callable[[Losses, Mapping[str, Array], PyTree, PyTree, PyTree, Array], Updated]

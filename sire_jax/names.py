@@ -1,0 +1,12 @@
+"""Error messages on names that do not exist."""
+
+import difflib
+from collections.abc import Iterable
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Ends an error message on a mistyped name: `` Did you mean 'x'? Known: …``."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f" Did you mean '{close[0]}'?" if close else ""
+    return f"{hint} Known: {', '.join(known) or 'none'}."
