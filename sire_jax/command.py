@@ -20,7 +20,8 @@ def parser(documentation: str | None) -> argparse.ArgumentParser:
     Returns:
         A parser; what it does not know (``--config.a.b=value``) is left to ``configuration.load``.
     """
-    return argparse.ArgumentParser(description=documentation, allow_abbrev=False)
+    overrides = "Every value of the config can be overridden: --config.a.b=value."
+    return argparse.ArgumentParser(description=documentation, epilog=overrides, allow_abbrev=False)
 
 
 @contextmanager

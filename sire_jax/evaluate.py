@@ -35,7 +35,7 @@ def restore(runs: Runs, checkpoints: Path) -> tuple[TrainState, Best | None]:
     """
     manager = Checkpoints(checkpoints)
     try:
-        state, _, best = manager.restore(runs.checkpoint_tree())
+        state, _, best, _ = manager.restore(runs.checkpoint_tree())
     finally:
         manager.close()
     return state, best

@@ -22,6 +22,7 @@ def _colours(number: int) -> list[Any]:
     return list(_COLOURS[:number]) if number <= len(_COLOURS) else many
 
 
+_DASHES = "mean over runs; dashes: plus and minus one standard deviation"
 _LABELS = {"top_1": "accuracy", "top_5": "top-5 accuracy", "loss": "loss"}
 
 
@@ -106,6 +107,7 @@ def curves(directory: str | Path) -> Path | None:
     left, right = figure.subplots(1, 2)
     _draw(left, lines, "top_1")
     _draw(right, lines, "loss")
+    figure.suptitle(_DASHES, fontsize=8)
     path = directory / "curves.png"
     figure.savefig(path, dpi=130)
     return path
@@ -129,6 +131,7 @@ def compare(directories: Mapping[str, str | Path], metric: str, split: str, path
             band(axes, epochs, values, label, colour)
     axes.set_xlabel("epoch")
     axes.set_ylabel(f"{split} {_LABELS[metric.rsplit('/', 1)[1]]}")
+    axes.set_title(_DASHES, fontsize=8)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=130)

@@ -33,7 +33,7 @@ def data_mesh(devices: int, batch_size: int) -> Mesh:
     """
     available = jax.devices()
     if devices > len(available):
-        raise ValueError(f"config.devices is {devices}, but there are only {len(available)}.")
+        raise ValueError(f"config.devices is {devices}, but JAX finds only {len(available)}.")
     used = available[: devices or len(available)]
     if batch_size % len(used):
         raise ValueError(

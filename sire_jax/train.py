@@ -17,7 +17,7 @@ from sire_jax import command, configuration, experiment, figures, parallel, trac
 from sire_jax.checkpoint import Checkpoints
 from sire_jax.data import tasks
 from sire_jax.metrics import Average, Metrics, means
-from sire_jax.progress import Progress, stop_on_signals
+from sire_jax.progress import Progress, Stop, stop_on_signals
 from sire_jax.step import Best, TrainState
 from sire_jax.workdir import Workdir, read_results
 
@@ -52,15 +52,16 @@ class Runs:
         # Training and test images in one array, so that one program measures all splits of a size.
         halves = [parts.task.prepare(source) for source in (dataset.train, dataset.test)]
         joined = {key: np.concatenate([half[key] for half in halves]) for key in halves[0]}
-        self.arrays = self._place(joined)
+        self.arrays = self.place(joined)
         # {split: [runs, examples, …]}
         train, validation, test = (np.stack(each) for each in zip(*draws, strict=True))
         test = test + len(dataset.train.image)
-        self.examples = self._place({"train": train, "validation": validation, "test": test})
+        self.examples = self.place({"train": train, "validation": validation, "test": test})
         self.steps_per_epoch = draws[0].train.shape[0] // config.batch_size
         self._compile()
 
-    def _place(self, tree: PyTree) -> PyTree:
+    def place(self, tree: PyTree) -> PyTree:
+        """Puts arrays on all devices."""
         return jax.device_put(tree, self.everywhere)
 
     def _compile(self) -> None:
@@ -93,21 +94,25 @@ class Runs:
     def initial(self) -> TrainState:
         """Returns the initial states of all runs."""
         seeds = jnp.arange(self.config.seed, self.config.seed + self.config.seeds, dtype=jnp.int32)
-        return self._place(self._initial(seeds))
+        return self.place(self._initial(seeds))
 
-    def checkpoint_tree(self) -> tuple[TrainState, Metrics, Best | None]:
-        """Returns what a checkpoint holds, before the first step."""
+    def checkpoint_tree(self) -> tuple[TrainState, Metrics, Best | None, jax.Array]:
+        """Returns what a checkpoint holds, before the first step.
+
+        The states of all runs; sums of the epoch's metrics; the best weights so far, if the run
+        validates; the seconds spent.
+        """
         state = self.initial()
         validates = "validation" in self.config.evaluate_splits
         best = jax.tree.map(jnp.copy, jax.vmap(Best.start)(state)) if validates else None
-        return state, self.no_metrics(), best
+        return state, self.no_metrics(), best, jnp.zeros((), jnp.float32)
 
     def no_metrics(self) -> Metrics:
         """Returns sums of nothing, for the metrics of a step."""
         names = [f"{name}/loss" for name in (*self.parts.objectives, "total")]
         nothing = jnp.zeros(self.config.seeds, jnp.float32)
         # An array each: they are donated.
-        return {k: self._place(Average(total=nothing.copy(), count=nothing.copy())) for k in names}
+        return {k: self.place(Average(total=nothing.copy(), count=nothing.copy())) for k in names}
 
     def epoch_order(self, state: TrainState, epoch: int) -> jax.Array:
         """Returns the examples of an epoch, ``[runs, steps, batch, …]``."""
@@ -158,7 +163,8 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
         return results
     print(_describe(parts, runs), flush=True)
     try:
-        return _train(config, parts, runs, directory, logs, checkpoints)
+        with stop_on_signals() as stop:
+            return _train(config, parts, runs, directory, logs, checkpoints, stop)
     finally:
         checkpoints.close()
 
@@ -170,38 +176,44 @@ def _train(
     directory: Workdir,
     logs: "_Logs",
     checkpoints: Checkpoints,
+    stop: Stop,
 ) -> dict[str, Any]:
     # ---- Start, or go on.
     started = time.perf_counter()
-    state, sums, best = runs.checkpoint_tree()
+    state, sums, best, spent = runs.checkpoint_tree()
     step = checkpoints.latest() or 0
     if step:
-        state, sums, best = runs._place(checkpoints.restore((state, sums, best)))
+        state, sums, best, spent = runs.place(checkpoints.restore((state, sums, best, spent)))
         print(f"Going on after step {step}.", flush=True)
     else:
-        checkpoints.save(0, (state, sums, best))  # what is left if the first losses are not finite
+        # What is left if the first losses are not finite.
+        checkpoints.save(0, (state, sums, best, spent))
+    before = float(spent) - started
+
+    def seconds() -> jax.Array:
+        return jnp.asarray(before + time.perf_counter(), jnp.float32)
+
     directory.forget_after(step)
     steps = runs.steps_per_epoch
     progress = Progress(config.epochs, steps, _images_per_step(parts), step)
 
     # ---- Train.
-    with stop_on_signals() as stop:
-        while step < config.epochs * steps and not stop.signal:
-            epoch, first = divmod(step, steps)
-            order = runs.epoch_order(state, epoch)
-            while first < steps and not stop.signal:
-                count = min(config.steps_per_call, steps - first)
-                state, sums, broken = runs.take_steps(state, sums, order, first, count)
-                _check_finite(broken, config.seed, directory)
-                first, step = first + count, step + count
-                progress.advance(count)
-            if first == steps:
-                best, sums = _end_of_epoch(
-                    config, runs, logs, progress, state, sums, best, step, epoch + 1
-                )
-            due = config.checkpoint_every and (epoch + 1) % config.checkpoint_every == 0
-            if stop.signal or step == config.epochs * steps or (due and first == steps):
-                _save(checkpoints, step, (state, sums, best), directory)
+    while step < config.epochs * steps and not stop.signal:
+        epoch, first = divmod(step, steps)
+        order = runs.epoch_order(state, epoch)
+        while first < steps and not stop.signal:
+            count = min(config.steps_per_call, steps - first)
+            state, sums, broken = runs.take_steps(state, sums, order, first, count)
+            _check_finite(broken, config.seed, directory)
+            first, step = first + count, step + count
+            progress.advance(count)
+        if first == steps:
+            best, sums = _end_of_epoch(
+                config, runs, logs, progress, state, sums, best, step, epoch + 1
+            )
+        due = config.checkpoint_every and (epoch + 1) % config.checkpoint_every == 0
+        if stop.signal or step == config.epochs * steps or (due and first == steps):
+            _save(checkpoints, step, (state, sums, best, seconds()), directory)
     progress.close()
     if stop.signal:
         raise InterruptedRunError(f"{stop.signal}: saved after step {step} in {directory.path}.")
@@ -210,7 +222,7 @@ def _train(
     kept = best if best is not None else state
     results = {
         "step": step,
-        "seconds": round(time.perf_counter() - started, 2),
+        "seconds": round(float(seconds()), 2),
         "weights": "best validation accuracy" if best is not None else "last",
         "splits": {
             split: _lists(runs.measure(kept.params, kept.model_state, split))

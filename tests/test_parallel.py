@@ -30,7 +30,7 @@ def test_a_batch_that_cannot_be_shared_is_refused_with_both_numbers(devices):
 
 
 def test_more_devices_than_there_are_are_refused_with_both_numbers():
-    with pytest.raises(ValueError, match=r"config.devices is 99, but there are only 2"):
+    with pytest.raises(ValueError, match=r"config.devices is 99, but JAX finds only 2"):
         parallel.data_mesh(99, 99)
 
 

@@ -98,18 +98,39 @@ def test_a_run_interrupted_and_resumed_is_bitwise_the_same(trained, tmp_path, mo
     monkeypatch.undo()
     resumed = train.train(interrupted, str(tmp_path))
     assert resumed["splits"] == results["splits"]
+    assert resumed["seconds"] > 0
     assert _same(_final(tmp_path, config), _final(whole, config))
     assert workdir.read_metrics(tmp_path) == workdir.read_metrics(whole)
 
 
-@pytest.mark.parametrize("at_once", [1, 2])
-def test_a_run_among_several_is_the_run_alone(trained, tmp_path, at_once):
-    several = train.train(_config("auxiliary", f"seeds_at_once={at_once}"), str(tmp_path / "a"))
+def test_a_run_among_several_is_the_run_alone(trained, tmp_path):
+    vectorized = train.train(_config("auxiliary", "seeds_at_once=2"), str(tmp_path / "a"))
     alone = train.train(_config("auxiliary", "seeds=1", "seed=1"), str(tmp_path / "b"))
-    for metric, values in several["splits"]["test"].items():
-        # Vectorized sums have another order; of 30 pairs one or two may change sides.
+    for metric, (value,) in alone["splits"]["test"].items():
+        # Sums in another order; of 30 pairs one or two may change sides.
         tolerance = {"rtol": 2e-3} if metric.endswith("loss") else {"atol": 0.04}
-        np.testing.assert_allclose(values[1], alone["splits"]["test"][metric][0], **tolerance)
+        for several in (trained[2], vectorized):
+            np.testing.assert_allclose(several["splits"]["test"][metric][1], value, **tolerance)
+
+
+def test_a_signal_before_the_first_step_is_not_lost(tmp_path, monkeypatch):
+    started = train.Runs.checkpoint_tree
+
+    def interrupted(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return started(self)
+
+    monkeypatch.setattr(train.Runs, "checkpoint_tree", interrupted)
+    with pytest.raises(train.InterruptedRunError, match="SIGTERM: saved after step 0"):
+        train.train(_config(), str(tmp_path))
+    assert Checkpoints(tmp_path / "checkpoints").latest() == 0
+
+
+def test_a_finished_run_is_left_as_it_is(trained):
+    directory, config, results = trained
+    written = (directory / "results.json").stat().st_mtime_ns
+    assert train.train(config, str(directory)) == results
+    assert (directory / "results.json").stat().st_mtime_ns == written
 
 
 def test_runs_differ_in_weights_data_and_order():
@@ -306,7 +327,7 @@ def test_ctrl_c_saves_and_ends_the_program(tmp_path):
         (["--config.batch_size=2000"], "only 500 training examples"),
         (["--config.data.name=tfds:mnist", "--config.data.dir=/nowhere"], "tfds build mnist"),
         (["--config.heads.digits.endpoints=('digit',)"], "Did you mean 'digits'"),
-        (["--config.devices=3"], "there are only 2"),
+        (["--config.devices=3"], "JAX finds only 2"),
         (["--config.batch_size=5"], "batch_size is 5, which 2 devices"),
     ],
 )
