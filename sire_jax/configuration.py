@@ -46,7 +46,10 @@ def default() -> ConfigDict:
                 "cache": "~/.cache/sire_jax",  # decoded images; "" for none
                 "shape": (8, 8, 1),
                 "classes": {"label": 10},
+                "images": 0,  # of the training split, which schedules in epochs need; 0: unknown
                 "scale": 1 / 255,  # what pixels are multiplied by
+                "mean": (),  # what is then subtracted from each channel, if anything
+                "std": (),  # what it is then divided by
                 "task": task("images"),
             },
             "augmentation": {},
@@ -60,13 +63,23 @@ def default() -> ConfigDict:
             "evaluate_splits": ("train", "test"),
             "evaluate_batch_size": 1000,
             "checkpoint_every": 10,  # epochs; and at the end and when interrupted
+            "chance_after": 10,  # epochs after which a run at chance level says so; 0: never
+            "gradient_flow_every": 0,  # epochs between measurements of gradients; 0: none
             "tensorboard": False,
         }
     )
 
 
 # Keys that change how a run is carried out, not what it computes: a run goes on under other values.
-_FREE = {"devices", "steps_per_call", "checkpoint_every", "tensorboard", "data.dir", "data.cache"}
+_FREE = {
+    "devices",
+    "steps_per_call",
+    "checkpoint_every",
+    "chance_after",
+    "tensorboard",
+    "data.dir",
+    "data.cache",
+}
 
 
 def backbone(name: str, **settings: Any) -> ConfigDict:
@@ -99,14 +112,17 @@ def optimizer(name: str, **settings: Any) -> ConfigDict:
     return registry.describe(OPTIMIZERS, name, "optimizer", **settings)
 
 
-def objective(output: str, target: str, loss: str, weight: Any = 1.0) -> ConfigDict:
-    """Describes an objective.
+def objective(
+    output: str, target: str, loss: str, weight: Any = 1.0, weights: Sequence[Any] = ()
+) -> ConfigDict:
+    """Describes an objective, or one for each output of a family.
 
     Args:
-        output: Name of the output.
+        output: Name of the output, or of a family of heads.
         target: Key of the batch.
         loss: Name of the loss.
-        weight: A number, or a schedule over steps (``optimizers.number_or_schedule``).
+        weight: A number, or a schedule (``optimizers.number_or_schedule``).
+        weights: Weights of a family's outputs, one by one, in place of ``weight``.
 
     Returns:
         The section.
@@ -115,7 +131,15 @@ def objective(output: str, target: str, loss: str, weight: Any = 1.0) -> ConfigD
         ValueError: If there is no such loss.
     """
     registry.choose(LOSSES, loss, "loss")
-    return ConfigDict({"output": output, "target": target, "loss": loss, "weight": weight})
+    return ConfigDict(
+        {
+            "output": output,
+            "target": target,
+            "loss": loss,
+            "weight": weight,
+            "weights": tuple(weights),
+        }
+    )
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
@@ -197,8 +221,13 @@ def validate(config: ConfigDict) -> None:
     _check_section("config", config, default())
     for key in ("seeds", "epochs", "batch_size", "steps_per_call", "evaluate_batch_size"):
         _check_least(key, config[key], 1)
-    for key in ("seed", "seeds_at_once", "devices", "evaluate_every", "checkpoint_every"):
+    for key in _AT_LEAST_0:
         _check_least(key, config[key], 0)
+    _check_least("data.images", config.data.images, 0)
+    for key in ("mean", "std"):
+        _check_channels(key, config.data[key], config.data.shape)
+    if not all(value > 0 for value in config.data.std):
+        raise ValueError(f"config.data.std is {tuple(config.data.std)}; it should be above 0.")
     if not math.isfinite(config.data.scale) or config.data.scale <= 0:
         raise ValueError(f"config.data.scale is {config.data.scale}; it should be above 0.")
     if config.seed + config.seeds > 2**31:
@@ -209,6 +238,27 @@ def validate(config: ConfigDict) -> None:
     for split in config.evaluate_splits:
         if split not in SPLITS:
             raise ValueError(f"config.evaluate_splits has '{split}'.{names.nearest(split, SPLITS)}")
+
+
+_AT_LEAST_0 = (
+    "seed",
+    "seeds_at_once",
+    "devices",
+    "evaluate_every",
+    "checkpoint_every",
+    "chance_after",
+    "gradient_flow_every",
+)
+
+
+def _check_channels(key: str, values: Sequence[float], shape: Sequence[int]) -> None:
+    """Checks that there is a finite number for each channel, or none at all."""
+    finite = all(isinstance(v, int | float) and math.isfinite(v) for v in values)
+    if not finite or len(values) not in (0, shape[-1]):
+        raise ValueError(
+            f"config.data.{key} is {tuple(values)}; it should be a number for each of the"
+            f" {shape[-1]} channels, or ()."
+        )
 
 
 def _check_least(key: str, value: int, least: int) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import Array
 from ml_collections import ConfigDict
 
@@ -58,7 +59,7 @@ class Experiment:
 
     def lookup(self, arrays: tasks.Arrays, examples: Array) -> dict[str, Array]:
         """Makes a batch of examples, with scaled images (see ``tasks``)."""
-        return _lookup(self.task, self.config.data.scale, arrays, examples)
+        return _lookup(self.task, self.config.data, arrays, examples)
 
     def initial_state(self, seed: Array) -> TrainState:
         """Returns the state of a run before its first step; ``seed`` is an int32."""
@@ -89,6 +90,11 @@ class Experiment:
                 f"config.data.shape is {tuple(data.shape)}, but the images of {data.name} are"
                 f" {dataset.train.image.shape[1:]}."
             )
+        if data.images not in (0, len(dataset.train.image)):
+            raise ValueError(
+                f"config.data.images is {data.images}, but {data.name} has"
+                f" {len(dataset.train.image)} training images."
+            )
         for kind, classes in data.classes.items():
             if dataset.classes.get(kind) != classes:
                 raise ValueError(
@@ -112,10 +118,31 @@ class Experiment:
 
 
 def _lookup(
-    task: tasks.Task, scale: float, arrays: tasks.Arrays, examples: Array
+    task: tasks.Task, data: ConfigDict, arrays: tasks.Arrays, examples: Array
 ) -> dict[str, Array]:
     batch = task.batch(arrays, examples)
-    return {**batch, "image": batch["image"].astype(jnp.float32) * scale}
+    return {**batch, "image": _prepare(batch["image"].astype(jnp.float32), data)}
+
+
+def _prepare(pixels: Any, data: ConfigDict) -> Any:
+    """Scales pixels ``[…, c]`` and normalizes them: ``(scale x - mean) / std``, float32."""
+    image = pixels * np.float32(data.scale)
+    shape = (1,) * (image.ndim - 1) + (-1,)
+    if data.mean:
+        image = image - np.asarray(data.mean, np.float32).reshape(shape)
+    if data.std:
+        image = image / np.asarray(data.std, np.float32).reshape(shape)
+    return image
+
+
+def image_range(data: ConfigDict) -> tuple[float, float]:
+    """Returns the smallest and the largest value of an image whose pixels are in 0..255.
+
+    Args:
+        data: The section ``config.data``.
+    """
+    extremes = _prepare(np.array([[0.0], [255.0]], np.float32).repeat(data.shape[-1], 1), data)
+    return float(extremes.min()), float(extremes.max())
 
 
 def _example_batch(task: tasks.Task, config: ConfigDict) -> dict[str, Any]:
@@ -124,12 +151,14 @@ def _example_batch(task: tasks.Task, config: ConfigDict) -> dict[str, Any]:
     blank = sources.Source(np.zeros((1, *config.data.shape), np.uint8), labels)
     arrays = {key: jnp.asarray(values) for key, values in task.prepare(blank).items()}
     examples = jnp.zeros((2, 2) if isinstance(task, tasks.Pairs) else (2,), jnp.int32)
-    return jax.eval_shape(lambda a, e: _lookup(task, config.data.scale, a, e), arrays, examples)
+    return jax.eval_shape(lambda a, e: _lookup(task, config.data, a, e), arrays, examples)
 
 
-def _section(config: ConfigDict, key: str, parts: Mapping[str, Any], what: str) -> dict[str, Any]:
+def _section(
+    config: ConfigDict, key: str, parts: Mapping[str, Any], what: str, **supplied: Any
+) -> dict[str, Any]:
     """Makes all parts of a section, in the order of their registry, those of one's own last."""
-    made = {k: registry.create(parts, section, what) for k, section in config[key].items()}
+    made = {k: registry.create(parts, each, what, **supplied) for k, each in config[key].items()}
     known = list(parts)
     place = {
         k: known.index(s.name) if s.name in known else len(known) for k, s in config[key].items()
@@ -137,13 +166,76 @@ def _section(config: ConfigDict, key: str, parts: Mapping[str, Any], what: str) 
     return {k: made[k] for k in sorted(made, key=lambda k: place[k])}
 
 
-def _objective(name: str, section: ConfigDict) -> objectives.Objective:
-    if not isinstance(section, ConfigDict):
-        raise ValueError(f"The objective '{name}' is {section!r}; it should be a section.")
+Units = Mapping[str, int | None]
+
+
+def _units(task: tasks.Task, config: ConfigDict) -> Units:
+    """Returns the lengths in steps of what schedules count in."""
+    data = config.data
+    if not data.images and isinstance(task, tasks.Images):
+        return {"epoch": None, "run": None}
+    steps = task.examples(data.images, data.classes) // config.batch_size
+    return {"epoch": steps, "run": steps * config.epochs}
+
+
+def _optimizer(config: ConfigDict, units: Units) -> optax.GradientTransformation:
+    """Makes the optimizer, with its schedules counting steps."""
+    section = config.optimizer
+    schedules = {
+        key: optimizers.number_or_schedule(value, key.replace("_", " "), units)
+        for key, value in section.items()
+        if isinstance(value, ConfigDict)
+    }
+    return registry.create(optimizers.OPTIMIZERS, {**section, **schedules}, "optimizer")
+
+
+def _heads(config: ConfigDict, plan: Any) -> tuple[dict[str, Any], dict[str, list[str]]]:
+    """Makes the heads by the names of their outputs, and lists the outputs of each family."""
+    heads: dict[str, Any] = {}
+    families: dict[str, list[str]] = {}
+    for name, part in _section(config, "heads", HEADS, "head", plan=plan).items():
+        family = isinstance(part, Mapping)
+        members = {f"{name}_{key}": each for key, each in part.items()} if family else {name: part}
+        for output in members.keys() & heads.keys():
+            raise ValueError(f"Two heads have the output '{output}'; rename one of them.")
+        if family:
+            families[name] = list(members)
+        heads |= members
+    return heads, families
+
+
+def _objectives(
+    config: ConfigDict, families: Mapping[str, list[str]], units: Units
+) -> dict[str, objectives.Objective]:
+    """Makes the objectives: one for each output of a family."""
+    made: dict[str, objectives.Objective] = {}
+    for name, section in config.objectives.items():
+        if not isinstance(section, ConfigDict):
+            raise ValueError(f"The objective '{name}' is {section!r}; it should be a section.")
+        settings = {key: value for key, value in section.items() if key != "weights"}
+        weights = tuple(section.get("weights", ()))
+        family = families.get(section.get("output"))
+        outputs = [section.get("output")] if family is None else family
+        if weights and len(weights) != len(outputs):
+            raise ValueError(
+                f"The objective '{name}' has {len(weights)} weights for {len(outputs)} outputs"
+                f" ({', '.join(map(str, outputs))}); give one for each, or 'weight' for all."
+            )
+        for i, output in enumerate(outputs):
+            each = {"output": output, "weight": weights[i]} if weights else {"output": output}
+            # The objective 'reconstruction' on the family 'decoder' becomes 'reconstruction_1', …
+            own = name if family is None else name + output.removeprefix(section.output)
+            if own in made:
+                raise ValueError(f"Two objectives have the name '{own}'; rename one of them.")
+            made[own] = _objective(own, {**settings, **each}, units)
+    return made
+
+
+def _objective(name: str, section: Mapping[str, Any], units: Units) -> objectives.Objective:
     described = {"name": name, **section}
     made = registry.create({name: objectives.Objective}, described, "objective")
     loss = registry.choose(objectives.LOSSES, made.loss, "loss")
-    weight = optimizers.number_or_schedule(made.weight, f"weight of the objective '{name}'")
+    weight = optimizers.number_or_schedule(made.weight, f"weight of the objective '{name}'", units)
     return objectives.Objective(made.output, made.target, loss, weight)
 
 
@@ -162,11 +254,11 @@ def build(config: ConfigDict) -> Experiment:
     configuration.validate(config)
     task = registry.create(tasks.TASKS, config.data.task, "task")
     augmentations = _section(config, "augmentation", AUGMENTATIONS, "augmentation")
-    network = Network(
-        registry.create(BACKBONES, config.backbone, "backbone"),
-        _section(config, "heads", HEADS, "head"),
-    )
-    chosen = {name: _objective(name, section) for name, section in config.objectives.items()}
+    backbone = registry.create(BACKBONES, config.backbone, "backbone")
+    heads, families = _heads(config, getattr(backbone, "plan", None))
+    network = Network(backbone, heads)
+    units = _units(task, config)
+    chosen = _objectives(config, families, units)
     predictions = _section(config, "predictions", prediction.PREDICTIONS, "prediction")
     batch = _example_batch(task, config)
     variables = jax.eval_shape(network.init, jax.random.key(0), batch["image"])
@@ -177,9 +269,10 @@ def build(config: ConfigDict) -> Experiment:
     _check_losses(chosen, outputs, batch)
     _check_widths(task.classes(config.data.classes), chosen, outputs)
     _check_augmentations(augmentations, batch)
+    _check_ranges(heads, chosen, config.data)
     if "validation" in config.evaluate_splits:
         _check_selection(chosen, outputs, batch)
-    optimizer = registry.create(optimizers.OPTIMIZERS, config.optimizer, "optimizer")
+    optimizer = _optimizer(config, units)
     reach = find_reach(network.apply, chosen, variables, batch)
     rule = registry.create(
         UPDATES, config.update_rule, "update rule", optimizer=optimizer, reach=reach
@@ -246,6 +339,24 @@ def _check_losses(
             raise ValueError(
                 f"The loss of the objective '{name}' can't compare '{objective.output}', {output},"
                 f" with '{objective.target}', {target} (of a batch of two)."
+            )
+
+
+def _check_ranges(
+    heads: Mapping[str, Any], chosen: objectives.Objectives, data: ConfigDict
+) -> None:
+    """Checks that what predicts images says that it predicts the values that images have."""
+    low, high = image_range(data)
+    for name, objective in chosen.items():
+        stated = getattr(heads.get(objective.output), "value_range", None)
+        if stated is None or objective.target != "image":
+            continue
+        if not np.allclose(stated, (low, high), atol=1e-2 * (high - low)):
+            raise ValueError(
+                f"The objective '{name}' reconstructs images whose values are in"
+                f" [{low:.4g}, {high:.4g}] (config.data.scale, mean and std), but the head"
+                f" '{objective.output}' states the range [{stated[0]:.4g}, {stated[1]:.4g}]. Set"
+                f" its value_range to ({low:.4g}, {high:.4g}), or the images' to what it states."
             )
 
 

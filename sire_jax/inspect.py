@@ -14,6 +14,7 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from sire_jax import command, configuration, experiment, tables, traced
+from sire_jax.networks import MAIN
 
 
 def inspect(config: ConfigDict) -> dict[str, Any]:
@@ -23,9 +24,11 @@ def inspect(config: ConfigDict) -> dict[str, Any]:
         config: The config.
 
     Returns:
-        ``{"outputs": {name: {"shape", "parameters", "multiply_adds"}}, "parameters",
-        "multiply_adds"}``: shapes of one example, numbers of one example's forward pass; the totals
-        are those of the whole network, in which outputs share what they have in common.
+        ``{"outputs": {name: {"shape", "parameters", "multiply_adds"}}, "without_heads":
+        {"parameters", "multiply_adds"}, "parameters", "multiply_adds"}``: shapes of one example,
+        numbers of one example's forward pass. Without heads is the network applied with
+        ``aux=False``; the totals are those of the whole network, in which outputs share what they
+        have in common.
 
     Raises:
         ValueError: If the config asks for what does not exist or does not fit together.
@@ -36,9 +39,9 @@ def inspect(config: ConfigDict) -> dict[str, Any]:
     batch = parts.batch["image"]
     image = jax.ShapeDtypeStruct((1, *batch.shape[1:]), batch.dtype)
 
-    def apply(params: Any, image: Any, name: str | None = None) -> Mapping[str, Array]:
-        outputs: Any = parts.network.apply({"params": params, **state}, image)
-        return outputs if name is None else {name: outputs[name]}
+    def apply(params: Any, image: Any, aux: bool = True) -> Mapping[str, Array]:
+        outputs: Any = parts.network.apply({"params": params, **state}, image, aux=aux)
+        return outputs
 
     state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), variables)
     read = traced.parameters_read(apply, params, image)
@@ -47,13 +50,21 @@ def inspect(config: ConfigDict) -> dict[str, Any]:
             "shape": list(parts.outputs[name].shape[1:]),
             "parameters": traced.size(params, read[name]),
             "multiply_adds": traced.multiply_adds(
-                lambda p, x, n=name: apply(p, x, n), params, image
+                lambda p, x, n=name: apply(p, x)[n], params, image
             ),
         }
         for name in parts.output_names()
     }
+
+    def bare(params: Any, image: Any) -> Mapping[str, Array]:
+        return apply(params, image, aux=False)
+
     return {
         "outputs": outputs,
+        "without_heads": {
+            "parameters": traced.size(params, traced.parameters_read(bare, params, image)[MAIN]),
+            "multiply_adds": traced.multiply_adds(bare, params, image),
+        },
         "parameters": traced.size(params),
         "multiply_adds": traced.multiply_adds(apply, params, image),
     }
@@ -65,7 +76,8 @@ def report(found: Mapping[str, Any]) -> str:
     for name, counts in found["outputs"].items():
         shape = " x ".join(map(str, counts["shape"]))
         rows.append([name, shape, f"{counts['parameters']:,}", f"{counts['multiply_adds']:,}"])
-    rows.append(["whole network", "", f"{found['parameters']:,}", f"{found['multiply_adds']:,}"])
+    for title, counts in (("without heads", found["without_heads"]), ("whole network", found)):
+        rows.append([title, "", f"{counts['parameters']:,}", f"{counts['multiply_adds']:,}"])
     return tables.align(rows)
 
 

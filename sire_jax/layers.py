@@ -9,7 +9,9 @@ Two layouts: ``[b, h, w, c]``, the usual one, and ``[c, h, w, b]``, images last,
 *small* network does between matrix products runs along contiguous memory: it takes half the time.
 """
 
+import functools
 import math
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -20,6 +22,13 @@ from jax import Array, lax
 # The default of PyTorch's layers, U(-1/sqrt(fan_in), 1/sqrt(fan_in)): the pairs system comes from
 # there, and shallow networks without batch norm are sensitive to it.
 uniform_fan_in = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+# Keeps the variance through a layer with ReLU, N(0, 2 / fan_in) (He et al., 2015, Eq. 10); the
+# kernel of a transposed convolution has its inputs last.
+he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+he_normal_transposed = nn.initializers.variance_scaling(
+    2.0, "fan_in", "normal", in_axis=-1, out_axis=-2
+)
+Initializer = Callable[..., Array]
 
 # Values of the shifted views that are made at once: 4 MiB, about what a core's caches hold.
 _CACHED = 2**20
@@ -111,7 +120,9 @@ _chunked.defvjp(
 )
 
 
-def convolve(x: Array, kernel: Array, padding: int = 0, images_last: bool = False) -> Array:
+def convolve(
+    x: Array, kernel: Array, padding: int = 0, stride: int = 1, images_last: bool = False
+) -> Array:
     """Convolves images with a square kernel at stride 1 (a cross-correlation, as in all libraries).
 
     ``y[n, i, j, o] = sum_{u, v, c} kernel[u, v, c, o] x[n, i + u, j + v, c]``
@@ -120,43 +131,84 @@ def convolve(x: Array, kernel: Array, padding: int = 0, images_last: bool = Fals
         x: Images ``[b, h, w, c]``, or ``[c, h, w, b]`` where ``images_last``.
         kernel: Weights ``[k, k, c, o]``.
         padding: Zeros put around the image, in pixels, less than k.
+        stride: Pixels from one window to the next.
         images_last: The layout, also of the result.
 
     Returns:
         ``[b, h', w', o]`` with ``h' = h + 2 padding - k + 1``, or ``[o, h', w', b]``.
     """
-    if jax.default_backend() == "cpu":
+    if jax.default_backend() == "cpu" and stride == 1:
         method = _images_last if images_last else _chunked
         return method(x, kernel, padding)
     layout = ("CHWN", "HWIO", "CHWN") if images_last else ("NHWC", "HWIO", "NHWC")
     pads = [(padding, padding)] * 2
-    return lax.conv_general_dilated(x, kernel, (1, 1), pads, dimension_numbers=layout)
+    return lax.conv_general_dilated(x, kernel, (stride, stride), pads, dimension_numbers=layout)
 
 
 class Conv(nn.Module):
-    """A biased convolution at stride 1.
+    """A convolution, in the dtype of its input; parameters are float32.
 
     Attributes:
         features: Output channels.
         kernel_size: Side of the square kernel, in pixels.
         padding: Zeros around the image, in pixels.
+        stride: Pixels from one window to the next.
+        use_bias: Whether to add a bias.
+        kernel_init: Initializer of the kernel.
         images_last: Whether images are ``[c, h, w, b]`` rather than ``[b, h, w, c]``.
     """
 
     features: int
     kernel_size: int = 3
     padding: int = 0
+    stride: int = 1
+    use_bias: bool = True
+    kernel_init: Initializer = uniform_fan_in
     images_last: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Maps ``[b, h, w, c]`` to ``[b, h', w', features]``, or likewise with images last."""
-        channels = x.shape[0 if self.images_last else -1]
-        shape = (self.kernel_size, self.kernel_size, channels, self.features)
-        kernel = self.param("kernel", uniform_fan_in, shape)
+        axis = 0 if self.images_last else -1
+        shape = (self.kernel_size, self.kernel_size, x.shape[axis], self.features)
+        kernel = self.param("kernel", self.kernel_init, shape).astype(x.dtype)
+        y = convolve(x, kernel, self.padding, self.stride, self.images_last)
+        if not self.use_bias:
+            return y
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
-        y = convolve(x, kernel, self.padding, self.images_last)
-        return y + _broadcast(bias, y, 0 if self.images_last else -1)
+        return y + _broadcast(bias.astype(x.dtype), y, axis)
+
+
+class TransposedConv(nn.Module):
+    """The transpose of a convolution that keeps the size of images (Dumoulin and Visin, 2016).
+
+    ``y[n, i, j, o] = sum_{u, v, c} kernel[u, v, o, c] x[n, i - u + p, j - v + p, c]``, with
+    ``p = (k - 1) / 2``: the kernel is that of the convolution from ``features`` channels that this
+    one reads backwards.
+
+    Attributes:
+        features: Output channels.
+        kernel_size: Side of the square kernel, in pixels, odd.
+        use_bias: Whether to add a bias.
+        kernel_init: Initializer of the kernel ``[k, k, features, c]``.
+    """
+
+    features: int
+    kernel_size: int = 3
+    use_bias: bool = True
+    kernel_init: Initializer = he_normal_transposed
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Maps ``[b, h, w, c]`` to ``[b, h, w, features]``."""
+        shape = (self.kernel_size, self.kernel_size, self.features, x.shape[-1])
+        kernel = self.param("kernel", self.kernel_init, shape).astype(x.dtype)
+        flipped = jnp.swapaxes(kernel[::-1, ::-1], 2, 3)
+        y = convolve(x, flipped, self.kernel_size // 2)
+        if not self.use_bias:
+            return y
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
+        return y + _broadcast(bias.astype(x.dtype), y, -1)
 
 
 def random_bits(key: Array, shape: tuple[int, ...]) -> Array:
@@ -208,24 +260,58 @@ class Dropout(nn.Module):
         return jnp.where(kept, x / (1 - self.rate), 0.0)
 
 
-def max_pool(x: Array) -> Array:
-    """Takes the largest value of each 2 x 2 window; an odd last row or column is dropped.
+def max_pool(x: Array, size: int = 2, stride: int = 2, padding: tuple[int, int] = (0, 0)) -> Array:
+    """Takes the largest value of each window; what is left over at the end is dropped.
 
-    Two pairwise maxima instead of a window reduction, whose gradient is slow on a CPU. Where values
-    tie, the gradient is shared between them.
+    Maxima of shifted views, first of rows, then of columns, instead of a window reduction, whose
+    gradient is slow on a CPU. Where values tie, the gradient is shared between them.
 
     Args:
         x: Images ``[b, h, w, c]`` or ``[c, h, w, b]``: the windows are in the two middle axes.
+        size: Side of the windows, in pixels.
+        stride: Pixels from one window to the next.
+        padding: Rows and columns of minus infinity before and after the image.
 
     Returns:
-        ``[b, h // 2, w // 2, c]`` or ``[c, h // 2, w // 2, b]``.
+        ``[b, h', w', c]`` or likewise, with ``h' = (h + sum(padding) - size) // stride + 1``.
     """
+    if size == stride == 2 and padding == (0, 0):
+        return _halve(x)
+    for axis in (1, 2):
+        widths = [padding if i == axis else (0, 0) for i in range(x.ndim)]
+        padded = jnp.pad(x, widths, constant_values=-jnp.inf)
+        count = (padded.shape[axis] - size) // stride + 1
+        last = (count - 1) * stride + 1
+        views = [lax.slice_in_dim(padded, i, i + last, stride, axis) for i in range(size)]
+        x = functools.reduce(jnp.maximum, views)
+    return x
+
+
+def _halve(x: Array) -> Array:
+    """Pools windows of 2 x 2, which a reshape tells apart."""
     first, height, width, last = x.shape
     x = x[:, : height // 2 * 2, : width // 2 * 2]
     x = x.reshape(first, height // 2, 2, -1, last)
     x = jnp.maximum(x[:, :, 0], x[:, :, 1])
     x = x.reshape(first, height // 2, width // 2, 2, last)
     return jnp.maximum(x[:, :, :, 0], x[:, :, :, 1])
+
+
+def upsample(x: Array, factor: int) -> Array:
+    """Repeats each pixel ``factor`` times in both directions: nearest up-sampling.
+
+    Args:
+        x: Images ``[b, h, w, c]``.
+        factor: How many times larger the sides become.
+
+    Returns:
+        ``[b, factor h, factor w, c]``.
+    """
+    if factor == 1:
+        return x
+    batch, height, width, channels = x.shape
+    x = jnp.broadcast_to(x[:, :, None, :, None], (batch, height, factor, width, factor, channels))
+    return x.reshape(batch, height * factor, width * factor, channels)
 
 
 def _broadcast(vector: Array, x: Array, axis: int) -> Array:
@@ -249,7 +335,7 @@ def normalize(
     deviation.
 
     Args:
-        x: Features, any rank; float32.
+        x: Features, any rank; sums are taken in float32 whatever the dtype.
         scale: ``[c]``.
         bias: ``[c]``.
         axis: The axis of ``x`` that has the c channels.
@@ -266,13 +352,14 @@ def _normalize_forward(
     x: Array, scale: Array, bias: Array, axis: int, epsilon: float
 ) -> tuple[tuple[Array, Array, Array], tuple[Array, ...]]:
     axes = _other_axes(x, axis)
-    mean = x.mean(axes)
-    variance = jnp.maximum((x * x).mean(axes) - mean * mean, 0.0)
+    wide = x.astype(jnp.float32)
+    mean = wide.mean(axes)
+    variance = jnp.maximum((wide * wide).mean(axes) - mean * mean, 0.0)
     inverse = lax.rsqrt(variance + epsilon)
     slope = scale * inverse
     offset = bias - mean * slope
-    y = x * _broadcast(slope, x, axis) + _broadcast(offset, x, axis)
-    return (y, mean, variance), (x, scale, mean, inverse)
+    y = wide * _broadcast(slope, x, axis) + _broadcast(offset, x, axis)
+    return (y.astype(x.dtype), mean, variance), (x, scale, mean, inverse)
 
 
 def _normalize_backward(
@@ -281,7 +368,8 @@ def _normalize_backward(
     # dx = scale inverse (dy - mean(dy) - normalized mean(dy normalized)) written as a dy + b x + c,
     # two sums and one pass, where the derived gradient takes several.
     x, scale, mean, inverse = saved
-    dy = cotangents[0]
+    dtype = x.dtype
+    x, dy = x.astype(jnp.float32), cotangents[0].astype(jnp.float32)
     axes = _other_axes(x, axis)
     count = x.size // x.shape[axis]
     dbias = dy.sum(axes)
@@ -290,7 +378,7 @@ def _normalize_backward(
     b = -a * dscale * inverse / count
     c = -a * dbias / count - b * mean
     dx = _broadcast(a, x, axis) * dy + _broadcast(b, x, axis) * x + _broadcast(c, x, axis)
-    return dx, dscale, dbias
+    return dx.astype(dtype), dscale, dbias
 
 
 normalize.defvjp(_normalize_forward, _normalize_backward)
@@ -298,6 +386,8 @@ normalize.defvjp(_normalize_forward, _normalize_backward)
 
 class BatchNorm(nn.Module):
     """Batch normalization over all axes but one (Ioffe and Szegedy, 2015).
+
+    Statistics and parameters are float32; the result has the dtype of the input.
 
     Attributes:
         axis: The axis with the channels.
@@ -320,7 +410,8 @@ class BatchNorm(nn.Module):
         if not train:
             slope = scale * lax.rsqrt(variance.value + self.epsilon)
             offset = bias - mean.value * slope
-            return x * _broadcast(slope, x, self.axis) + _broadcast(offset, x, self.axis)
+            y = x.astype(jnp.float32) * _broadcast(slope, x, self.axis)
+            return (y + _broadcast(offset, x, self.axis)).astype(x.dtype)
         y, batch_mean, batch_variance = normalize(x, scale, bias, self.axis, self.epsilon)
         if not self.is_initializing():
             keep = self.momentum

@@ -4,13 +4,49 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
 from sire_jax import registry
 
+
+def piecewise(init_value: float, boundaries: tuple[float, ...], scale: float) -> optax.Schedule:
+    """Multiplies a value at each of some times.
+
+    ``value(t) = init_value scale^n``, with n the number of boundaries that are at most t.
+
+    Args:
+        init_value: The value at first, at least 0.
+        boundaries: When it is multiplied, in rising order.
+        scale: By what, above 0.
+
+    Returns:
+        The schedule.
+
+    Raises:
+        ValueError: If a value is out of range.
+    """
+    if not (init_value >= 0 and scale > 0):
+        raise ValueError(
+            f"A piecewise schedule has init_value {init_value} and scale {scale}; they should be at"
+            " least 0 and above 0."
+        )
+    if list(boundaries) != sorted(set(boundaries)):
+        raise ValueError(f"The boundaries {tuple(boundaries)} should be in rising order.")
+    times = jnp.asarray(boundaries, jnp.float32)
+
+    def schedule(count: Any) -> jax.Array:
+        passed = (times <= jnp.asarray(count, jnp.float32)).sum()
+        return jnp.float32(init_value) * jnp.float32(scale) ** passed.astype(jnp.float32)
+
+    return schedule
+
+
 SCHEDULES = {
     "constant": optax.schedules.constant_schedule,
+    "piecewise": piecewise,
     "linear": optax.schedules.linear_schedule,
     "cosine": optax.schedules.cosine_decay_schedule,
     "exponential": optax.schedules.exponential_decay,
@@ -18,23 +54,38 @@ SCHEDULES = {
 }
 
 
-def number_or_schedule(value: Any, what: str) -> float | optax.Schedule:
-    """Reads a setting that is a number or a schedule over steps.
+def number_or_schedule(
+    value: Any, what: str, units: Mapping[str, int | None] | None = None
+) -> float | optax.Schedule:
+    """Reads a setting that is a number or a schedule.
 
     Args:
-        value: A number, or ``{"name": "linear", "init_value": …, …}`` with the arguments of the
-            ``optax`` schedule.
+        value: A number; a function from steps to one; or ``{"name": "linear", "init_value": …, …}``
+            with the arguments of the ``optax`` schedule, and a ``"unit"`` in which it counts:
+            ``"step"`` (if there is none), ``"epoch"`` or ``"run"``, the whole of it.
         what: What it is, for messages.
+        units: The length of each unit in steps, ``None`` where it is not known.
 
     Returns:
-        The number or the schedule.
+        The number, or the schedule over steps.
 
     Raises:
-        ValueError: If it is neither, negative or not finite, or the schedule does not exist or
-            lacks an argument.
+        ValueError: If it is neither, negative or not finite, or the schedule does not exist, lacks
+            an argument, or counts in a unit of unknown length.
     """
+    if callable(value):
+        return value
     if isinstance(value, Mapping | ConfigDict):
-        return registry.create(SCHEDULES, value, f"schedule of the {what}")
+        section = dict(value)
+        unit = section.pop("unit", "step")
+        length = registry.choose({"step": 1, **(units or {})}, unit, f"unit of the {what}")
+        if length is None:
+            raise ValueError(
+                f"The {what} counts in the unit '{unit}', but how many steps that is is not known:"
+                " set config.data.images to the number of training images."
+            )
+        schedule = registry.create(SCHEDULES, section, f"schedule of the {what}")
+        return schedule if length == 1 else lambda step: schedule(step / length)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"The {what} is {value!r}; it should be a number or a schedule.")
     if not (math.isfinite(value) and value >= 0):

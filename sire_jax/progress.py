@@ -57,6 +57,10 @@ class Progress:
                 flush=True,
             )
 
+    def say(self, message: str) -> None:
+        """Prints a line above the bar."""
+        tqdm.write(message)
+
     def close(self) -> None:
         """Leaves the bar as it is."""
         self._bar.close()

@@ -83,7 +83,8 @@ def create(
         registry: Known parts by name.
         section: ``{"name": …, setting: value, …}``.
         what: What the part is, for messages.
-        **supplied: Arguments that come from the program, not from the config.
+        **supplied: Arguments that come from the program, not from the config; those that the part
+            does not take are left out.
 
     Returns:
         What the class or function returns for these settings.
@@ -98,7 +99,8 @@ def create(
         raise ValueError(f"A {what} needs a 'name'; it has only {sorted(section)}.")
     given = {key: _plain(value) for key, value in section.items() if key != "name"}
     part = choose(registry, section["name"], what)
-    known = {k: p for k, p in settings(part).items() if k not in supplied}
+    wanted = settings(part)
+    known = {k: p for k, p in wanted.items() if k not in supplied}
     for key, value in given.items():
         if key not in known:
             raise ValueError(
@@ -108,7 +110,7 @@ def create(
     missing = [k for k, p in known.items() if p.default is p.empty and k not in given]
     if missing:
         raise ValueError(f"The {what} '{section['name']}' needs a value for {', '.join(missing)}.")
-    return part(**given, **supplied)
+    return part(**given, **{k: value for k, value in supplied.items() if k in wanted})
 
 
 def _check_setting(where: str, value: Any, parameter: inspect.Parameter) -> None:

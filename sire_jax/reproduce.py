@@ -16,7 +16,17 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from sire_jax import __version__, command, configuration, figures, names, registry, tables
+from sire_jax import (
+    __version__,
+    command,
+    configuration,
+    experiment,
+    figures,
+    names,
+    registry,
+    tables,
+    traced,
+)
 from sire_jax.train import InterruptedRunError, NonFiniteLossError, train
 from sire_jax.workdir import read_config, read_results
 
@@ -40,43 +50,101 @@ def load_table(name: str, configs: Path) -> Table:
     return json.loads(registry.choose(known, name, "table").read_text())
 
 
+def identity(row: Mapping[str, Any]) -> str:
+    """Returns what a row is called on the command line and in the workdir."""
+    return row.get("id", row["variant"])
+
+
 def choose_rows(table: Table, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Picks rows by their variants, all if no name is given.
+    """Picks rows by their names, all if no name is given.
 
     Raises:
         ValueError: If there is no such row.
     """
-    known = {row["variant"]: row for row in table["rows"]}
+    known = {identity(row): row for row in table["rows"]}
     return [registry.choose(known, name, "row") for name in names] or table["rows"]
 
 
-def compare(row: Mapping[str, Any], table: Table, results: Mapping[str, Any]) -> dict[str, Any]:
+def row_config(
+    table: Table, row: Mapping[str, Any], configs: Path, option: str, overrides: Sequence[str]
+) -> ConfigDict:
+    """Loads the config of a row.
+
+    Args:
+        table: The table.
+        row: One of its rows.
+        configs: The directory of the configs.
+        option: One of the table's options, or "".
+        overrides: ``--config.a.b=value`` each, after those of the row.
+
+    Returns:
+        The config.
+    """
+    variant = f"{row['variant']},{option}" if option else row["variant"]
+    return configuration.load(
+        f"{configs / table['config']}:{variant}", [*row.get("overrides", []), *overrides]
+    )
+
+
+Figure = dict[str, Any]
+
+
+def compare(
+    row: Mapping[str, Any],
+    table: Table,
+    results: Mapping[str, Any],
+    parameters: int = 0,
+    reference: tuple[Mapping[str, Any], Mapping[str, Any]] | None = None,
+) -> dict[str, Any]:
     """Puts a row's figures beside the paper's.
 
     Args:
         row: The row of the table.
-        table: The table.
+        table: The table. A column is a metric of a split, ``{"split", "metric"}``, as an error in
+            percent if it has ``"error_percent": true``; ``{"parameters": true}``, in millions; or
+            ``{"relative_time": ID}``, the time of training over that of the row ID.
         results: Final measurements of the row's run.
+        parameters: The row's number of parameters.
+        reference: The row that times are relative to and its measurements, if it has been trained.
 
     Returns:
         ``{"name", "variant", "<column>": {"paper", "ours", "difference", "deviations", "runs"}}``:
         means with standard deviations, the difference of the means, and that in the paper's
-        standard deviations (``None`` where the paper has no figure or prints 0).
+        standard deviations (``None`` where the paper has no figure, or no deviation above 0).
     """
-    line: dict[str, Any] = {"name": row["name"], "variant": row["variant"]}
-    for column, where in table["columns"].items():
-        runs = results["splits"][where["split"]][where["metric"]]
-        mean, deviation = tables.spread(runs)
-        paper = row.get(column)
-        difference = None if paper is None else mean - paper[0]
-        line[column] = {
-            "paper": paper,
-            "ours": [mean, deviation],
-            "difference": difference,
-            "deviations": difference / paper[1] if paper and paper[1] else None,
-            "runs": list(runs),
-        }
+    line: dict[str, Any] = {"name": row["name"], "variant": identity(row)}
+    for column, kind in table["columns"].items():
+        if "relative_time" in kind:
+            if reference is None:
+                line[column] = _figure(None, None)
+                continue
+            paper = row["minutes"] / reference[0]["minutes"] if "minutes" in row else None
+            line[column] = _figure(paper, [results["seconds"] / reference[1]["seconds"]])
+        elif "parameters" in kind:
+            line[column] = _figure(row.get(column), [parameters / 1e6])
+        else:
+            runs = results["splits"][kind["split"]][kind["metric"]]
+            if kind.get("error_percent"):
+                runs = [100 * (1 - each) for each in runs]
+            line[column] = _figure(row.get(column), list(runs))
     return {**line, "seconds": results["seconds"]}
+
+
+def _figure(paper: Any, runs: list[float] | None) -> Figure:
+    """Compares the paper's mean, or mean and deviation, with our runs."""
+    if paper is not None and not isinstance(paper, list):
+        paper = [paper, None]
+    if runs is None:
+        return dict.fromkeys(("ours", "difference", "deviations", "runs")) | {"paper": paper}
+    mean, deviation = tables.spread(runs)
+    difference = None if paper is None else mean - paper[0]
+    return {
+        "paper": paper,
+        "ours": [mean, deviation],
+        "difference": difference,
+        "deviations": difference / paper[1] if paper and paper[1] else None,
+        "runs": runs,
+    }
 
 
 def markdown(lines: Sequence[Mapping[str, Any]], table: Table) -> str:
@@ -87,19 +155,29 @@ def markdown(lines: Sequence[Mapping[str, Any]], table: Table) -> str:
         heads += [f"{column}, paper", "ours", "difference"] if has_paper else [column]
     rows = [[*heads, "seconds"]]
     for line in lines:
-        cells = [cell for column in table["columns"] for cell in _cells(line[column], has_paper)]
+        cells = [
+            cell
+            for column, kind in table["columns"].items()
+            for cell in _cells(line[column], has_paper, kind.get("digits", 3))
+        ]
         rows.append([line["name"], *cells, f"{line['seconds']:.0f}"])
     return tables.align(rows)
 
 
-def _cells(figure: Mapping[str, Any], has_paper: bool) -> list[str]:
-    ours = "{:.3f} ± {:.3f}".format(*figure["ours"])
+def _cells(figure: Figure, has_paper: bool, digits: int) -> list[str]:
+    several = figure["runs"] is not None and len(figure["runs"]) > 1
+    ours = _number(figure["ours"] if several else (figure["ours"] or [None])[:1], digits)
     if not has_paper:
         return [ours]
-    if figure["paper"] is None:
-        return ["", ours, ""]
+    if figure["difference"] is None:
+        return [_number(figure["paper"], digits), ours, ""]
     far = "" if figure["deviations"] is None else f" ({figure['deviations']:+.1f} sd)"
-    return ["{:.3f} ± {:.3f}".format(*figure["paper"]), ours, f"{figure['difference']:+.3f}{far}"]
+    return [_number(figure["paper"], digits), ours, f"{figure['difference']:+.{digits}f}{far}"]
+
+
+def _number(value: Sequence[float | None] | None, digits: int) -> str:
+    """Writes a mean, with its deviation if there is one."""
+    return " ± ".join(f"{each:.{digits}f}" for each in value or [] if each is not None)
 
 
 def reproduce(
@@ -131,15 +209,28 @@ def reproduce(
             f"The table has no option '{option}'.{names.nearest(option, table['options'])}"
         )
     lines, directories = [], {}
+    references = {kind.get("relative_time") for kind in table["columns"].values()}
+    reference = None
     for row in table["rows"]:
-        variant = f"{row['variant']},{option}" if option else row["variant"]
-        config = configuration.load(f"{configs / table['config']}:{variant}", overrides)
-        directory = workdir / row["variant"]
+        config = row_config(table, row, configs, option, overrides)
+        directory = workdir / identity(row)
         results = _trained(config, directory)
         if results is None and row not in rows:
             continue
         directories[row["name"]] = directory
-        lines.append(compare(row, table, results or train(config, str(directory))))
+        results = results or train(config, str(directory))
+        if identity(row) in references:
+            reference = row, results
+        counted = {**row, "variant": row.get("counted", row["variant"])}
+        lines.append(
+            compare(
+                row,
+                table,
+                results,
+                _parameters(row_config(table, counted, configs, option, overrides)),
+                reference,
+            )
+        )
         (workdir / "table.md").write_text(markdown(lines, table) + "\n")
         details = {
             "title": table["title"],
@@ -151,6 +242,10 @@ def reproduce(
         (workdir / "table.json").write_text(json.dumps(details, indent=1) + "\n")
         figures.compare(directories, **table["curves"], path=workdir / "table.png")
     return lines
+
+
+def _parameters(config: ConfigDict) -> int:
+    return traced.size(experiment.build(config).variables["params"])
 
 
 def _trained(config: ConfigDict, directory: Path) -> dict[str, Any] | None:
@@ -171,7 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the program with command line arguments."""
     parser = command.parser(__doc__)
     parser.add_argument("--table", required=True, help="name of a table in configs/tables")
-    parser.add_argument("--rows", default="", help="variants, separated by commas; all by default")
+    parser.add_argument("--rows", default="", help="rows, separated by commas; all by default")
     parser.add_argument("--seeds", type=int, help="runs of each row; as in the config by default")
     parser.add_argument("--option", default="", help="a reading of the paper, such as as_released")
     parser.add_argument("--workdir", help="where the runs are kept; runs/TABLE by default")

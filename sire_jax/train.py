@@ -16,7 +16,9 @@ from ml_collections import ConfigDict
 from sire_jax import command, configuration, experiment, figures, parallel, traced
 from sire_jax.checkpoint import Checkpoints
 from sire_jax.data import tasks
+from sire_jax.diagnostics import gradient_flow
 from sire_jax.metrics import Average, Metrics, means
+from sire_jax.networks import MAIN
 from sire_jax.progress import Progress, Stop, stop_on_signals
 from sire_jax.step import Best, TrainState
 from sire_jax.workdir import Workdir, read_results
@@ -90,6 +92,14 @@ class Runs:
             )
         )
         self._best = jax.jit(jax.vmap(Best.update), donate_argnums=0)
+        flow = gradient_flow.make_gradient_flow(
+            parts.network.apply, parts.objectives, parts.augment
+        )
+        self._gradients = jax.jit(
+            parallel.over_seeds(
+                lambda state, arrays, order: flow(state, lookup(arrays, order[0])), (1,), at_once
+            )
+        )
 
     def initial(self) -> TrainState:
         """Returns the initial states of all runs."""
@@ -128,6 +138,11 @@ class Runs:
     def measure(self, params: PyTree, model_state: PyTree, split: str) -> dict[str, np.ndarray]:
         """Measures a split; a value for each run."""
         found = self._measure(params, model_state, self.arrays, self.examples[split])
+        return {name: np.asarray(each) for name, each in means(found).items()}
+
+    def gradients(self, state: TrainState, epoch: int) -> dict[str, np.ndarray]:
+        """Measures the gradients of an epoch's first batch; a value for each run."""
+        found = self._gradients(state, self.arrays, self.epoch_order(state, epoch))
         return {name: np.asarray(each) for name, each in means(found).items()}
 
     def better(self, best: Best, score: np.ndarray, state: TrainState) -> Best:
@@ -231,6 +246,9 @@ def _train(
     }
     directory.write_results(results)
     figures.curves(directory.path)
+    if config.gradient_flow_every:
+        picture = directory.path / "gradient_flow.png"
+        gradient_flow.draw({config.name: directory.path}, picture)
     return results
 
 
@@ -263,8 +281,41 @@ def _end_of_epoch(
             shown |= {f"{split} {k}": v for k, v in found.items() if k == "main/top_1"}
             if split == "validation" and best is not None:
                 best = runs.better(best, found["main/top_1"], state)
+            _report_chance(config, runs, progress, epoch, split, found)
+    every = config.gradient_flow_every
+    if every and (last or epoch % every == 0):
+        logs.record(step, epoch, gradient_flow.SPLIT, runs.gradients(state, epoch - 1))
     progress.report(step, shown)
     return best, runs.no_metrics()
+
+
+def _report_chance(
+    config: ConfigDict,
+    runs: Runs,
+    progress: Progress,
+    epoch: int,
+    split: str,
+    found: Mapping[str, np.ndarray],
+) -> None:
+    """Says, at the first measurement after enough epochs, which runs still guess."""
+    after = config.chance_after
+    first_time = epoch >= after > epoch - max(config.evaluate_every, 1)
+    if not first_time or split == "train" or f"{MAIN}/top_1" not in found:
+        return
+    chance = 1 / max(runs.parts.outputs[MAIN].shape[-1], 2)
+    # Three standard errors of an accuracy at chance level.
+    error = math.sqrt(chance * (1 - chance) / runs.examples[split].shape[1])
+    accuracy = found[f"{MAIN}/top_1"]
+    stuck = np.flatnonzero(accuracy <= chance + 3 * error)
+    if len(stuck):
+        seeds = ", ".join(str(config.seed + i) for i in stuck)
+        auxiliary = [name for name, o in runs.parts.objectives.items() if o.output != MAIN]
+        advice = f", the weights of {', '.join(auxiliary)}" if auxiliary else ""
+        progress.say(
+            f"At chance level: after {epoch} epochs the main output of the runs with the seeds"
+            f" {seeds} has the {split} accuracy {accuracy[stuck].mean():.4f} (guessing:"
+            f" {chance:.4f}). Classification may not converge; try a smaller learning rate{advice}."
+        )
 
 
 def _check_finite(broken: Mapping[str, jax.Array], seed: int, directory: Workdir) -> None:

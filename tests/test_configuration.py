@@ -271,6 +271,7 @@ def test_described_parts_show_their_settings():
         "target": "label",
         "loss": "cross_entropy",
         "weight": 2.0,
+        "weights": (),
     }
     with pytest.raises(ValueError, match=r"no loss 'cros_entropy'. Did you mean 'cross_entropy'"):
         configuration.objective("main", "label", "cros_entropy")

@@ -22,7 +22,7 @@ def _normal(seed, *shape):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
-def _lax(x, kernel, padding, images_last):
+def _lax(x, kernel, padding, images_last=False):
     x = jnp.transpose(x, (3, 1, 2, 0)) if images_last else x
     pads = [(padding, padding)] * 2
     layout = ("NHWC", "HWIO", "NHWC")
@@ -31,11 +31,11 @@ def _lax(x, kernel, padding, images_last):
 
 
 def _with_gradients(function, x, kernel, padding, images_last):
-    y = jax.eval_shape(lambda x, k: function(x, k, padding, images_last), x, kernel)
+    y = jax.eval_shape(lambda x, k: function(x, k, padding, images_last=images_last), x, kernel)
     weight = _integers(7, *y.shape)
 
     def total(x, kernel):
-        y = function(x, kernel, padding, images_last)
+        y = function(x, kernel, padding, images_last=images_last)
         return (y * weight).sum(), y
 
     gradients, y = jax.jit(jax.grad(total, (0, 1), has_aux=True))(x, kernel)
@@ -107,7 +107,7 @@ def test_chunks_are_as_large_as_the_cache_allows_and_in_order(monkeypatch, cache
 
 def _descend(function, images_last):
     def step(kernel, x):
-        gradient = jax.grad(lambda k: (function(x, k, 1, images_last) ** 2).mean())
+        gradient = jax.grad(lambda k: (function(x, k, 1, images_last=images_last) ** 2).mean())
         return kernel - 0.01 * gradient(kernel)
 
     return step
@@ -139,7 +139,7 @@ def test_convolution_under_vmap_is_one_after_the_other(images_last, axes):
     weight = _integers(3, *((2, 5, 6, 4) if images_last else (4, 5, 6, 2)))
 
     def total(function, x, kernel):
-        y = function(x, kernel, 1, images_last)
+        y = function(x, kernel, 1, images_last=images_last)
         return (y * weight).sum(), y
 
     run = jax.grad(total, (1, 2), has_aux=True)

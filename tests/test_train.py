@@ -243,6 +243,7 @@ def test_inspect_counts_by_hand(capsys):
             "main": {"shape": [1], "parameters": 5459, "multiply_adds": 2 * branch + 400 + 20},
             "digits": {"shape": [2, 10], "parameters": 5018, "multiply_adds": 2 * branch},
         },
+        "without_heads": {"parameters": 5459, "multiply_adds": 2 * branch + 420},
         "parameters": 5459,
         "multiply_adds": 2 * branch + 420,
     }

@@ -4,7 +4,10 @@ A backbone is any Flax module that maps ``(image, train=…)`` to ``(logits, end
 ``endpoints`` is a mapping of features by name, shallow to deep. It knows nothing of heads.
 """
 
+from sire_jax.backbones.cnn import cnn, vgg
+from sire_jax.backbones.googlenet import googlenet
 from sire_jax.backbones.pair import PairBranches, PairConvolutional, PairDense
+from sire_jax.backbones.resnet import resnet
 from sire_jax.backbones.small import SmallCNN
 
 BACKBONES = {
@@ -12,4 +15,8 @@ BACKBONES = {
     "pair_convolutional": PairConvolutional,
     "pair_branches": PairBranches,
     "small_cnn": SmallCNN,
+    "cnn": cnn,
+    "vgg": vgg,
+    "resnet": resnet,
+    "googlenet": googlenet,
 }

@@ -83,6 +83,10 @@ class Images:
         """Returns the number of classes of each target, given those of each kind of label."""
         return dict(labels)
 
+    def examples(self, images: int, labels: Mapping[str, int]) -> int:
+        """Returns the number of training examples of so many training images."""
+        return images - self.validation_per_class * labels["label"]
+
     def draw(self, dataset: Dataset, seed: int) -> Draw:
         """Splits the training images; see ``stratified`` for what is raised."""
         labels = dataset.train.labels["label"]
@@ -133,6 +137,10 @@ class Pairs:
     def classes(self, labels: Mapping[str, int]) -> dict[str, int]:
         """Returns the number of classes of each target, given those of each kind of label."""
         return {"digits": labels["label"], "label": 2}
+
+    def examples(self, images: int, labels: Mapping[str, int]) -> int:
+        """Returns the number of training pairs, whatever the number of images."""
+        return self.train
 
     def draw(self, dataset: Dataset, seed: int) -> Draw:
         """Draws the pairs of one run.

@@ -1,10 +1,18 @@
 """Heads: from one or several endpoints of a backbone to one auxiliary output.
 
+A part of ``HEADS`` is a head or a function that makes a family of them, a mapping by name.
+
 A head is a Flax module with an ``endpoints`` attribute, the names of the features that it is called
 with, in order: ``head(*features, train=…)``. It knows nothing else of the backbone.
 """
 
-from sire_jax.heads.classifier import Classifier
+from sire_jax.heads.classifier import Classifier, ConvolutionalClassifier
+from sire_jax.heads.decoder import decoders
 from sire_jax.heads.identity import Identity
 
-HEADS = {"classifier": Classifier, "identity": Identity}
+HEADS = {
+    "classifier": Classifier,
+    "convolutional_classifier": ConvolutionalClassifier,
+    "decoders": decoders,
+    "identity": Identity,
+}

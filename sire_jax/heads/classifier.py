@@ -1,7 +1,11 @@
-"""A classifier at the depth of its endpoint."""
+"""Classifiers at the depth of their endpoint."""
 
+import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
+
+from sire_jax.backbones.blocks import Unit
+from sire_jax.layers import Dropout, he_normal
 
 
 class Classifier(nn.Module):
@@ -17,6 +21,39 @@ class Classifier(nn.Module):
 
     @nn.compact
     def __call__(self, features: Array, *, train: bool = False) -> Array:
-        """Maps ``[b, c]`` or ``[b, …, c]`` to logits ``[b, classes]``."""
+        """Maps ``[b, c]`` or ``[b, …, c]`` to logits ``[b, classes]``, float32."""
         pooled = features.mean(tuple(range(1, features.ndim - 1)))
-        return nn.Dense(self.classes, name="output")(pooled)
+        logits = nn.Dense(self.classes, dtype=features.dtype, name="output")(pooled)
+        return logits.astype(jnp.float32)
+
+
+class ConvolutionalClassifier(nn.Module):
+    """The auxiliary classifier of GoogLeNet, with batch norm (Szegedy et al., 2015, Section 5).
+
+    5 x 5 average pooling of stride 3 (of features larger than 4 x 4), a 1 x 1 convolution with
+    batch norm and ReLU, a dense layer with ReLU, dropout, and a dense layer.
+
+    Attributes:
+        endpoints: The one endpoint that it classifies.
+        classes: Number of classes.
+        width: Output channels of the convolution.
+        hidden: Width of the hidden dense layer.
+        dropout: Share of the hidden units that training drops, in [0, 1).
+    """
+
+    endpoints: tuple[str, ...]
+    classes: int
+    width: int = 128
+    hidden: int = 1024
+    dropout: float = 0.7
+
+    @nn.compact
+    def __call__(self, features: Array, *, train: bool = False) -> Array:
+        """Maps ``[b, h, w, c]`` to logits ``[b, classes]``, float32."""
+        x = features
+        if min(x.shape[1:3]) > 4:
+            x = nn.avg_pool(x, (5, 5), (3, 3))
+        x = nn.relu(Unit(self.width, 1, name="unit")(x, train=train)).reshape(len(x), -1)
+        x = nn.Dense(self.hidden, kernel_init=he_normal, dtype=x.dtype, name="hidden")(x)
+        x = Dropout(self.dropout)(nn.relu(x), train=train)
+        return nn.Dense(self.classes, dtype=x.dtype, name="output")(x).astype(jnp.float32)

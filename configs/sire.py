@@ -1,0 +1,112 @@
+"""SIRe-Networks (Avola, Cinque, Fagioli and Foresti, 2022) on CIFAR-100.
+
+``configs/sire.py:cnn``, ``vgg16``, ``vgg19``, ``resnet34``, ``resnet50``, ``googlenet``; each also
+with ``_base``, the bare network; and each but ``cnn`` with ``_imagenet`` (ahead of ``_base``):
+224 x 224 pixels and 1000 classes, the sizes of Table 4.
+
+The three parts of SIRe are settings::
+
+    S   long skip connections      --config.heads.decoder.skips=False
+    I   auto-encoders              --config.heads.decoder.stages="()", or any of them: "(1, 3)"
+    Re  short residual connections --config.backbone.residuals=False (cnn and vgg)
+
+and lambda is ``--config.objectives.decoder.weight=0.1``, or ``….weights="(0.1, 0.2, 0.2, 0.3)"``,
+one for each decoder.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from sire_jax import configuration
+from sire_jax.configuration import augmentation, backbone, head, objective, optimizer
+
+# The backbone, the number of decoders, and lambda (Table 4).
+_NETWORKS: dict[str, tuple[dict[str, Any], int, float]] = {
+    "cnn": ({"name": "cnn"}, 4, 0.2),
+    "vgg16": ({"name": "vgg", "depth": 16}, 5, 0.2),
+    "vgg19": ({"name": "vgg", "depth": 19}, 5, 0.2),
+    "resnet34": ({"name": "resnet", "depth": 34}, 5, 0.21),
+    "resnet50": ({"name": "resnet", "depth": 50}, 5, 0.21),
+    "googlenet": ({"name": "googlenet"}, 4, 0.19),
+}
+# The weight of GoogLeNet's own auxiliary classifiers (Szegedy et al., 2015, Section 5).
+_AUXILIARY_WEIGHT = 0.3
+
+
+def _variants() -> dict[str, tuple[str, bool, bool]]:
+    """Returns ``{variant: (network, ImageNet, bare network)}``."""
+    found = {}
+    for network in _NETWORKS:
+        for imagenet in (False, True) if network != "cnn" else (False,):
+            for base in (False, True):
+                name = f"{network}{'_imagenet' * imagenet}{'_base' * base}"
+                found[name] = (network, imagenet, base)
+    return found
+
+
+VARIANTS = _variants()
+
+
+def get_config(variant: str = "cnn") -> ConfigDict:
+    """Returns the config of a SIRe network or of its bare backbone.
+
+    Args:
+        variant: See above.
+
+    Returns:
+        The config.
+
+    Raises:
+        ValueError: If there is no such variant.
+    """
+    network, imagenet, base = configuration.variant(VARIANTS, variant)
+    settings, stages, weight = _NETWORKS[network]
+    classes = 1000 if imagenet else 100
+
+    config = configuration.default()
+    config.name = f"sire/{variant}"
+    config.data.task = configuration.task("images", validation_per_class=50)
+    if imagenet:
+        config.data.update(name="tfds:imagenet2012", shape=(224, 224, 3), images=1_281_167)
+        config.data.classes = ConfigDict({"label": classes})
+    else:
+        config.data.update(name="tfds:cifar100", shape=(32, 32, 3), images=50_000)
+        config.data.classes = ConfigDict({"label": classes, "coarse_label": 20})
+    config.augmentation.flip = augmentation("flip")
+
+    stem = {"stem": "imagenet" if imagenet else "cifar"}
+    has_stem = settings["name"] in ("resnet", "googlenet")
+    config.backbone = backbone(classes=classes, **settings, **(stem if has_stem else {}))
+    if base and "residuals" in config.backbone:
+        config.backbone.residuals = False
+    config.objectives.main = objective("main", "label", "cross_entropy")
+    chosen = () if base else tuple(range(1, stages + 1))
+    config.heads.decoder = head("decoders", stages=chosen)
+    config.objectives.decoder = objective("decoder", "image", "mean_squared_error", weight)
+    if network == "googlenet":
+        for i, endpoint in enumerate(("stage_4_block_1", "stage_4_block_4"), start=1):
+            config.heads[f"auxiliary_{i}"] = head(
+                "convolutional_classifier", endpoints=(endpoint,), classes=classes
+            )
+            config.objectives[f"auxiliary_{i}"] = objective(
+                f"auxiliary_{i}", "label", "cross_entropy", _AUXILIARY_WEIGHT
+            )
+
+    # Section 4.1, after DeVries and Taylor (2017), from where the batch size is, too.
+    config.epochs = 200
+    config.batch_size = 128
+    rate = {
+        "name": "piecewise",
+        "init_value": 0.1,
+        "scale": 0.2,
+        # At epochs 60, 120 and 160 of 200, and as early in a shorter run.
+        "boundaries": (0.3, 0.6, 0.8),
+        "unit": "run",
+    }
+    config.optimizer = optimizer(
+        "sgd", learning_rate=rate, momentum=0.9, nesterov=True, weight_decay=5e-4
+    )
+    config.evaluate_splits = ("validation",)
+    config.evaluate_batch_size = 500
+    return config

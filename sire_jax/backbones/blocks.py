@@ -1,0 +1,400 @@
+"""Blocks of plans: each is data that knows its module and, read backwards, its mirror.
+
+A block of a user's own is any frozen dataclass with ``stride``, ``channels`` and ``encoder``; with
+``decoder``, too, decoders can be made of it.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+
+from sire_jax.layers import BatchNorm, Conv, TransposedConv, he_normal, max_pool, upsample
+
+
+class Block(Protocol):
+    """What a plan needs of a block. Those that can be mirrored also have ``decoder``.
+
+    ``decoder(outputs, last, name)`` returns the module that reads the block backwards, from its
+    output to its input of ``outputs`` channels and ``stride`` times the size. The ``last`` block of
+    a decoder ends linearly: its output may take any value.
+    """
+
+    @property
+    def stride(self) -> int:
+        """By how much the block divides height and width."""
+
+    def channels(self, inputs: int) -> int:
+        """Returns the output channels for so many input channels."""
+
+    def encoder(self, name: str) -> Any:
+        """Returns the Flax module of the block, called with ``(x, before, train=…)``.
+
+        ``before`` is what the block before it was given (its own input, of a stage's first block).
+        """
+
+
+class Unit(nn.Module):
+    """A convolution, which keeps the size or divides it by its stride, and batch norm.
+
+    Attributes:
+        features: Output channels.
+        kernel_size: Side of the kernel, in pixels.
+        stride: By how much the size is divided; transposed: multiplied, by nearest up-sampling.
+        transposed: Whether the convolution is a transposed one.
+        use_bias: Whether the convolution has a bias.
+        norm: Whether there is batch norm.
+    """
+
+    features: int
+    kernel_size: int
+    stride: int = 1
+    transposed: bool = False
+    use_bias: bool = False
+    norm: bool = True
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool) -> Array:
+        """Maps ``[b, h, w, c]`` to ``[b, h', w', features]``."""
+        if self.transposed:
+            # Of pixels alone, the repeated ones are convolved at once.
+            before = self.stride if self.kernel_size > 1 else 1
+            x = upsample(x, before)
+            x = TransposedConv(self.features, self.kernel_size, self.use_bias, name="conv")(x)
+            x = upsample(x, self.stride // before)
+        else:
+            x = Conv(
+                self.features,
+                self.kernel_size,
+                padding=self.kernel_size // 2,
+                stride=self.stride,
+                use_bias=self.use_bias,
+                kernel_init=he_normal,
+                name="conv",
+            )(x)
+        return BatchNorm(name="norm")(x, train=train) if self.norm else x
+
+
+def scaled(widths: Sequence[int], multiple: float) -> tuple[int, ...]:
+    """Multiplies widths, to whole channels.
+
+    Args:
+        widths: Channels.
+        multiple: What they are multiplied by, above 0.
+
+    Returns:
+        At least one channel each.
+
+    Raises:
+        ValueError: If the multiple is not above 0.
+    """
+    if not multiple > 0:
+        raise ValueError(f"width is {multiple}; it should be above 0.")
+    return tuple(max(1, round(multiple * width)) for width in widths)
+
+
+def _check_odd(what: str, kernel_size: int) -> None:
+    if kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(
+            f"A {what} has kernel_size {kernel_size}; it should be odd, to keep the size of images."
+        )
+
+
+def _check_stride(what: str, stride: int) -> None:
+    if stride < 1:
+        raise ValueError(f"A {what} has stride {stride}; it should be at least 1.")
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A convolution with batch norm and ReLU.
+
+    Attributes:
+        width: Output channels.
+        kernel_size: Side of the kernel, in pixels, odd.
+        stride: By how much it divides height and width.
+        use_bias: Whether the convolution has a bias beside batch norm.
+        residual: Whether the input of the block before is added ahead of the ReLU, with zeros as
+            the channels that it lacks: two subsequent convolutions connected with their input
+            (Avola et al., Section 3.2). Decoders leave it out.
+        decoder_norm: Whether the transposed convolution of a decoder has batch norm, too.
+    """
+
+    width: int
+    kernel_size: int = 3
+    stride: int = 1
+    use_bias: bool = False
+    residual: bool = False
+    decoder_norm: bool = True
+
+    def __post_init__(self) -> None:
+        _check_odd("Convolution", self.kernel_size)
+        _check_stride("Convolution", self.stride)
+
+    def channels(self, inputs: int) -> int:
+        """Returns ``width``."""
+        return self.width
+
+    def encoder(self, name: str) -> nn.Module:
+        """Returns the block's module."""
+        unit = (self.width, self.kernel_size, self.stride)
+        return _Convolution(unit, self.use_bias, self.residual, name=name)
+
+    def decoder(self, outputs: int, last: bool, name: str) -> nn.Module:
+        """Returns a transposed convolution with batch norm and ReLU; alone and biased if last."""
+        unit = (outputs, self.kernel_size, self.stride)
+        norm = self.decoder_norm and not last
+        return _MirroredConvolution(unit, self.use_bias or last, norm, last, name=name)
+
+
+class _Convolution(nn.Module):
+    unit: tuple[int, int, int]
+    use_bias: bool
+    residual: bool
+
+    @nn.compact
+    def __call__(self, x: Array, before: Array, *, train: bool) -> Array:
+        y = Unit(*self.unit, use_bias=self.use_bias, name="unit")(x, train=train)
+        return nn.relu(y + _as_channels(before, y.shape) if self.residual else y)
+
+
+def _as_channels(x: Array, shape: Sequence[int]) -> Array:
+    """Fills up the channels of ``[b, h, w, c]`` with zeros."""
+    if x.shape[:-1] != tuple(shape[:-1]) or x.shape[-1] > shape[-1]:
+        raise ValueError(
+            f"A residual connection can't add {x.shape} to {tuple(shape)}: it needs two"
+            " convolutions of stride 1, the second not narrower than their input."
+        )
+    return jnp.pad(x, [(0, 0)] * 3 + [(0, shape[-1] - x.shape[-1])])
+
+
+class _MirroredConvolution(nn.Module):
+    unit: tuple[int, int, int]
+    use_bias: bool
+    norm: bool
+    last: bool
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool) -> Array:
+        unit = Unit(*self.unit, True, self.use_bias, self.norm, name="unit")
+        y = unit(x, train=train)
+        return y if self.last else nn.relu(y)
+
+
+@dataclass(frozen=True)
+class MaxPool:
+    """Max pooling; its mirror is nearest up-sampling.
+
+    Attributes:
+        size: Side of the windows, in pixels.
+        stride: By how much it divides height and width.
+        padding: Rows and columns added before and after the image.
+    """
+
+    size: int = 2
+    stride: int = 2
+    padding: tuple[int, int] = (0, 0)
+
+    def __post_init__(self) -> None:
+        _check_stride("MaxPool", self.stride)
+
+    def channels(self, inputs: int) -> int:
+        """Returns ``inputs``."""
+        return inputs
+
+    def encoder(self, name: str) -> nn.Module:
+        """Returns the block's module."""
+        return _MaxPool(self.size, self.stride, self.padding, name=name)
+
+    def decoder(self, outputs: int, last: bool, name: str) -> nn.Module:
+        """Returns nearest up-sampling."""
+        return _Upsample(self.stride, name=name)
+
+
+class _MaxPool(nn.Module):
+    size: int
+    stride: int
+    padding: tuple[int, int]
+
+    def __call__(self, x: Array, before: Array, *, train: bool) -> Array:
+        return max_pool(x, self.size, self.stride, self.padding)
+
+
+class _Upsample(nn.Module):
+    factor: int
+
+    def __call__(self, x: Array, *, train: bool) -> Array:
+        return upsample(x, self.factor)
+
+
+@dataclass(frozen=True)
+class Residual:
+    """Convolutions with batch norm, and a shortcut around them (He et al., 2016, Fig. 5).
+
+    The shortcut is the identity, or a 1 x 1 convolution with batch norm where the shape changes
+    (their option B). Read backwards it is a residual block of transposed convolutions.
+
+    Attributes:
+        widths: Output channels of the convolutions.
+        kernel_sizes: Sides of their kernels, in pixels, odd.
+        stride: By how much the first convolution larger than 1 x 1 divides height and width.
+    """
+
+    widths: tuple[int, ...]
+    kernel_sizes: tuple[int, ...] = (3, 3)
+    stride: int = 1
+
+    def __post_init__(self) -> None:
+        if len(self.widths) != len(self.kernel_sizes):
+            raise ValueError(
+                f"A Residual has {len(self.widths)} widths, {self.widths}, but"
+                f" {len(self.kernel_sizes)} kernel_sizes, {self.kernel_sizes}."
+            )
+        for kernel_size in self.kernel_sizes:
+            _check_odd("Residual", kernel_size)
+        _check_stride("Residual", self.stride)
+
+    def channels(self, inputs: int) -> int:
+        """Returns the last width."""
+        return self.widths[-1]
+
+    def encoder(self, name: str) -> nn.Module:
+        """Returns the block's module."""
+        units = tuple(zip(self.widths, self.kernel_sizes, self._strides(), strict=True))
+        return _Residual(units, self.stride, name=name)
+
+    def decoder(self, outputs: int, last: bool, name: str) -> nn.Module:
+        """Returns the block read backwards: its last convolution first, each to its input."""
+        widths = (outputs, *self.widths[:-1])
+        units = tuple(zip(widths, self.kernel_sizes, self._strides(), strict=True))[::-1]
+        return _Residual(units, self.stride, transposed=True, last=last, name=name)
+
+    def _strides(self) -> list[int]:
+        spatial = next((i for i, k in enumerate(self.kernel_sizes) if k > 1), 0)
+        return [self.stride if i == spatial else 1 for i in range(len(self.widths))]
+
+
+class _Residual(nn.Module):
+    units: tuple[tuple[int, int, int], ...]
+    stride: int
+    transposed: bool = False
+    last: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array, before: Array | None = None, *, train: bool) -> Array:
+        y, shortcut = x, x
+        for i, unit in enumerate(self.units, start=1):
+            y = Unit(*unit, transposed=self.transposed, name=f"unit_{i}")(y, train=train)
+            y = nn.relu(y) if i < len(self.units) else y
+        if self.stride > 1 or x.shape[-1] != y.shape[-1]:
+            projection = Unit(
+                y.shape[-1], 1, self.stride, transposed=self.transposed, name="shortcut"
+            )
+            shortcut = projection(x, train=train)
+        return y + shortcut if self.last else nn.relu(y + shortcut)
+
+
+@dataclass(frozen=True)
+class Inception:
+    """Four paths of convolutions with batch norm and ReLU, concatenated (Szegedy et al., 2015).
+
+    1 x 1; 1 x 1 and 3 x 3; 1 x 1 and a larger one; 3 x 3 max pooling and 1 x 1. Read backwards the
+    channels are split into the four paths, each is transposed, and their results are summed: what
+    the transpose of a concatenation is. The max pool stays one (Avola et al., Section 4.3).
+
+    Attributes:
+        direct: Width of the 1 x 1 path.
+        reduced: Width of the 1 x 1 convolution before the 3 x 3 one.
+        middle: Width of the 3 x 3 convolution.
+        reduced_large: Width of the 1 x 1 convolution before the larger one.
+        large: Width of the larger convolution.
+        pooled: Width of the 1 x 1 convolution behind the max pool.
+        kernel_size: Side of the larger kernel, in pixels; 5 in the paper, 3 in torchvision, whose
+            parameter count the SIRe paper prints.
+    """
+
+    direct: int
+    reduced: int
+    middle: int
+    reduced_large: int
+    large: int
+    pooled: int
+    kernel_size: int = 3
+    stride: int = 1
+
+    def __post_init__(self) -> None:
+        _check_odd("Inception", self.kernel_size)
+        if self.stride != 1:
+            raise ValueError(f"An Inception block has stride {self.stride}; it can only be 1.")
+
+    def channels(self, inputs: int) -> int:
+        """Returns the sum of the widths of the four paths."""
+        return self.direct + self.middle + self.large + self.pooled
+
+    def encoder(self, name: str) -> nn.Module:
+        """Returns the block's module."""
+        paths = (
+            ((self.direct, 1),),
+            ((self.reduced, 1), (self.middle, 3)),
+            ((self.reduced_large, 1), (self.large, self.kernel_size)),
+            ((self.pooled, 1),),
+        )
+        return _Inception(paths, name=name)
+
+    def decoder(self, outputs: int, last: bool, name: str) -> nn.Module:
+        """Returns the four paths read backwards, split and summed."""
+        paths = (
+            ((outputs, 1),),
+            ((self.reduced, 3), (outputs, 1)),
+            ((self.reduced_large, self.kernel_size), (outputs, 1)),
+            ((outputs, 1),),
+        )
+        widths = (self.direct, self.middle, self.large, self.pooled)
+        return _MirroredInception(paths, widths, last, name=name)
+
+
+Paths = tuple[tuple[tuple[int, int], ...], ...]
+
+
+def _path(
+    x: Array, units: tuple[tuple[int, int], ...], name: str, train: bool, transposed: bool = False
+) -> Array:
+    for i, unit in enumerate(units, start=1):
+        x = Unit(*unit, transposed=transposed, name=f"{name}_{i}")(x, train=train)
+        x = nn.relu(x) if i < len(units) else x
+    return x
+
+
+class _Inception(nn.Module):
+    paths: Paths
+
+    @nn.compact
+    def __call__(self, x: Array, before: Array, *, train: bool) -> Array:
+        inputs = (x, x, x, max_pool(x, 3, 1, (1, 1)))
+        parts = [
+            _path(part, units, f"path_{i}", train)
+            for i, (part, units) in enumerate(zip(inputs, self.paths, strict=True), start=1)
+        ]
+        return nn.relu(jnp.concatenate(parts, axis=-1))
+
+
+class _MirroredInception(nn.Module):
+    paths: Paths
+    widths: tuple[int, ...]
+    last: bool
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool) -> Array:
+        starts = [sum(self.widths[:i]) for i in range(1, len(self.widths))]
+        parts = jnp.split(x, starts, axis=-1)
+        parts[-1] = max_pool(parts[-1], 3, 1, (1, 1))
+        ends = [
+            _path(part, units, f"path_{i}", train, transposed=True)
+            for i, (part, units) in enumerate(zip(parts, self.paths, strict=True), start=1)
+        ]
+        y = functools.reduce(jnp.add, ends)
+        return y if self.last else nn.relu(y)

@@ -1,0 +1,1 @@
+"""Looks into networks while they train and after: gradients, reconstructions."""

@@ -1,0 +1,180 @@
+"""How much gradient each objective sends to each convolution.
+
+``config.gradient_flow_every = 1`` measures it after every epoch of a run, and draws it at the end.
+``python -m sire_jax.diagnostics.gradient_flow --workdir=DIR --workdir=DIR2 --out=FILE`` compares
+runs, as Fig. 3 of Avola et al., *SIRe-Networks* (2022).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from sire_jax import command, objectives
+from sire_jax.data.augmentation import Augmentation, Batch
+from sire_jax.metrics import Average, Metrics
+from sire_jax.step import Apply, TrainState, make_losses
+from sire_jax.workdir import read_metrics
+
+SPLIT = "gradients"
+TOTAL = "total"
+
+
+def convolutions(params: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Lists the paths of the backbone's convolution kernels, shallow to deep.
+
+    Args:
+        params: Parameters of a ``Network``, or their shapes.
+
+    Returns:
+        Paths of keys, in the order in which the backbone made them.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path({"backbone": params.get("backbone", {})})
+    paths = [(tuple(step.key for step in path), leaf) for path, leaf in leaves]
+    kernels = [path for path, leaf in paths if path[-1] == "kernel" and leaf.ndim == 4]
+    return sorted(kernels, key=_natural)
+
+
+def _natural(path: tuple[str, ...]) -> list[tuple[int, int, str]]:
+    """Orders ``stage_2_block_10`` after ``stage_2_block_9``, and a tail last."""
+    words = [word for key in path for word in key.split("_")]
+    return [(1, int(word), "") if word.isdigit() else (0, 0, word) for word in words]
+
+
+def _name(path: tuple[str, ...]) -> str:
+    return "/".join(key for key in path[1:-1] if key not in ("unit", "conv"))
+
+
+def make_gradient_flow(
+    apply: Apply, chosen: objectives.Objectives, augment: Augmentation | None = None
+) -> Callable[[TrainState, Batch], Metrics]:
+    """Makes the measurement of the gradients of one batch.
+
+    ``flow_{k,l} = mean |w_k dL_k / dW_l|`` over the values of the kernel W_l, and for the whole
+    ``mean |sum_k w_k dL_k / dW_l|``.
+
+    Args:
+        apply: ``apply`` of a ``Network``.
+        chosen: Objectives by name.
+        augment: Changes a batch under a random key; nothing by default.
+
+    Returns:
+        A pure function from ``(state, batch)`` to ``"<objective>/<convolution>"``, with
+        ``"total/<convolution>"``: one forward pass and a backward pass for each objective.
+    """
+
+    def measure(state: TrainState, batch: Batch) -> Metrics:
+        augmenting, dropout, _ = jax.random.split(jax.random.fold_in(state.key, state.step), 3)
+        batch = augment(augmenting, batch) if augment else batch
+        losses = make_losses(apply, chosen, batch, dropout)
+        named, pull_back = jax.vjp(lambda p: losses(p, state.model_state)[0], state.params)
+        weights = objectives.weights(chosen, state.step)
+        nothing = {name: jnp.zeros_like(loss) for name, loss in named.items()}
+        found: dict[str, Any] = {}
+        for name in named:
+            found[name] = pull_back({**nothing, name: weights[name]})[0]
+        found[TOTAL] = jax.tree.map(lambda *each: sum(each[1:], each[0]), *found.values())
+        one = jnp.ones((), jnp.float32)
+        return {
+            f"{name}/{_name(path)}": Average(total=jnp.abs(_at(gradient, path)).mean(), count=one)
+            for name, gradient in found.items()
+            for path in convolutions(state.params)
+        }
+
+    return measure
+
+
+def _at(tree: Any, path: Sequence[str]) -> Array:
+    for key in path:
+        tree = tree[key]
+    return tree
+
+
+def read(workdir: str | Path) -> dict[str, dict[str, np.ndarray]]:
+    """Reads the measurements of a run.
+
+    Args:
+        workdir: The run.
+
+    Returns:
+        ``{objective: {convolution: [measurements]}}``, means over the runs of the workdir.
+
+    Raises:
+        ValueError: If the run has none.
+    """
+    lines = [line for line in read_metrics(workdir) if line["split"] == SPLIT]
+    if not lines:
+        raise ValueError(
+            f"{workdir} has no measurements of gradients; train with"
+            " --config.gradient_flow_every=1."
+        )
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for key in lines[0]:
+        objective, _, convolution = key.partition("/")
+        if convolution:
+            values = np.array([np.mean(line[key]) for line in lines])
+            found.setdefault(objective, {})[convolution] = values
+    return found
+
+
+def draw(workdirs: Mapping[str, str | Path], path: str | Path) -> Path:
+    """Draws the mean gradient of each convolution, a panel for each run.
+
+    Args:
+        workdirs: Runs by the title of their panel.
+        path: The picture to write.
+
+    Returns:
+        The picture.
+
+    Raises:
+        ValueError: If a run has no measurements.
+    """
+    flows = {title: read(workdir) for title, workdir in workdirs.items()}
+    figure = Figure(figsize=(max(4.6 * len(flows), 6.4), 4.4), layout="constrained")
+    panels = figure.subplots(1, len(flows), sharey=True, squeeze=False)[0]
+    for axes, (title, flow) in zip(panels, flows.items(), strict=True):
+        _panel(axes, flow)
+        axes.set_title(title, fontsize=9)
+    panels[0].set_ylabel("mean |weighted gradient|, over training")
+    figure.savefig(path, dpi=130)
+    return Path(path)
+
+
+def _panel(axes: Axes, flow: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+    names = [name for name in flow if name != TOTAL]
+    for i, name in enumerate([*names, TOTAL]):
+        means = np.array([values.mean() for values in flow[name].values()])
+        # An objective that does not reach a convolution has nothing there, not zero.
+        reached = np.where(means > 0, means, np.nan)
+        total = name == TOTAL
+        colour = "black" if total else colormaps["tab10"](i % 10)
+        width = 2.2 if total else 1.2
+        axes.plot(range(1, len(means) + 1), reached, "o-", color=colour, label=name, lw=width, ms=3)
+    labels = list(flow[TOTAL])
+    axes.set_xticks(range(1, len(labels) + 1), labels, rotation=90, fontsize=6)
+    axes.set_yscale("log")
+    axes.set_xlabel("convolution of the backbone")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=7)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the program with command line arguments."""
+    parser = command.parser(__doc__)
+    parser.add_argument("--workdir", required=True, action="append", help="a run; can be repeated")
+    parser.add_argument("--out", default="gradient_flow.png", help="the picture")
+    known = parser.parse_args(arguments)
+    with command.readable_errors():
+        print(draw({Path(each).name: each for each in known.workdir}, known.out))
+
+
+if __name__ == "__main__":
+    main()

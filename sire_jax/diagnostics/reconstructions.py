@@ -1,0 +1,128 @@
+"""Shows what decoders make of images: each run a row under each image, as Fig. 2 of SIRe-Networks.
+
+``python -m sire_jax.diagnostics.reconstructions --workdir=DIR --workdir=DIR2 --out=FILE``
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax import Array
+from matplotlib.figure import Figure
+from ml_collections import ConfigDict
+
+from sire_jax import command, configuration, experiment
+from sire_jax.evaluate import restore
+from sire_jax.heads.decoder import Decoder
+from sire_jax.train import Runs
+from sire_jax.workdir import CHECKPOINTS, read_config
+
+
+def pixels(images: np.ndarray, data: ConfigDict) -> np.ndarray:
+    """Undoes the scaling and normalization of images, for looking at them.
+
+    Args:
+        images: ``[…, c]``, as the network sees or predicts them.
+        data: The section ``config.data``.
+
+    Returns:
+        As ``images``, with values in [0, 1]; what was predicted outside is cut off.
+    """
+    shape = (1,) * (images.ndim - 1) + (-1,)
+    if data.std:
+        images = images * np.asarray(data.std, np.float32).reshape(shape)
+    if data.mean:
+        images = images + np.asarray(data.mean, np.float32).reshape(shape)
+    return np.clip(images / (255 * data.scale), 0, 1)
+
+
+def reconstruct(
+    workdir: str | Path, count: int, overrides: Sequence[str] = ()
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Applies the decoders of a trained network to the first test images.
+
+    The weights are those of the run's first seed: the best on validation data if it has any.
+
+    Args:
+        workdir: The run.
+        count: How many images.
+        overrides: ``--config.data.dir=DIR`` and the like, where the data have moved.
+
+    Returns:
+        The images ``[count, h, w, c]`` and for each decoder its output, all with values in [0, 1].
+
+    Raises:
+        FileNotFoundError: If there is no run, no checkpoint, or the data set is not prepared.
+        ValueError: If the network has no decoder.
+    """
+    config = configuration.override(read_config(workdir), overrides)
+    parts = experiment.build(config)
+    names = [name for name, head in parts.network.heads.items() if isinstance(head, Decoder)]
+    if not names:
+        raise ValueError(f"The network of {workdir} has no decoder.")
+    runs = Runs(parts)
+    state, best = restore(runs, Path(workdir).expanduser() / CHECKPOINTS)
+    kept = state if best is None else best
+    image = parts.lookup(runs.arrays, runs.examples["test"][0][:count])["image"]
+    first = {"params": kept.params, **kept.model_state}
+    outputs = apply_first(parts, first, image)
+    shown = {name: pixels(np.asarray(outputs[name]), config.data) for name in names}
+    return pixels(np.asarray(image), config.data), shown
+
+
+def apply_first(
+    parts: experiment.Experiment, variables: Mapping[str, object], image: Array
+) -> Mapping[str, Array]:
+    """Applies the network with the variables of the first of several runs."""
+    return jax.jit(parts.network.apply)(jax.tree.map(lambda x: x[0], variables), image)
+
+
+def draw(image: np.ndarray, rows: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
+    """Draws images with their reconstructions beside them.
+
+    Args:
+        image: ``[n, h, w, c]``, values in [0, 1].
+        rows: For each row under an image, by its label, the decoders' outputs by name.
+
+    Returns:
+        The picture: for each image a row of the input and all decoders for each label.
+    """
+    columns = max(len(outputs) for outputs in rows.values()) + 1
+    lines = len(image) * len(rows)
+    figure = Figure(figsize=(1.25 * columns + 0.6, 1.3 * lines), layout="constrained")
+    panels = figure.subplots(lines, columns, squeeze=False)
+    for panel in panels.flat:
+        panel.axis("off")
+    for i, original in enumerate(image):
+        for j, (label, outputs) in enumerate(rows.items()):
+            line = panels[i * len(rows) + j]
+            shown = {f"input\n{label}" if label else "input": original}
+            shown |= {name: each[i] for name, each in outputs.items()}
+            for panel, (name, picture) in zip(line, shown.items(), strict=False):
+                squeezed = picture[..., 0] if picture.shape[-1] == 1 else picture
+                panel.imshow(squeezed, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+                error = f"\n{((picture - original) ** 2).mean():.1e}"
+                panel.set_title(name + ("" if picture is original else error), fontsize=6)
+    return figure
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the program with command line arguments."""
+    parser = command.parser(__doc__)
+    parser.add_argument("--workdir", required=True, action="append", help="a run; can be repeated")
+    parser.add_argument("--images", type=int, default=4, help="how many test images")
+    parser.add_argument("--out", default="reconstructions.png", help="the picture")
+    known, overrides = parser.parse_known_args(arguments)
+    with command.readable_errors():
+        found = {
+            Path(each).name: reconstruct(each, known.images, overrides) for each in known.workdir
+        }
+        image = next(iter(found.values()))[0]
+        figure = draw(image, {label: outputs for label, (_, outputs) in found.items()})
+        figure.savefig(known.out, dpi=150)
+    print(f"{known.out}: input and decoders, with the mean squared error under their names")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""Decoders, made of a backbone's plan by reading it backwards."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+
+from sire_jax.backbones.blocks import MaxPool
+from sire_jax.backbones.plan import IMAGE, Plan
+
+
+class Decoder(nn.Module):
+    """The auto-encoder's second half: from a stage's features back to the image.
+
+    The blocks of the first ``stage`` stages in reverse order, each by its mirror: nearest
+    up-sampling for what divides the size, transposed convolutions for convolutions. With ``skips``
+    the output of each block is added to the input of its mirror (long skip connections by
+    summation). The last transposed convolution is linear: its values are predictions of the image
+    as the network sees it, in ``value_range``; none are cut off.
+
+    Avola et al., *SIRe-Networks* (2022), Sections 3.2 and 4.3, Fig. 1.
+
+    Attributes:
+        plan: The backbone's plan.
+        stage: Number of the stage that it starts from, the first being 1.
+        skips: Whether there are long skip connections.
+        value_range: The smallest and the largest value that images can have.
+        remat: Whether what it computes is computed again for the gradient rather than kept.
+    """
+
+    plan: Plan
+    stage: int
+    skips: bool = True
+    value_range: tuple[float, float] = (0.0, 1.0)
+    remat: bool = False
+
+    def __post_init__(self) -> None:
+        self.plan.check_decoder(self.stage)
+        if not self.value_range[0] < self.value_range[1]:
+            raise ValueError(
+                f"value_range is {tuple(self.value_range)}; it should be (smallest, largest)."
+            )
+        super().__post_init__()
+
+    @property
+    def endpoints(self) -> tuple[str, ...]:
+        """The image, what the decoder starts from, and with skips the blocks' outputs."""
+        return (IMAGE, f"stage_{self.stage}", *self._skipped())
+
+    def _reversed(self) -> list[tuple[str, Any]]:
+        stages = range(self.stage, 0, -1)
+        return [each for stage in stages for each in reversed(list(self.plan.blocks(stage)))]
+
+    def _skipped(self) -> list[str]:
+        """Names the blocks whose output skips to their mirror: not pooling, not the start."""
+        names = [name for name, block in self._reversed()[1:] if not isinstance(block, MaxPool)]
+        return names if self.skips else []
+
+    def __call__(self, image: Array, start: Array, *skipped: Array, train: bool = False) -> Array:
+        """Maps features to images.
+
+        Args:
+            image: ``[b, h, w, c]``; only its shape counts.
+            start: Features of the stage.
+            *skipped: Outputs of the blocks that skip, deepest first.
+            train: Whether batch statistics are those of training.
+
+        Returns:
+            ``[b, h, w, c]``, float32.
+
+        Raises:
+            ValueError: If the image can't be divided evenly as often as the plan says.
+        """
+        self._check_size(image.shape)
+        channels = self._channels(image.shape[-1])
+
+        def decode(module: "Decoder", start: Array, *skipped: Array) -> Array:
+            return module._decode(start, skipped, channels, train)
+
+        x = (nn.remat(decode) if self.remat else decode)(self, start, *skipped)
+        return x.astype(jnp.float32)
+
+    @nn.compact
+    def _decode(
+        self, x: Array, skipped: Sequence[Array], channels: Sequence[int], train: bool
+    ) -> Array:
+        blocks = self._reversed()
+        skips = dict(zip(self._skipped(), skipped, strict=True))
+        for i, (name, block) in enumerate(blocks):
+            x = x + skips[name] if name in skips else x
+            last = i == len(blocks) - 1
+            x = block.decoder(channels[i], last, name)(x, train=train)
+        return x
+
+    def _channels(self, image_channels: int) -> list[int]:
+        """Returns the input channels of the blocks, last block first: what mirrors return."""
+        channels = [image_channels]
+        for _, block in reversed(self._reversed()):
+            channels.append(block.channels(channels[-1]))
+        return channels[-2::-1]
+
+    def _check_size(self, shape: tuple[int, ...]) -> None:
+        """Checks that every division leaves no rest, as up-sampling could not restore it."""
+        height, width = shape[1:3]
+        whole = 1
+        for name, block in reversed(self._reversed()):
+            whole *= block.stride
+            if height % whole or width % whole:
+                raise ValueError(
+                    f"Images of {height} x {width} can't be decoded from stage {self.stage}:"
+                    f" {name} divides them by {whole} in all, which leaves a rest. Take images"
+                    f" whose sides are multiples of {self._factor()}, or decoders of fewer stages."
+                )
+
+    def _factor(self) -> int:
+        factor = 1
+        for _, block in self._reversed():
+            factor *= block.stride
+        return factor
+
+
+def decoders(
+    plan: Plan | None,
+    stages: tuple[int, ...] | None = None,
+    skips: bool = True,
+    value_range: tuple[float, float] = (0.0, 1.0),
+    remat: bool = False,
+) -> dict[str, Decoder]:
+    """Makes the decoders of a plan: a family of heads.
+
+    Args:
+        plan: The backbone's plan (in a config, that of its backbone).
+        stages: Those to start from; all by default.
+        skips: Whether they have long skip connections (the S of SIRe).
+        value_range: The smallest and the largest value that images can have.
+        remat: Whether decoders are computed again for the gradient rather than kept.
+
+    Returns:
+        A decoder for each stage, by its number.
+
+    Raises:
+        ValueError: If there is no plan, a stage does not exist or can't be mirrored, or is named
+            twice.
+    """
+    if plan is None:
+        raise ValueError("Decoders need a backbone that is made of a plan; this one is not.")
+    chosen = range(1, len(plan.stages) + 1) if stages is None else stages
+    if len(set(chosen)) < len(chosen):
+        raise ValueError(f"There can't be two decoders of a stage: {tuple(chosen)}.")
+    return {str(i): Decoder(plan, i, skips, value_range, remat) for i in chosen}
