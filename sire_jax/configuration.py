@@ -186,7 +186,9 @@ def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     config = ConfigDict(config.to_dict())
     for argument in overrides:
         _check_override(config, argument)
-    arguments = ["sire_jax", *overrides]
+    # The last one of a key counts; absl would join those of a tuple.
+    last = {argument.partition("=")[0]: argument for argument in overrides}
+    arguments = ["sire_jax", *last.values()]
     values = flags.FlagValues()
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=arguments)
     try:
@@ -230,6 +232,8 @@ def validate(config: ConfigDict) -> None:
         raise ValueError(f"config.data.std is {tuple(config.data.std)}; it should be above 0.")
     if not math.isfinite(config.data.scale) or config.data.scale <= 0:
         raise ValueError(f"config.data.scale is {config.data.scale}; it should be above 0.")
+    if "label" not in config.data.classes:
+        raise ValueError("config.data.classes has no 'label'; it should say how many there are.")
     if config.seed + config.seeds > 2**31:
         raise ValueError(f"config.seed is {config.seed}; seeds should be below 2**31.")
     shape = tuple(config.data.shape)

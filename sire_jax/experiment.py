@@ -174,7 +174,13 @@ def _units(task: tasks.Task, config: ConfigDict) -> Units:
     data = config.data
     if not data.images and isinstance(task, tasks.Images):
         return {"epoch": None, "run": None}
-    steps = task.examples(data.images, data.classes) // config.batch_size
+    examples = task.examples(data.images, data.classes)
+    steps = examples // config.batch_size
+    if steps < 1:
+        raise ValueError(
+            f"config.batch_size is {config.batch_size}, but config.data describes {examples}"
+            " training examples."
+        )
     return {"epoch": steps, "run": steps * config.epochs}
 
 
@@ -213,7 +219,12 @@ def _objectives(
         if not isinstance(section, ConfigDict):
             raise ValueError(f"The objective '{name}' is {section!r}; it should be a section.")
         settings = {key: value for key, value in section.items() if key != "weights"}
-        weights = tuple(section.get("weights", ()))
+        weights = section.get("weights", ())
+        if not isinstance(weights, tuple | list):
+            raise ValueError(
+                f"The weights of the objective '{name}' are {weights!r}; they should be a number or"
+                " schedule for each output, such as (0.1, 0.2)."
+            )
         family = families.get(section.get("output"))
         outputs = [section.get("output")] if family is None else family
         if weights and len(weights) != len(outputs):

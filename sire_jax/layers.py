@@ -1,13 +1,4 @@
-"""Layers whose training step is fast on a CPU, inside loops and under ``vmap`` as outside.
-
-XLA's CPU convolution is fast in one arrangement of its arguments and outside of loops only; its
-gradients inside a loop over steps take 20 to 60 times as long, and ``vmap`` over seeds makes slow
-grouped convolutions of it. Here a convolution on a CPU is shifted views and matrix products. On
-accelerators it is XLA's.
-
-Two layouts: ``[b, h, w, c]``, the usual one, and ``[c, h, w, b]``, images last, in which all that a
-*small* network does between matrix products runs along contiguous memory: it takes half the time.
-"""
+"""Layers whose training step is fast on a CPU, inside loops and under ``vmap`` as outside."""
 
 import functools
 import math
@@ -19,6 +10,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array, lax
 
+from sire_jax.convolution import convolve
+
 # The default of PyTorch's layers, U(-1/sqrt(fan_in), 1/sqrt(fan_in)): the pairs system comes from
 # there, and shallow networks without batch norm are sensitive to it.
 uniform_fan_in = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -29,120 +22,6 @@ he_normal_transposed = nn.initializers.variance_scaling(
     2.0, "fan_in", "normal", in_axis=-1, out_axis=-2
 )
 Initializer = Callable[..., Array]
-
-# Values of the shifted views that are made at once: 4 MiB, about what a core's caches hold.
-_CACHED = 2**20
-
-
-def _shifts(x: Array, size: int, first: int) -> list[Array]:
-    """Returns the size x size shifted views of images, whose rows and columns are two axes."""
-    rows, columns = (x.shape[axis] - size + 1 for axis in (first, first + 1))
-    return [
-        lax.slice_in_dim(
-            lax.slice_in_dim(x, i, i + rows, axis=first), j, j + columns, axis=first + 1
-        )
-        for i in range(size)
-        for j in range(size)
-    ]
-
-
-def _pad(x: Array, padding: int, first: int) -> Array:
-    widths = [(padding, padding) if axis in (first, first + 1) else (0, 0) for axis in range(4)]
-    return jnp.pad(x, widths) if padding else x
-
-
-@jax.custom_vjp
-def _product(a: Array, b: Array) -> Array:
-    """Multiplies ``[k, m]``, transposed, and ``[k, n]``."""
-    return a.T @ b
-
-
-def _product_backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
-    # The derived gradient is (dy @ b.T).T, which takes up to 1.7 times as long on a CPU.
-    a, b = saved
-    return b @ dy.T, a @ dy
-
-
-_product.defvjp(lambda a, b: (_product(a, b), (a, b)), _product_backward)
-
-
-def _images_last(x: Array, kernel: Array, padding: int) -> Array:
-    """Convolves ``[c, h, w, b]`` by one matrix product."""
-    size = kernel.shape[0]
-    views = jnp.concatenate(_shifts(_pad(x, padding, 1), size, 1), axis=0)
-    depth, *spatial = views.shape
-    product = _product(kernel.reshape(depth, -1), views.reshape(depth, -1))
-    return product.reshape(-1, *spatial)
-
-
-def _chunks(x: Array, kernel: Array) -> Array:
-    """Splits the images ``[b, h, w, c]`` so that the views of a chunk stay in cache."""
-    images = len(x)
-    most = max(1, _CACHED * images // (x.size * kernel.shape[0] ** 2))
-    chunk = max(n for n in range(1, images + 1) if images % n == 0 and n <= most)
-    return x.reshape(-1, chunk, *x.shape[1:])
-
-
-def _views(x: Array, size: int) -> Array:
-    """Stacks the shifted views of ``[b, h, w, c]`` as rows of a matrix, one for each pixel."""
-    views = jnp.concatenate(_shifts(x, size, 1), axis=-1)
-    return views.reshape(-1, views.shape[-1])
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _chunked(x: Array, kernel: Array, padding: int) -> Array:
-    """Convolves ``[b, h, w, c]`` by matrix products, a few images at a time."""
-    size, _, _, features = kernel.shape
-    x = _pad(x, padding, 1)
-    matrix = kernel.reshape(-1, features)
-    y = lax.map(lambda chunk: _views(chunk, size) @ matrix, _chunks(x, kernel))
-    return y.reshape(len(x), x.shape[1] - size + 1, x.shape[2] - size + 1, features)
-
-
-def _chunked_backward(padding: int, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
-    x, kernel = saved
-    size = kernel.shape[0]
-    flipped = jnp.swapaxes(kernel[::-1, ::-1], 2, 3)
-    dx = _chunked(dy, flipped, size - 1 - padding)
-    chunks = _chunks(_pad(x, padding, 1), kernel)
-    dys = dy.reshape(len(chunks), -1, dy.shape[-1])
-
-    def add(total: Array, chunk: tuple[Array, Array]) -> tuple[Array, None]:
-        return total + _views(chunk[0], size).T @ chunk[1], None
-
-    start = jnp.zeros((size * size * x.shape[-1], dy.shape[-1]), dy.dtype)
-    dkernel, _ = lax.scan(add, start, (chunks, dys))
-    return dx, dkernel.reshape(kernel.shape)
-
-
-_chunked.defvjp(
-    lambda x, kernel, padding: (_chunked(x, kernel, padding), (x, kernel)), _chunked_backward
-)
-
-
-def convolve(
-    x: Array, kernel: Array, padding: int = 0, stride: int = 1, images_last: bool = False
-) -> Array:
-    """Convolves images with a square kernel at stride 1 (a cross-correlation, as in all libraries).
-
-    ``y[n, i, j, o] = sum_{u, v, c} kernel[u, v, c, o] x[n, i + u, j + v, c]``
-
-    Args:
-        x: Images ``[b, h, w, c]``, or ``[c, h, w, b]`` where ``images_last``.
-        kernel: Weights ``[k, k, c, o]``.
-        padding: Zeros put around the image, in pixels, less than k.
-        stride: Pixels from one window to the next.
-        images_last: The layout, also of the result.
-
-    Returns:
-        ``[b, h', w', o]`` with ``h' = h + 2 padding - k + 1``, or ``[o, h', w', b]``.
-    """
-    if jax.default_backend() == "cpu" and stride == 1:
-        method = _images_last if images_last else _chunked
-        return method(x, kernel, padding)
-    layout = ("CHWN", "HWIO", "CHWN") if images_last else ("NHWC", "HWIO", "NHWC")
-    pads = [(padding, padding)] * 2
-    return lax.conv_general_dilated(x, kernel, (stride, stride), pads, dimension_numbers=layout)
 
 
 class Conv(nn.Module):
@@ -264,7 +143,8 @@ def max_pool(x: Array, size: int = 2, stride: int = 2, padding: tuple[int, int] 
     """Takes the largest value of each window; what is left over at the end is dropped.
 
     Maxima of shifted views, first of rows, then of columns, instead of a window reduction, whose
-    gradient is slow on a CPU. Where values tie, the gradient is shared between them.
+    gradient is slow on a CPU. Where values tie, the gradient is shared between them (of 2 x 2
+    windows equally).
 
     Args:
         x: Images ``[b, h, w, c]`` or ``[c, h, w, b]``: the windows are in the two middle axes.
@@ -276,7 +156,7 @@ def max_pool(x: Array, size: int = 2, stride: int = 2, padding: tuple[int, int] 
         ``[b, h', w', c]`` or likewise, with ``h' = (h + sum(padding) - size) // stride + 1``.
     """
     if size == stride == 2 and padding == (0, 0):
-        return _halve(x)
+        return _halve(x[:, : x.shape[1] // 2 * 2, : x.shape[2] // 2 * 2])
     for axis in (1, 2):
         widths = [padding if i == axis else (0, 0) for i in range(x.ndim)]
         padded = jnp.pad(x, widths, constant_values=-jnp.inf)
@@ -287,31 +167,50 @@ def max_pool(x: Array, size: int = 2, stride: int = 2, padding: tuple[int, int] 
     return x
 
 
+def _corners(x: Array) -> list[Array]:
+    """Returns the four pixels of each 2 x 2 window, as views."""
+    return [x[:, i::2, j::2] for i in range(2) for j in range(2)]
+
+
+@jax.custom_vjp
 def _halve(x: Array) -> Array:
-    """Pools windows of 2 x 2, which a reshape tells apart."""
-    first, height, width, last = x.shape
-    x = x[:, : height // 2 * 2, : width // 2 * 2]
-    x = x.reshape(first, height // 2, 2, -1, last)
-    x = jnp.maximum(x[:, :, 0], x[:, :, 1])
-    x = x.reshape(first, height // 2, width // 2, 2, last)
-    return jnp.maximum(x[:, :, :, 0], x[:, :, :, 1])
+    """Pools windows of 2 x 2."""
+    return functools.reduce(jnp.maximum, _corners(x))
+
+
+def _halve_forward(x: Array) -> tuple[Array, tuple[Array, Array]]:
+    y = _halve(x)
+    return y, (x, y)
+
+
+def _halve_backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array]:
+    # One pass over the small images and one over the large, where the derived gradients, of window
+    # reductions as of pairwise maxima, take several.
+    x, y = saved
+    largest = functools.reduce(jnp.add, [(each == y).astype(dy.dtype) for each in _corners(x)])
+    return (jnp.where(x == upsample(y, 2), upsample(dy / largest, 2), jnp.zeros((), dy.dtype)),)
+
+
+_halve.defvjp(_halve_forward, _halve_backward)
 
 
 def upsample(x: Array, factor: int) -> Array:
-    """Repeats each pixel ``factor`` times in both directions: nearest up-sampling.
+    """Repeats each pixel ``factor`` times along rows and columns: nearest up-sampling.
 
     Args:
-        x: Images ``[b, h, w, c]``.
+        x: Images ``[b, h, w, c]`` or ``[c, h, w, b]``.
         factor: How many times larger the sides become.
 
     Returns:
-        ``[b, factor h, factor w, c]``.
+        ``[b, factor h, factor w, c]`` or ``[c, factor h, factor w, b]``.
     """
     if factor == 1:
         return x
-    batch, height, width, channels = x.shape
-    x = jnp.broadcast_to(x[:, :, None, :, None], (batch, height, factor, width, factor, channels))
-    return x.reshape(batch, height * factor, width * factor, channels)
+    first, height, width, last = x.shape
+    # The derived gradient of this broadcast sums over two axes of six, which is fast.
+    shape = (first, height, factor, width, factor, last)
+    x = jnp.broadcast_to(x[:, :, None, :, None], shape)
+    return x.reshape(first, factor * height, factor * width, last)
 
 
 def _broadcast(vector: Array, x: Array, axis: int) -> Array:

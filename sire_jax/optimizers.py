@@ -28,17 +28,18 @@ def piecewise(init_value: float, boundaries: tuple[float, ...], scale: float) ->
     Raises:
         ValueError: If a value is out of range.
     """
-    if not (init_value >= 0 and scale > 0):
+    if not (0 <= init_value < math.inf and 0 < scale < math.inf):
         raise ValueError(
             f"A piecewise schedule has init_value {init_value} and scale {scale}; they should be at"
-            " least 0 and above 0."
+            " least 0 and above 0, and finite."
         )
     if list(boundaries) != sorted(set(boundaries)):
         raise ValueError(f"The boundaries {tuple(boundaries)} should be in rising order.")
     times = jnp.asarray(boundaries, jnp.float32)
 
     def schedule(count: Any) -> jax.Array:
-        passed = (times <= jnp.asarray(count, jnp.float32)).sum()
+        # Epochs are divided steps: a boundary is passed in spite of rounding.
+        passed = (times * (1 - 1e-6) <= jnp.asarray(count, jnp.float32)).sum()
         return jnp.float32(init_value) * jnp.float32(scale) ** passed.astype(jnp.float32)
 
     return schedule

@@ -143,14 +143,13 @@ def find_reach(
     Returns:
         For each objective a tree of booleans over the parameters.
     """
-    blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (dict(batch), dict(variables)))
-    state = {kind: values for kind, values in blank[1].items() if kind != "params"}
+    state = {kind: values for kind, values in variables.items() if kind != "params"}
     key = jax.random.key(0)
 
-    def losses(params: PyTree) -> dict[str, Array]:
-        return make_losses(apply, chosen, blank[0], key)(params, state)[0]
+    def losses(params: PyTree, state: PyTree, batch: Batch) -> dict[str, Array]:
+        return make_losses(apply, chosen, batch, key)(params, state)[0]
 
-    return traced.reach(losses, blank[1]["params"])
+    return traced.reach(losses, variables["params"], state, dict(batch))
 
 
 def make_step(

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax.extend import core
 from jax.interpreters import partial_eval
 
+from sire_jax import convolution
+
 PyTree = Any
 
 # Call-like primitives whose one sub-program has the operands and results of the call itself.
@@ -106,7 +108,9 @@ def parameters_read(
     }
 
 
-def reach(losses: Callable[[PyTree], Mapping[str, Any]], params: PyTree) -> dict[str, PyTree]:
+def reach(
+    losses: Callable[..., Mapping[str, Any]], params: PyTree, *args: Any
+) -> dict[str, PyTree]:
     """Finds which parameters the gradient of each named loss reaches.
 
     The traced program is the vector-Jacobian product of all losses: a parameter is reached by a
@@ -114,22 +118,24 @@ def reach(losses: Callable[[PyTree], Mapping[str, Any]], params: PyTree) -> dict
     ``stop_gradient`` is therefore not reached; one whose gradient happens to be zero is.
 
     Args:
-        losses: Maps parameters to ``{name: scalar}``.
+        losses: Maps ``(params, *args)`` to ``{name: scalar}``.
         params: Parameters, or their shapes.
+        *args: The other arguments, or their shapes.
 
     Returns:
         For each loss a tree like ``params`` of booleans.
     """
-    names = sorted(jax.eval_shape(losses, params))
+    shapes = dict(jax.eval_shape(losses, params, *args))
+    names = sorted(shapes)
 
-    def pull_back(values: PyTree, cotangents: dict[str, Any]) -> PyTree:
-        _, backward = jax.vjp(losses, values)
+    def pull_back(cotangents: dict[str, Any], values: PyTree, args: Any) -> PyTree:
+        _, backward = jax.vjp(lambda p: losses(p, *args), values)
         return backward(cotangents)[0]
 
-    shapes = jax.eval_shape(losses, params)
-    program = jax.make_jaxpr(pull_back)(params, dict(shapes)).jaxpr
-    leaves, tree = jax.tree.flatten(params)
-    marks = dependencies(program, [0] * len(leaves) + [1 << i for i in range(len(names))])
+    program = jax.make_jaxpr(pull_back)(shapes, params, args).jaxpr
+    tree = jax.tree.structure(params)
+    own = [1 << i for i in range(len(names))]
+    marks = dependencies(program, own + [0] * (len(program.invars) - len(own)))
     return {
         name: jax.tree.unflatten(tree, [bool(mark & (1 << i)) for mark in marks])
         for i, name in enumerate(names)
@@ -148,7 +154,9 @@ def multiply_adds(function: Callable[..., Any], *args: Any) -> int:
         ``while_loop``, whose runs the program does not tell, not at all), of a conditional the most
         expensive branch.
     """
-    program = jax.make_jaxpr(function)(*args).jaxpr
+    with convolution.whole():
+        # A function of its own, or JAX might remember how it has traced this one before.
+        program = jax.make_jaxpr(lambda *each: function(*each))(*args).jaxpr
     needed, _ = partial_eval.dce_jaxpr(program, [True] * len(program.outvars))
     return _count(needed)
 

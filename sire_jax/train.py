@@ -289,6 +289,13 @@ def _end_of_epoch(
     return best, runs.no_metrics()
 
 
+def _first_measured(config: ConfigDict, after: int) -> int | None:
+    """Returns the first epoch from ``after`` on that ends with a measurement; 0: none does."""
+    every = config.evaluate_every
+    measured = [*range(every, config.epochs, every), config.epochs] if every else [config.epochs]
+    return next((epoch for epoch in measured if 0 < after <= epoch), None)
+
+
 def _report_chance(
     config: ConfigDict,
     runs: Runs,
@@ -298,9 +305,9 @@ def _report_chance(
     found: Mapping[str, np.ndarray],
 ) -> None:
     """Says, at the first measurement after enough epochs, which runs still guess."""
-    after = config.chance_after
-    first_time = epoch >= after > epoch - max(config.evaluate_every, 1)
-    if not first_time or split == "train" or f"{MAIN}/top_1" not in found:
+    if epoch != _first_measured(config, config.chance_after):
+        return
+    if split == "train" or f"{MAIN}/top_1" not in found:
         return
     chance = 1 / max(runs.parts.outputs[MAIN].shape[-1], 2)
     # Three standard errors of an accuracy at chance level.

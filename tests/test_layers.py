@@ -8,8 +8,9 @@ from flax import linen as nn
 from jax import lax
 from jax.test_util import check_grads
 
-from sire_jax import layers
-from sire_jax.layers import BatchNorm, Conv, Dropout, convolve, max_pool, normalize, random_bits
+from sire_jax import convolution
+from sire_jax.convolution import convolve
+from sire_jax.layers import BatchNorm, Conv, Dropout, max_pool, normalize, random_bits, upsample
 
 
 def _integers(seed, *shape):
@@ -22,20 +23,20 @@ def _normal(seed, *shape):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
-def _lax(x, kernel, padding, images_last=False):
+def _lax(x, kernel, padding, stride, images_last):
     x = jnp.transpose(x, (3, 1, 2, 0)) if images_last else x
     pads = [(padding, padding)] * 2
     layout = ("NHWC", "HWIO", "NHWC")
-    y = lax.conv_general_dilated(x, kernel, (1, 1), pads, dimension_numbers=layout)
+    y = lax.conv_general_dilated(x, kernel, (stride,) * 2, pads, dimension_numbers=layout)
     return jnp.transpose(y, (3, 1, 2, 0)) if images_last else y
 
 
-def _with_gradients(function, x, kernel, padding, images_last):
-    y = jax.eval_shape(lambda x, k: function(x, k, padding, images_last=images_last), x, kernel)
-    weight = _integers(7, *y.shape)
+def _with_gradients(function, x, kernel, padding, stride, images_last):
+    y = jax.eval_shape(lambda x, k: function(x, k, padding, stride, images_last), x, kernel)
+    weight = _integers(7, *y.shape).astype(y.dtype)
 
     def total(x, kernel):
-        y = function(x, kernel, padding, images_last=images_last)
+        y = function(x, kernel, padding, stride, images_last)
         return (y * weight).sum(), y
 
     gradients, y = jax.jit(jax.grad(total, (0, 1), has_aux=True))(x, kernel)
@@ -48,30 +49,60 @@ def _assert_trees_equal(a, b, tolerance=1e-3):
         np.testing.assert_allclose(left, right, rtol=1e-6, atol=tolerance)
 
 
-# batch, height, width, channels, features, kernel, padding
+# batch, height, width, channels, features, kernel, padding, stride
 CONVOLUTIONS = [
-    (3, 6, 5, 2, 4, 3, 0),
-    (2, 6, 7, 3, 2, 3, 1),
-    (4, 4, 4, 1, 3, 3, 2),
-    (2, 5, 6, 2, 3, 2, 1),
-    (1, 5, 5, 3, 1, 5, 0),
-    (2, 3, 4, 2, 3, 1, 0),
+    (3, 6, 5, 2, 4, 3, 0, 1),
+    (2, 6, 7, 3, 2, 3, 1, 1),
+    (4, 4, 4, 1, 3, 3, 2, 1),
+    (2, 5, 6, 2, 3, 2, 1, 1),
+    (1, 5, 5, 3, 1, 5, 0, 1),
+    (2, 3, 4, 2, 3, 1, 0, 1),
+    (2, 6, 7, 3, 2, 3, 1, 2),
+    (2, 7, 6, 2, 20, 3, 0, 2),
+    (3, 8, 9, 2, 3, 3, 1, 3),
+    (2, 5, 6, 3, 2, 1, 0, 2),
+    (2, 9, 8, 3, 4, 7, 3, 2),
+    (2, 8, 6, 4, 3, 5, 2, 2),
+    # Wide ones, whose products are taken before the shifts.
+    (2, 5, 4, 48, 50, 3, 1, 1),
+    (3, 4, 5, 50, 48, 3, 0, 1),
+    (2, 5, 4, 48, 48, 3, 1, 2),
 ]
 
 
-def _case(b, h, w, c, o, k, images_last):
+def _case(b, h, w, c, o, k, images_last=False):
     x = _integers(1, *((c, h, w, b) if images_last else (b, h, w, c)))
     return x, _integers(2, k, k, c, o)
 
 
 @pytest.mark.parametrize("images_last", [False, True])
-@pytest.mark.parametrize(("b", "h", "w", "c", "o", "k", "padding"), CONVOLUTIONS)
-def test_convolution_and_its_gradients_equal_xlas(b, h, w, c, o, k, padding, images_last):
+@pytest.mark.parametrize(("b", "h", "w", "c", "o", "k", "padding", "stride"), CONVOLUTIONS)
+def test_convolution_and_its_gradients_equal_xlas(b, h, w, c, o, k, padding, stride, images_last):
     x, kernel = _case(b, h, w, c, o, k, images_last)
-    ours = _with_gradients(convolve, x, kernel, padding, images_last)
-    theirs = _with_gradients(_lax, x, kernel, padding, images_last)
+    ours = _with_gradients(convolve, x, kernel, padding, stride, images_last)
+    theirs = _with_gradients(_lax, x, kernel, padding, stride, images_last)
     _assert_trees_equal(ours, theirs)
     assert float(jnp.abs(ours[0]).max()) > 1
+
+
+@pytest.mark.parametrize(("channels", "features", "stride"), [(3, 4, 1), (48, 48, 1), (3, 4, 2)])
+def test_convolution_gradients_equal_finite_differences(channels, features, stride):
+    x, kernel = _normal(1, 2, 4, 5, channels), _normal(2, 3, 3, channels, features)
+    function = jax.jit(lambda x, k: convolve(x, k, 1, stride))
+    check_grads(function, (x, kernel), 1, modes=["rev"], atol=0.05, rtol=0.05, eps=1)
+
+
+@pytest.mark.parametrize("images_last", [False, True])
+@pytest.mark.parametrize(("channels", "features"), [(3, 8), (48, 48)])
+def test_convolution_of_half_precision_sums_in_single_precision(channels, features, images_last):
+    x, kernel = _case(2, 5, 6, channels, features, 3, images_last)
+    narrow = x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)
+    y, gradients = _with_gradients(convolve, *narrow, 1, 1, images_last)
+    expected = _with_gradients(_lax, x, kernel, 1, 1, images_last)
+    for found, right in zip((y, *gradients), (expected[0], *expected[1]), strict=True):
+        assert found.dtype == jnp.bfloat16
+        # The sums are exact, and rounded once.
+        np.testing.assert_array_equal(found, right.astype(jnp.bfloat16))
 
 
 def test_convolution_is_the_formula():
@@ -87,27 +118,24 @@ def test_convolution_is_the_formula():
     np.testing.assert_array_equal(last.transpose(3, 1, 2, 0), expected)
 
 
-@pytest.mark.parametrize("cached", [1, 2 * 756, 5 * 756])
-def test_splitting_images_into_chunks_changes_nothing(monkeypatch, cached):
-    x, kernel = _integers(1, 6, 5, 4, 2), _integers(2, 3, 3, 2, 3)
-    monkeypatch.setattr(layers, "_CACHED", cached)
-    ours = _with_gradients(convolve, x, kernel, 1, False)
-    _assert_trees_equal(ours, _with_gradients(_lax, x, kernel, 1, False))
+@pytest.mark.parametrize("cached", [1, 2 * 360, 5 * 360, 2 * 21168, 5 * 21168])
+@pytest.mark.parametrize(("channels", "features"), [(2, 3), (48, 56)])
+def test_splitting_images_into_chunks_changes_nothing(monkeypatch, channels, features, cached):
+    x, kernel = _case(6, 5, 4, channels, features, 3)
+    monkeypatch.setattr(convolution, "_CACHED", cached)
+    ours = _with_gradients(convolve, x, kernel, 1, 1, False)
+    _assert_trees_equal(ours, _with_gradients(_lax, x, kernel, 1, 1, False))
 
 
-@pytest.mark.parametrize(("cached", "chunks"), [(756, 6), (2 * 756, 3), (5 * 756, 2), (10**6, 1)])
-def test_chunks_are_as_large_as_the_cache_allows_and_in_order(monkeypatch, cached, chunks):
-    monkeypatch.setattr(layers, "_CACHED", cached)
-    # 9 views of 7 * 6 * 2 values are 756 for each image.
-    x, kernel = _integers(1, 6, 7, 6, 2), _integers(2, 3, 3, 2, 3)
-    split = layers._chunks(x, kernel)
-    assert split.shape == (chunks, 6 // chunks, 7, 6, 2)
-    assert jnp.array_equal(split.reshape(x.shape), x)
+@pytest.mark.parametrize(("cached", "chunks"), [(1, 6), (7, 6), (14, 3), (35, 2), (100, 1)])
+def test_chunks_are_equal_and_as_large_as_the_cache_allows(monkeypatch, cached, chunks):
+    monkeypatch.setattr(convolution, "_CACHED", cached)
+    assert convolution._chunks(6, 7) == chunks
 
 
 def _descend(function, images_last):
     def step(kernel, x):
-        gradient = jax.grad(lambda k: (function(x, k, 1, images_last=images_last) ** 2).mean())
+        gradient = jax.grad(lambda k: (function(x, k, 1, 1, images_last) ** 2).mean())
         return kernel - 0.01 * gradient(kernel)
 
     return step
@@ -139,7 +167,7 @@ def test_convolution_under_vmap_is_one_after_the_other(images_last, axes):
     weight = _integers(3, *((2, 5, 6, 4) if images_last else (4, 5, 6, 2)))
 
     def total(function, x, kernel):
-        y = function(x, kernel, 1, images_last=images_last)
+        y = function(x, kernel, 1, 1, images_last)
         return (y * weight).sum(), y
 
     run = jax.grad(total, (1, 2), has_aux=True)
@@ -153,7 +181,7 @@ def test_convolution_under_vmap_is_one_after_the_other(images_last, axes):
 def test_a_gradient_through_vmapped_convolutions_sums_over_the_shared_kernel():
     xs, kernel = _integers(1, 3, 2, 5, 5, 2), _integers(2, 3, 3, 2, 3)
     found = jax.grad(lambda k: jax.vmap(lambda x: convolve(x, k))(xs).sum())
-    expected = jax.grad(lambda k: _lax(xs.reshape(6, 5, 5, 2), k, 0, False).sum())
+    expected = jax.grad(lambda k: _lax(xs.reshape(6, 5, 5, 2), k, 0, 1, False).sum())
     np.testing.assert_allclose(jax.jit(found)(kernel), jax.jit(expected)(kernel), atol=1e-3)
 
 
@@ -168,7 +196,7 @@ def test_the_convolution_layer_adds_its_bias_to_each_channel(images_last):
     assert 0.8 * bound < float(jnp.abs(params["kernel"]).max()) <= bound
     bias = jnp.asarray([1.0, 2.0, 3.0, 4.0])
     y = layer.apply({"params": {**params, "bias": bias}}, x)
-    without = _lax(x, params["kernel"], 1, images_last)
+    without = _lax(x, params["kernel"], 1, 1, images_last)
     added = jnp.moveaxis(y - without, 0 if images_last else -1, -1)
     np.testing.assert_allclose(added, jnp.broadcast_to(bias, added.shape), atol=1e-4)
 
@@ -203,10 +231,18 @@ def test_pooling_shares_the_gradient_where_values_tie():
     assert of(1, 0, 1, 0) == [4, 0, 4, 0]
     assert of(1, 1, 0, 0) == [4, 4, 0, 0]
     assert of(1, 0, 0, 1) == [4, 0, 0, 4]
-    three = of(1, 1, 1, 0)
-    assert sum(three) == 8
-    assert min(three[:3]) > 0
-    assert three[3] == 0
+    np.testing.assert_allclose(of(1, 1, 1, 0), [8 / 3, 8 / 3, 8 / 3, 0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("factor", [1, 2, 3])
+def test_upsampling_repeats_pixels_and_sums_their_gradients(factor):
+    x = _integers(0, 2, 3, 4, 5)
+    expected = np.repeat(np.repeat(x, factor, 1), factor, 2)
+    np.testing.assert_array_equal(upsample(x, factor), expected)
+    weight = _integers(1, *expected.shape)
+    gradient = jax.jit(jax.grad(lambda x: (upsample(x, factor) * weight).sum()))(x)
+    windows = weight.reshape(2, 3, factor, 4, factor, 5)
+    np.testing.assert_array_equal(gradient, windows.sum((2, 4)))
 
 
 def test_normalization_by_hand():

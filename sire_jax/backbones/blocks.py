@@ -5,6 +5,7 @@ A block of a user's own is any frozen dataclass with ``stride``, ``channels`` an
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -90,10 +91,10 @@ def scaled(widths: Sequence[int], multiple: float) -> tuple[int, ...]:
         At least one channel each.
 
     Raises:
-        ValueError: If the multiple is not above 0.
+        ValueError: If the multiple is not above 0 or not finite.
     """
-    if not multiple > 0:
-        raise ValueError(f"width is {multiple}; it should be above 0.")
+    if not 0 < multiple < math.inf:
+        raise ValueError(f"width is {multiple}; it should be above 0 and finite.")
     return tuple(max(1, round(multiple * width)) for width in widths)
 
 

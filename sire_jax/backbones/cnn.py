@@ -70,7 +70,7 @@ def vgg(
 ) -> Planned:
     """VGG with batch norm (Simonyan and Zisserman, 2015, Table 1, columns A, B, D and E).
 
-    Convolutions have no bias beside batch norm's.
+    Convolutions have no bias beside batch norm's; their transposes in decoders have none either.
 
     Args:
         classes: Number of classes.

@@ -86,6 +86,9 @@ class Planned(nn.Module):
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}; it should be one of {', '.join(DTYPES)}.")
+        for what, width in (("classes", self.classes), *(("hidden", each) for each in self.hidden)):
+            if width < 1:
+                raise ValueError(f"{what} has {width}; it should be at least 1.")
         super().__post_init__()
 
     @nn.compact

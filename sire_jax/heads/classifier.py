@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 from flax import linen as nn
-from jax import Array
+from jax import Array, lax
 
 from sire_jax.backbones.blocks import Unit
 from sire_jax.layers import Dropout, he_normal
@@ -52,7 +52,8 @@ class ConvolutionalClassifier(nn.Module):
         """Maps ``[b, h, w, c]`` to logits ``[b, classes]``, float32."""
         x = features
         if min(x.shape[1:3]) > 4:
-            x = nn.avg_pool(x, (5, 5), (3, 3))
+            window, strides = (1, 5, 5, 1), (1, 3, 3, 1)
+            x = lax.reduce_window(x, jnp.zeros((), x.dtype), lax.add, window, strides, "VALID") / 25
         x = nn.relu(Unit(self.width, 1, name="unit")(x, train=train)).reshape(len(x), -1)
         x = nn.Dense(self.hidden, kernel_init=he_normal, dtype=x.dtype, name="hidden")(x)
         x = Dropout(self.dropout)(nn.relu(x), train=train)

@@ -38,7 +38,7 @@ class Decoder(nn.Module):
 
     def __post_init__(self) -> None:
         self.plan.check_decoder(self.stage)
-        if not self.value_range[0] < self.value_range[1]:
+        if len(self.value_range) != 2 or not self.value_range[0] < self.value_range[1]:
             raise ValueError(
                 f"value_range is {tuple(self.value_range)}; it should be (smallest, largest)."
             )
@@ -146,7 +146,9 @@ def decoders(
     """
     if plan is None:
         raise ValueError("Decoders need a backbone that is made of a plan; this one is not.")
-    chosen = range(1, len(plan.stages) + 1) if stages is None else stages
+    chosen = tuple(range(1, len(plan.stages) + 1)) if stages is None else stages
+    if not isinstance(chosen, tuple | list) or not all(type(i) is int for i in chosen):
+        raise ValueError(f"stages is {stages!r}; it should be numbers of stages, such as (1, 3).")
     if len(set(chosen)) < len(chosen):
         raise ValueError(f"There can't be two decoders of a stage: {tuple(chosen)}.")
     return {str(i): Decoder(plan, i, skips, value_range, remat) for i in chosen}

@@ -1,0 +1,237 @@
+"""Convolutions whose gradients are fast on a CPU, inside loops over training steps as outside.
+
+XLA's CPU convolution is fast in one arrangement of its arguments only; the gradients that JAX
+derives are in others, and take up to hundreds of times as long inside a loop. Here the gradient to
+the images is the fast arrangement again and that to the kernel is matrix products. On accelerators
+all is XLA's.
+
+Two layouts: ``[b, h, w, c]``, the usual one, and ``[c, h, w, b]``, images last, in which all that a
+*small* network does between matrix products runs along contiguous memory: it takes half the time.
+"""
+
+import contextlib
+import contextvars
+import math
+from collections.abc import Callable, Iterator
+from functools import partial, reduce, wraps
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.custom_batching import sequential_vmap
+
+_WHOLE: contextvars.ContextVar[bool] = contextvars.ContextVar("whole", default=False)
+
+# Zeros before and after the rows, and before and after the columns.
+Pads = tuple[tuple[int, int], tuple[int, int]]
+
+# Values of the shifted views that are made at once: 8 MiB, which caches hold, and enough pixels for
+# an efficient matrix product.
+_CACHED = 2**21
+
+# XLA gives each core its own part of a kernel's features, of at least this many weights: one core
+# does all of a convolution with a smaller kernel.
+_ONE_CORE = 9 * 64 * 128
+
+# Channels and features from which a matrix product with few of them is still efficient.
+_WIDE = 48
+
+
+def _shifts(x: Array, size: int, stride: int, first: int) -> list[Array]:
+    """Returns the size x size shifted views of images, whose rows and columns are two axes."""
+
+    def view(x: Array, start: int, axis: int) -> Array:
+        stop = x.shape[axis] - size + 1 + start
+        return lax.slice_in_dim(x, start, stop, stride, axis)
+
+    return [view(view(x, i, first), j, first + 1) for i in range(size) for j in range(size)]
+
+
+def _pad(x: Array, pads: Pads, first: int) -> Array:
+    widths = [(0, 0)] * x.ndim
+    widths[first : first + 2] = pads
+    return jnp.pad(x, widths)
+
+
+@jax.custom_vjp
+def _product(a: Array, b: Array) -> Array:
+    """Multiplies ``[k, m]``, transposed, and ``[k, n]``."""
+    return a.T @ b
+
+
+def _product_backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    # The derived gradient is (dy @ b.T).T, which takes up to 1.7 times as long on a CPU.
+    a, b = saved
+    return b @ dy.T, a @ dy
+
+
+_product.defvjp(lambda a, b: (_product(a, b), (a, b)), _product_backward)
+
+
+def _images_last(x: Array, kernel: Array, padding: int, stride: int) -> Array:
+    """Convolves ``[c, h, w, b]`` by one matrix product."""
+    x = _pad(x, ((padding, padding),) * 2, 1)
+    views = jnp.concatenate(_shifts(x, len(kernel), stride, 1), axis=0)
+    depth, *spatial = views.shape
+    product = _product(kernel.reshape(depth, -1), views.reshape(depth, -1))
+    return product.reshape(-1, *spatial)
+
+
+def _chunks(images: int, values: int) -> int:
+    """Returns into how many equal parts to split images, each of which needs so many values."""
+    most = max(1, _CACHED // values)
+    return images // max(n for n in range(1, images + 1) if images % n == 0 and n <= most)
+
+
+def _split(x: Array, parts: int) -> Array:
+    return x.reshape(parts, -1, *x.shape[1:])
+
+
+def _one_by_one(function: Callable[..., Array]) -> Callable[..., Array]:
+    """Has ``vmap`` do a function of two arrays in a loop.
+
+    Of a vectorized convolution XLA makes a grouped one, which takes several times as long, and
+    chunks that fill the caches once fill them many times over.
+    """
+
+    @wraps(function)
+    def wrapped(a: Array, b: Array, *static: int | Pads) -> Array:
+        return sequential_vmap(lambda a, b: function(a, b, *static))(a, b)
+
+    return wrapped
+
+
+def _sum_of_shifts(x: Array, kernel: Array, pads: Pads) -> Array:
+    """Multiplies every pixel with all weights, then sums each pixel's share of its neighbours."""
+    size, _, channels, features = kernel.shape
+    matrix = kernel.transpose(2, 0, 1, 3).reshape(channels, -1)
+
+    def convolve_chunk(x: Array) -> Array:
+        x = _pad(x, pads, 1)
+        products = (x.reshape(-1, channels) @ matrix).reshape(*x.shape[:3], -1, features)
+        rows, columns = x.shape[1] - size + 1, x.shape[2] - size + 1
+        # One pass over the products: XLA fuses the sum.
+        shifts = [
+            products[:, i : i + rows, j : j + columns, i * size + j]
+            for i in range(size)
+            for j in range(size)
+        ]
+        return reduce(jnp.add, shifts)
+
+    pixels = math.prod(n + sum(pad) for n, pad in zip(x.shape[1:3], pads, strict=True))
+    y = lax.map(convolve_chunk, _split(x, _chunks(len(x), pixels * matrix.shape[1])))
+    return y.reshape(-1, *y.shape[2:])
+
+
+@_one_by_one
+def _correlate(x: Array, kernel: Array, pads: Pads, stride: int = 1) -> Array:
+    """Convolves ``[b, h, w, c]`` in the arrangement for which XLA has fast code."""
+    size, _, channels, features = kernel.shape
+    if stride == 1 and size > 1 and kernel.size <= _ONE_CORE and min(channels, features) >= _WIDE:
+        return _sum_of_shifts(x, kernel, pads)
+    layout = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(x, kernel, (stride,) * 2, pads, dimension_numbers=layout)
+
+
+@_one_by_one
+def _kernel_gradient(x: Array, dy: Array, size: int, padding: int, stride: int) -> Array:
+    """Returns the gradient to the kernel, by matrix products, a few images at a time."""
+    images, *_, channels = x.shape
+    features = dy.shape[-1]
+    if stride == 1 and features < channels:
+        # Shifting dy against x is shifting x against dy the other way: make the smaller views.
+        mirrored = _kernel_gradient(dy, x, size, size - 1 - padding, 1)
+        return jnp.swapaxes(mirrored[::-1, ::-1], 2, 3)
+    x = _pad(x, ((padding, padding),) * 2, 1)
+    depth = size * size * channels
+    parts = _chunks(images, math.prod(dy.shape[1:3]) * depth)
+    dys = dy.reshape(parts, -1, features)
+    # Unless it is narrow, a first matrix that is read by columns makes a product take twice as
+    # long: transpose it before, behind a barrier, as XLA would put the two together again.
+    narrow = depth <= features
+    if not narrow:
+        dys = lax.optimization_barrier(dys.swapaxes(1, 2))
+
+    def add(total: Array, chunk: tuple[Array, Array]) -> tuple[Array, None]:
+        x, dy = chunk
+        views = jnp.concatenate(_shifts(x, size, stride, 1), axis=-1).reshape(-1, depth)
+        return total + (views.T @ dy if narrow else dy @ views), None
+
+    start = jnp.zeros((depth, features) if narrow else (features, depth), dy.dtype)
+    total, _ = lax.scan(add, start, (_split(x, parts), dys))
+    return (total if narrow else total.T).reshape(size, size, channels, features)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _images_first(x: Array, kernel: Array, padding: int, stride: int) -> Array:
+    """Convolves ``[b, h, w, c]``."""
+    return _forward(x, kernel, padding, stride)[0]
+
+
+def _forward(
+    x: Array, kernel: Array, padding: int, stride: int
+) -> tuple[Array, tuple[Array, Array]]:
+    return _correlate(x, kernel, ((padding, padding),) * 2, stride), (x, kernel)
+
+
+def _backward(
+    padding: int, stride: int, saved: tuple[Array, Array], dy: Array
+) -> tuple[Array, Array]:
+    x, kernel = saved
+    size = len(kernel)
+    dkernel = _kernel_gradient(x, dy, size, padding, stride)
+    # The gradient to the images is a convolution of dy, with zeros where the stride left out a
+    # result, with the kernel flipped; pixels at the end may have taken part in no result.
+    if stride > 1:
+        between = (0, 0, stride - 1)
+        dy = lax.pad(dy, jnp.zeros((), dy.dtype), ((0, 0, 0), between, between, (0, 0, 0)))
+    before = size - 1 - padding
+    rows, columns = (
+        (before, n + size - 1 - m - before)
+        for n, m in zip(x.shape[1:3], dy.shape[1:3], strict=True)
+    )
+    dx = _correlate(dy, jnp.swapaxes(kernel[::-1, ::-1], 2, 3), (rows, columns))
+    return dx, dkernel
+
+
+_images_first.defvjp(_forward, _backward)
+
+
+@contextlib.contextmanager
+def whole() -> Iterator[None]:
+    """Within it a convolution is traced as the one operation it is, on a CPU, too.
+
+    For counting: how it is computed on some device is not what it costs on paper.
+    """
+    token = _WHOLE.set(True)
+    try:
+        yield
+    finally:
+        _WHOLE.reset(token)
+
+
+def convolve(
+    x: Array, kernel: Array, padding: int = 0, stride: int = 1, images_last: bool = False
+) -> Array:
+    """Convolves images with a square kernel (a cross-correlation, as in all libraries).
+
+    ``y[n, i, j, o] = sum_{u, v, c} kernel[u, v, c, o] x[n, s i + u, s j + v, c]`` at stride s.
+
+    Args:
+        x: Images ``[b, h, w, c]``, or ``[c, h, w, b]`` where ``images_last``.
+        kernel: Weights ``[k, k, c, o]``.
+        padding: Zeros put around the image, in pixels, less than k.
+        stride: Pixels from one result to the next.
+        images_last: The layout, also of the result.
+
+    Returns:
+        ``[b, h', w', o]`` with ``h' = (h + 2 padding - k) // stride + 1``, or ``[o, h', w', b]``.
+    """
+    if jax.default_backend() == "cpu" and not _WHOLE.get():
+        method = _images_last if images_last else _images_first
+        # Sums are float32 whatever the inputs are.
+        y = method(x.astype(jnp.float32), kernel.astype(jnp.float32), padding, stride)
+        return y.astype(x.dtype)
+    layout = ("CHWN", "HWIO", "CHWN") if images_last else ("NHWC", "HWIO", "NHWC")
+    pads = [(padding, padding)] * 2
+    return lax.conv_general_dilated(x, kernel, (stride,) * 2, pads, dimension_numbers=layout)

@@ -1,0 +1,298 @@
+"""Gradient flow, reconstructions and the warning of a run at chance level, on bundled digits."""
+
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from planned import normal, random_like
+
+from sire_jax import configuration, experiment, train, workdir
+from sire_jax.diagnostics import gradient_flow, reconstructions
+from sire_jax.experiment import image_range
+from sire_jax.step import TrainState
+
+pytestmark = pytest.mark.optax_dtypes
+
+
+def _config(**settings):
+    config = configuration.default()
+    config.name = "tiny"
+    config.update(epochs=2, batch_size=100, devices=1, gradient_flow_every=1, chance_after=1)
+    config.data.mean, config.data.std = (0.3,), (0.25,)
+    low, high = image_range(config.data)
+    # A backbone of one's own, by its module.
+    config.backbone = ConfigDict({"name": "planned:tiny", "classes": 10})
+    config.heads.decoder = configuration.head("decoders", value_range=(low, high))
+    config.objectives.main = configuration.objective("main", "label", "cross_entropy")
+    config.objectives.decoder = configuration.objective(
+        "decoder", "image", "mean_squared_error", 0.2
+    )
+    config.optimizer = configuration.optimizer("adam", learning_rate=0.02)
+    config.evaluate_splits = ("test",)
+    config.update(settings)
+    return config
+
+
+# ---- A whole run.
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("trained")
+    config = _config(epochs=4)
+    with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
+        said = []
+        patch.setattr(train.Progress, "say", lambda self, message: said.append(message))
+        results = train.train(config, str(directory))
+    return directory, config, results, said
+
+
+def test_a_network_of_ones_own_with_decoders_learns_digits(trained):
+    directory, _, results, said = trained
+    found = results["splits"]["test"]
+    assert set(found) == {
+        "main/loss",
+        "main/top_1",
+        "main/top_5",
+        "decoder_1/loss",
+        "decoder_2/loss",
+    }
+    lines = [line for line in workdir.read_metrics(directory) if line["split"] == "steps"]
+    assert lines[-1]["main/loss"][0] < 0.9 * lines[0]["main/loss"][0]
+    for i in (1, 2):
+        first, last = (line[f"decoder_{i}/loss"][0] for line in (lines[0], lines[-1]))
+        assert last < first
+    assert found["main/top_1"][0] > 0.3
+    # It has learned: nothing is said.
+    assert said == []
+
+
+def test_the_gradient_flow_of_every_epoch_is_kept_and_drawn(trained):
+    directory, config, _, _ = trained
+    flow = gradient_flow.read(directory)
+    assert set(flow) == {"main", "decoder_1", "decoder_2", "total"}
+    names = [f"stage_{s}_block_{b}" for s in (1, 2) for b in (1, 2)]
+    for objective in flow.values():
+        assert list(objective) == names
+        assert all(values.shape == (config.epochs,) for values in objective.values())
+    for name in names:
+        reached = (flow["decoder_1"][name] > 0).all()
+        assert bool(reached) is name.startswith("stage_1")
+        assert (flow["decoder_1"][name] >= 0).all()
+        assert (flow["main"][name] > 0).all()
+        parts = sum(flow[k][name] for k in ("main", "decoder_1", "decoder_2"))
+        assert (flow["total"][name] <= parts * (1 + 1e-4)).all()
+    assert (directory / "gradient_flow.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_gradient_flows_of_several_runs_side_by_side(trained, tmp_path, capsys):
+    picture = tmp_path / "both.png"
+    arguments = [f"--workdir={trained[0]}", f"--workdir={trained[0]}/", f"--out={picture}"]
+    gradient_flow.main(arguments)
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    assert str(picture) in capsys.readouterr().out
+
+
+def test_a_run_without_measurements_of_gradients_is_refused(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "epoch": 1, "split": "test"}\n')
+    with pytest.raises(ValueError, match="no measurements of gradients; train with --config"):
+        gradient_flow.read(tmp_path)
+
+
+def test_reconstructions_of_a_trained_run(trained, tmp_path, capsys, monkeypatch):
+    directory, config, results, _ = trained
+    seen = []
+
+    def reconstruct(directory, count, overrides):
+        seen.append(whole(directory, 600, overrides))
+        images, outputs = seen[0]
+        return images[:count], {name: each[:count] for name, each in outputs.items()}
+
+    whole = reconstructions.reconstruct
+    monkeypatch.setattr(reconstructions, "reconstruct", reconstruct)
+    picture = tmp_path / "seen.png"
+    reconstructions.main([f"--workdir={directory}", "--images=2", f"--out={picture}"])
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    assert str(picture) in capsys.readouterr().out
+    ((images, found),) = seen
+    dataset = experiment.build(config).load()[0]
+    np.testing.assert_allclose(images, dataset.test.image[:600] / 255, atol=1e-6)
+    assert set(found) == {"decoder_1", "decoder_2"}
+    for name, each in found.items():
+        assert each.shape == images.shape
+        assert each.min() >= 0
+        assert each.max() <= 1
+        # The loss is of normalized images, those here have values in [0, 1]: 0.25^2 of it, or
+        # less, as what is predicted outside is cut off.
+        loss = results["splits"]["test"][f"{name}/loss"][0]
+        error = ((each - images) ** 2).mean()
+        assert 0.2 * loss * 0.25**2 < error < 1.02 * loss * 0.25**2
+
+
+def test_reconstructions_are_drawn_a_row_for_each_run_under_each_image():
+    images = np.linspace(0, 1, 2 * 4 * 4 * 3).reshape(2, 4, 4, 3)
+    figure = reconstructions.draw(
+        images, {"a": {"d_1": images, "d_2": images + 0.1}, "b": {"d_1": images}}
+    )
+    titles = [axes.get_title() for axes in figure.axes]
+    assert len(titles) == 2 * 2 * 3
+    assert titles[:3] == ["input\na", "d_1\n0.0e+00", "d_2\n1.0e-02"]
+    assert titles[3:6] == ["input\nb", "d_1\n0.0e+00", ""]
+    shown = figure.axes[7].get_images()[0].get_array()
+    np.testing.assert_array_equal(shown, images[1])
+
+
+def test_pixels_undo_what_the_network_sees():
+    config = _config()
+    config.data.update(shape=(4, 4, 3), mean=(0.1, 0.2, 0.3), std=(0.5, 1.0, 2.0))
+    raw = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3)).astype(np.float32)
+    for scale in (1 / 255, 1.0):
+        config.data.scale = scale
+        seen = experiment._prepare(raw, config.data)
+        expected = (raw * scale - np.array([0.1, 0.2, 0.3])) / np.array([0.5, 1.0, 2.0])
+        np.testing.assert_allclose(seen, expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(reconstructions.pixels(seen, config.data), raw / 255, atol=1e-5)
+    # What was predicted outside is cut off.
+    config.data.update(scale=1 / 255, mean=(), std=())
+    outside = np.array([-1.0, 0.5, 3.0], np.float32).reshape(1, 1, 1, 3)
+    assert reconstructions.pixels(outside, config.data).ravel().tolist() == [0.0, 0.5, 1.0]
+
+
+def test_a_network_without_decoders_has_no_reconstructions(tmp_path):
+    config = _config()
+    config.heads.decoder.stages = ()
+    directory = workdir.Workdir(str(tmp_path), config)
+    directory.write_config()
+    with pytest.raises(ValueError, match="has no decoder"):
+        reconstructions.reconstruct(tmp_path, 1)
+
+
+# ---- Gradients, computed directly.
+
+
+def test_the_gradient_flow_is_that_of_each_weighted_objective():
+    config = _config()
+    config.heads.decoder.stages = (1,)
+    parts = experiment.build(config)
+    variables = random_like(parts.variables)
+    state = TrainState.start(jax.random.key(0), variables, parts.rule)
+    batch = {"image": normal(0, 6, 8, 8, 1), "label": jnp.arange(6, dtype=jnp.int32)}
+    measure = gradient_flow.make_gradient_flow(parts.network.apply, parts.objectives)
+    weights = {"main": 1.0, "decoder_1": 0.2}
+
+    @jax.jit
+    def both(state, batch):
+        def losses(params):
+            outputs, _ = parts.network.apply(
+                {**variables, "params": params}, batch["image"], train=True, mutable=["batch_stats"]
+            )
+            log_p = jax.nn.log_softmax(outputs["main"])
+            found = {"main": -jnp.take_along_axis(log_p, batch["label"][:, None], 1).mean()}
+            found["decoder_1"] = ((outputs["decoder_1"] - batch["image"]) ** 2).mean()
+            return {name: weights[name] * loss for name, loss in found.items()}
+
+        return measure(state, batch), jax.jacrev(losses)(state.params)
+
+    found, gradients = both(state, batch)
+    gradients["total"] = jax.tree.map(lambda *each: sum(each), *gradients.values())
+    expected = {
+        f"{name}/{block}": np.abs(each["backbone"][block]["unit"]["conv"]["kernel"]).mean()
+        for name, each in gradients.items()
+        for block in each["backbone"]
+        if block.startswith("stage")
+    }
+    assert set(found) == set(expected)
+    assert {float(each.count) for each in found.values()} == {1.0}
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name].mean(), value, rtol=1e-3, atol=1e-7, err_msg=name)
+    assert float(found["decoder_1/stage_2_block_1"].mean()) == 0.0
+
+
+def test_convolutions_are_listed_shallow_to_deep():
+    shape = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    kernel = {"unit": {"conv": {"kernel": shape((3, 3, 1, 1)), "bias": shape((1,))}}}
+    names = ["stage_1_block_1", "stage_2_block_9", "stage_2_block_10", "stage_10_block_1"]
+    params = {
+        "heads_decoder_1": kernel,
+        "backbone": {
+            **dict.fromkeys(reversed(names), kernel),
+            "tail_block_1": kernel,
+            "output": {"kernel": shape((2, 2))},
+        },
+    }
+    found = gradient_flow.convolutions(params)
+    assert [path[1] for path in found] == [*names, "tail_block_1"]
+    assert all(path[0] == "backbone" and path[-1] == "kernel" for path in found)
+
+
+# ---- At chance level.
+
+
+def _said(accuracy, epoch=10, split="test", images=600, classes=10, seed=0, **settings):
+    said = []
+    defaults = {"chance_after": 10, "evaluate_every": 1, "epochs": 20, "seed": seed}
+    config = SimpleNamespace(**defaults | settings)
+    outputs = {"main": jax.ShapeDtypeStruct((2, classes), jnp.float32)}
+    objectives = {
+        "main": SimpleNamespace(output="main"),
+        "decoder_1": SimpleNamespace(output="decoder_1"),
+    }
+    runs = SimpleNamespace(
+        parts=SimpleNamespace(outputs=outputs, objectives=objectives),
+        examples={split: np.zeros((len(accuracy), images))},
+    )
+    found = {"main/top_1": np.asarray(accuracy)}
+    progress = SimpleNamespace(say=said.append)
+    train._report_chance(config, runs, progress, epoch, split, found)
+    return said
+
+
+def test_runs_at_chance_level_are_named():
+    # Three standard errors of 10 classes and 600 images: 0.1 + 3 sqrt(.09 / 600) = 0.1367.
+    (message,) = _said([0.1, 0.9, 0.136, 0.138], seed=5)
+    assert "At chance level: after 10 epochs" in message
+    assert "seeds 5, 7 has the test accuracy 0.1180 (guessing: 0.1000)" in message
+    assert "the weights of decoder_1" in message
+    assert _said([0.9, 0.138]) == []
+    assert _said([0.1], split="train") == []
+    assert _said([0.1], chance_after=0) == []
+    assert _said([0.1], epoch=9) == []
+    assert _said([0.1], epoch=11) == []
+    # One logit has two classes.
+    assert "guessing: 0.5000" in _said([0.5], classes=1)[0]
+
+
+def test_it_is_said_at_the_first_measurement_after_enough_epochs():
+    measured = (7, 14, 20)
+    assert [len(_said([0.1], epoch=e, evaluate_every=7)) for e in measured] == [0, 1, 0]
+
+
+def test_it_is_said_where_the_last_epoch_alone_is_measured():
+    assert len(_said([0.1], epoch=20, evaluate_every=0)) == 1
+
+
+def test_it_is_said_once():
+    # 20 epochs: measured after 15 and after the last.
+    assert [len(_said([0.1], epoch=e, evaluate_every=15)) for e in (15, 20)] == [1, 0]
+
+
+def test_a_run_that_does_not_learn_says_so(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(train.Progress, "say", lambda self, message: said.append(message))
+    config = _config(seeds=2, seed=3, gradient_flow_every=0, epochs=1)
+    config.optimizer.learning_rate = 0.0
+    config.heads.decoder.stages = ()
+    results = train.train(config, str(Path(tmp_path) / "run"))
+    accuracy = np.array(results["splits"]["test"]["main/top_1"])
+    images = len(experiment.build(config).load()[1][0].test)
+    stuck = [3 + i for i, a in enumerate(accuracy) if a <= 0.1 + 3 * np.sqrt(0.09 / images)]
+    # Parameters never move, and batch statistics hardly: it guesses.
+    assert stuck
+    (message,) = said
+    assert message.startswith("At chance level: after 1 epochs the main output of the runs with")
+    assert f"seeds {', '.join(map(str, stuck))} has" in message
