@@ -2,7 +2,8 @@
 
 ``configs/sire.py:cnn``, ``vgg16``, ``vgg19``, ``resnet34``, ``resnet50``, ``googlenet``; each also
 with ``_base``, the bare network; and each but ``cnn`` with ``_imagenet`` (ahead of ``_base``):
-224 x 224 pixels and 1000 classes, the sizes of Table 4.
+224 x 224 pixels and 1000 classes, the sizes of Table 4. Those are for ``inspect``: to train, a data
+set has to fit in memory.
 
 The three parts of SIRe are settings::
 
@@ -10,8 +11,10 @@ The three parts of SIRe are settings::
     I   auto-encoders              --config.heads.decoder.stages="()", or any of them: "(1, 3)"
     Re  short residual connections --config.backbone.residuals=False (cnn and vgg)
 
-and lambda is ``--config.objectives.decoder.weight=0.1``, or ``….weights="(0.1, 0.2, 0.2, 0.3)"``,
-one for each decoder.
+Of their seven combinations Table 1 prints five, beside the baseline: S without I is the network
+without either, as there is nothing to skip to. Lambda is
+``--config.objectives.decoder.weight=0.1``, or ``….weights="(0.1, 0.2, 0.2, 0.3)"``, one for each
+decoder.
 """
 
 from typing import Any
@@ -107,6 +110,8 @@ def get_config(variant: str = "cnn") -> ConfigDict:
     config.optimizer = optimizer(
         "sgd", learning_rate=rate, momentum=0.9, nesterov=True, weight_decay=5e-4
     )
+    # Vectorized over seeds, convolutions become grouped ones, which are slow on accelerators, too.
+    config.seeds_at_once = 1
     config.evaluate_splits = ("validation",)
     config.evaluate_batch_size = 500
     return config

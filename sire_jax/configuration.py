@@ -76,6 +76,7 @@ _FREE = {
     "steps_per_call",
     "checkpoint_every",
     "chance_after",
+    "gradient_flow_every",
     "tensorboard",
     "data.dir",
     "data.cache",

@@ -197,6 +197,11 @@ def _backward(
 _images_first.defvjp(_forward, _backward)
 
 
+def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
+    """Returns the dtype in which values of a dtype are summed."""
+    return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else dtype
+
+
 @contextlib.contextmanager
 def whole() -> Iterator[None]:
     """Within it a convolution is traced as the one operation it is, on a CPU, too.
@@ -229,8 +234,9 @@ def convolve(
     """
     if jax.default_backend() == "cpu" and not _WHOLE.get():
         method = _images_last if images_last else _images_first
-        # Sums are float32 whatever the inputs are.
-        y = method(x.astype(jnp.float32), kernel.astype(jnp.float32), padding, stride)
+        # Sums are float32 where the inputs are less.
+        wide = at_least_float32(x.dtype)
+        y = method(x.astype(wide), kernel.astype(wide), padding, stride)
         return y.astype(x.dtype)
     layout = ("CHWN", "HWIO", "CHWN") if images_last else ("NHWC", "HWIO", "NHWC")
     pads = [(padding, padding)] * 2

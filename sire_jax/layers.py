@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array, lax
 
-from sire_jax.convolution import convolve
+from sire_jax.convolution import at_least_float32, convolve
 
 # The default of PyTorch's layers, U(-1/sqrt(fan_in), 1/sqrt(fan_in)): the pairs system comes from
 # there, and shallow networks without batch norm are sensitive to it.
@@ -22,6 +22,11 @@ he_normal_transposed = nn.initializers.variance_scaling(
     2.0, "fan_in", "normal", in_axis=-1, out_axis=-2
 )
 Initializer = Callable[..., Array]
+
+
+def _check_floating(x: Array) -> None:
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"A convolution is given {x.dtype} values; scale images to floats first.")
 
 
 class Conv(nn.Module):
@@ -48,6 +53,7 @@ class Conv(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Maps ``[b, h, w, c]`` to ``[b, h', w', features]``, or likewise with images last."""
+        _check_floating(x)
         axis = 0 if self.images_last else -1
         shape = (self.kernel_size, self.kernel_size, x.shape[axis], self.features)
         kernel = self.param("kernel", self.kernel_init, shape).astype(x.dtype)
@@ -80,6 +86,7 @@ class TransposedConv(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Maps ``[b, h, w, c]`` to ``[b, h, w, features]``."""
+        _check_floating(x)
         shape = (self.kernel_size, self.kernel_size, self.features, x.shape[-1])
         kernel = self.param("kernel", self.kernel_init, shape).astype(x.dtype)
         flipped = jnp.swapaxes(kernel[::-1, ::-1], 2, 3)
@@ -143,8 +150,8 @@ def max_pool(x: Array, size: int = 2, stride: int = 2, padding: tuple[int, int] 
     """Takes the largest value of each window; what is left over at the end is dropped.
 
     Maxima of shifted views, first of rows, then of columns, instead of a window reduction, whose
-    gradient is slow on a CPU. Where values tie, the gradient is shared between them (of 2 x 2
-    windows equally).
+    gradient is slow on a CPU. Where values of a 2 x 2 window tie, the first has the gradient; of
+    other windows they share it.
 
     Args:
         x: Images ``[b, h, w, c]`` or ``[c, h, w, b]``: the windows are in the two middle axes.
@@ -178,17 +185,22 @@ def _halve(x: Array) -> Array:
     return functools.reduce(jnp.maximum, _corners(x))
 
 
-def _halve_forward(x: Array) -> tuple[Array, tuple[Array, Array]]:
-    y = _halve(x)
-    return y, (x, y)
+def _halve_forward(x: Array) -> tuple[Array, Array]:
+    return _halve(x), x
 
 
-def _halve_backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array]:
+def _halve_backward(x: Array, dy: Array) -> tuple[Array]:
     # One pass over the small images and one over the large, where the derived gradients, of window
-    # reductions as of pairwise maxima, take several.
-    x, y = saved
-    largest = functools.reduce(jnp.add, [(each == y).astype(dy.dtype) for each in _corners(x)])
-    return (jnp.where(x == upsample(y, 2), upsample(dy / largest, 2), jnp.zeros((), dy.dtype)),)
+    # reductions as of pairwise maxima, take several. One pixel of each window is chosen, even if a
+    # compiler computes x anew and rounds it otherwise: nothing is compared with the result.
+    a, b, c, d = _corners(x)
+    upper = jnp.maximum(a, b) >= jnp.maximum(c, d)
+    chosen = jnp.where(upper, jnp.where(a >= b, 0, 1), jnp.where(c >= d, 2, 3))
+    rows = lax.broadcasted_iota(chosen.dtype, x.shape, 1)
+    columns = lax.broadcasted_iota(chosen.dtype, x.shape, 2)
+    corner = 2 * (rows % 2) + columns % 2
+    spread = jnp.where(corner == upsample(chosen, 2), upsample(dy, 2), jnp.zeros((), dy.dtype))
+    return (spread,)
 
 
 _halve.defvjp(_halve_forward, _halve_backward)
@@ -251,7 +263,7 @@ def _normalize_forward(
     x: Array, scale: Array, bias: Array, axis: int, epsilon: float
 ) -> tuple[tuple[Array, Array, Array], tuple[Array, ...]]:
     axes = _other_axes(x, axis)
-    wide = x.astype(jnp.float32)
+    wide = x.astype(at_least_float32(x.dtype))
     mean = wide.mean(axes)
     variance = jnp.maximum((wide * wide).mean(axes) - mean * mean, 0.0)
     inverse = lax.rsqrt(variance + epsilon)
@@ -268,7 +280,8 @@ def _normalize_backward(
     # two sums and one pass, where the derived gradient takes several.
     x, scale, mean, inverse = saved
     dtype = x.dtype
-    x, dy = x.astype(jnp.float32), cotangents[0].astype(jnp.float32)
+    wide = at_least_float32(dtype)
+    x, dy = x.astype(wide), cotangents[0].astype(wide)
     axes = _other_axes(x, axis)
     count = x.size // x.shape[axis]
     dbias = dy.sum(axes)
@@ -309,7 +322,7 @@ class BatchNorm(nn.Module):
         if not train:
             slope = scale * lax.rsqrt(variance.value + self.epsilon)
             offset = bias - mean.value * slope
-            y = x.astype(jnp.float32) * _broadcast(slope, x, self.axis)
+            y = x.astype(at_least_float32(x.dtype)) * _broadcast(slope, x, self.axis)
             return (y + _broadcast(offset, x, self.axis)).astype(x.dtype)
         y, batch_mean, batch_variance = normalize(x, scale, bias, self.axis, self.epsilon)
         if not self.is_initializing():

@@ -102,7 +102,8 @@ def compare(
         row: The row of the table.
         table: The table. A column is a metric of a split, ``{"split", "metric"}``, as an error in
             percent if it has ``"error_percent": true``; ``{"parameters": true}``, in millions; or
-            ``{"relative_time": ID}``, the time of training over that of the row ID.
+            ``{"relative_time": ID}``, the time of a training step over that of the row ID (the
+            paper's: of the whole training). It may have a ``"format"`` of its numbers.
         results: Final measurements of the row's run.
         parameters: The row's number of parameters.
         reference: The row that times are relative to and its measurements, if it has been trained.
@@ -115,19 +116,28 @@ def compare(
     line: dict[str, Any] = {"name": row["name"], "variant": identity(row)}
     for column, kind in table["columns"].items():
         if "relative_time" in kind:
-            if reference is None:
-                line[column] = _figure(None, None)
-                continue
-            paper = row["minutes"] / reference[0]["minutes"] if "minutes" in row else None
-            line[column] = _figure(paper, [results["seconds"] / reference[1]["seconds"]])
+            line[column] = _relative_time(row, results, reference)
         elif "parameters" in kind:
             line[column] = _figure(row.get(column), [parameters / 1e6])
         else:
-            runs = results["splits"][kind["split"]][kind["metric"]]
-            if kind.get("error_percent"):
+            # A row without decoders has no errors of theirs.
+            runs = results["splits"][kind["split"]].get(kind["metric"])
+            if runs is not None and kind.get("error_percent"):
                 runs = [100 * (1 - each) for each in runs]
-            line[column] = _figure(row.get(column), list(runs))
+            line[column] = _figure(row.get(column), runs)
     return {**line, "seconds": results["seconds"]}
+
+
+def _relative_time(
+    row: Mapping[str, Any],
+    results: Mapping[str, Any],
+    reference: tuple[Mapping[str, Any], Mapping[str, Any]] | None,
+) -> Figure:
+    if reference is None:
+        return _figure(None, None)
+    paper = row["minutes"] / reference[0]["minutes"] if "minutes" in row else None
+    ours, theirs = results.get("step_seconds"), reference[1].get("step_seconds")
+    return _figure(paper, [ours / theirs] if ours and theirs else None)
 
 
 def _figure(paper: Any, runs: list[float] | None) -> Figure:
@@ -149,35 +159,36 @@ def _figure(paper: Any, runs: list[float] | None) -> Figure:
 
 def markdown(lines: Sequence[Mapping[str, Any]], table: Table) -> str:
     """Writes the compared rows as a Markdown table."""
-    has_paper = any(line[column]["paper"] for line in lines for column in table["columns"])
+    columns = table["columns"]
+    has_paper = {column: any(line[column]["paper"] for line in lines) for column in columns}
     heads = ["row"]
-    for column in table["columns"]:
-        heads += [f"{column}, paper", "ours", "difference"] if has_paper else [column]
+    for column in columns:
+        heads += [f"{column}, paper", "ours", "difference"] if has_paper[column] else [column]
     rows = [[*heads, "seconds"]]
     for line in lines:
         cells = [
             cell
-            for column, kind in table["columns"].items()
-            for cell in _cells(line[column], has_paper, kind.get("digits", 3))
+            for column, kind in columns.items()
+            for cell in _cells(line[column], has_paper[column], kind.get("format", ".3f"))
         ]
         rows.append([line["name"], *cells, f"{line['seconds']:.0f}"])
     return tables.align(rows)
 
 
-def _cells(figure: Figure, has_paper: bool, digits: int) -> list[str]:
+def _cells(figure: Figure, has_paper: bool, form: str) -> list[str]:
     several = figure["runs"] is not None and len(figure["runs"]) > 1
-    ours = _number(figure["ours"] if several else (figure["ours"] or [None])[:1], digits)
+    ours = _number(figure["ours"] if several else (figure["ours"] or [None])[:1], form)
     if not has_paper:
         return [ours]
     if figure["difference"] is None:
-        return [_number(figure["paper"], digits), ours, ""]
+        return [_number(figure["paper"], form), ours, ""]
     far = "" if figure["deviations"] is None else f" ({figure['deviations']:+.1f} sd)"
-    return [_number(figure["paper"], digits), ours, f"{figure['difference']:+.{digits}f}{far}"]
+    return [_number(figure["paper"], form), ours, f"{figure['difference']:+{form}}{far}"]
 
 
-def _number(value: Sequence[float | None] | None, digits: int) -> str:
+def _number(value: Sequence[float | None] | None, form: str) -> str:
     """Writes a mean, with its deviation if there is one."""
-    return " ± ".join(f"{each:.{digits}f}" for each in value or [] if each is not None)
+    return " ± ".join(f"{each:{form}}" for each in value or [] if each is not None)
 
 
 def reproduce(
@@ -210,6 +221,7 @@ def reproduce(
         )
     lines, directories = [], {}
     references = {kind.get("relative_time") for kind in table["columns"].values()}
+    counts = any("parameters" in kind for kind in table["columns"].values())
     reference = None
     for row in table["rows"]:
         config = row_config(table, row, configs, option, overrides)
@@ -221,16 +233,11 @@ def reproduce(
         results = results or train(config, str(directory))
         if identity(row) in references:
             reference = row, results
-        counted = {**row, "variant": row.get("counted", row["variant"])}
-        lines.append(
-            compare(
-                row,
-                table,
-                results,
-                _parameters(row_config(table, counted, configs, option, overrides)),
-                reference,
-            )
-        )
+        parameters = 0
+        if counts:
+            counted = {**row, "variant": row.get("counted", row["variant"])}
+            parameters = _parameters(row_config(table, counted, configs, option, overrides))
+        lines.append(compare(row, table, results, parameters, reference))
         (workdir / "table.md").write_text(markdown(lines, table) + "\n")
         details = {
             "title": table["title"],

@@ -18,7 +18,7 @@ from sire_jax import convolution
 PyTree = Any
 
 # Call-like primitives whose one sub-program has the operands and results of the call itself.
-_CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+_CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr", "call")
 
 
 def _sub_program(equation: core.JaxprEqn) -> core.Jaxpr | None:

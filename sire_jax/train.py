@@ -211,6 +211,7 @@ def _train(
     directory.forget_after(step)
     steps = runs.steps_per_epoch
     progress = Progress(config.epochs, steps, _images_per_step(parts), step)
+    step_seconds: list[float] = []
 
     # ---- Train.
     while step < config.epochs * steps and not stop.signal:
@@ -218,8 +219,10 @@ def _train(
         order = runs.epoch_order(state, epoch)
         while first < steps and not stop.signal:
             count = min(config.steps_per_call, steps - first)
+            called = time.perf_counter()
             state, sums, broken = runs.take_steps(state, sums, order, first, count)
             _check_finite(broken, config.seed, directory)
+            step_seconds.append((time.perf_counter() - called) / count)
             first, step = first + count, step + count
             progress.advance(count)
         if first == steps:
@@ -238,6 +241,8 @@ def _train(
     results = {
         "step": step,
         "seconds": round(float(seconds()), 2),
+        # Of all runs together; the median leaves compilation out.
+        "step_seconds": float(np.median(step_seconds)) if step_seconds else None,
         "weights": "best validation accuracy" if best is not None else "last",
         "splits": {
             split: _lists(runs.measure(kept.params, kept.model_state, split))
@@ -289,13 +294,6 @@ def _end_of_epoch(
     return best, runs.no_metrics()
 
 
-def _first_measured(config: ConfigDict, after: int) -> int | None:
-    """Returns the first epoch from ``after`` on that ends with a measurement; 0: none does."""
-    every = config.evaluate_every
-    measured = [*range(every, config.epochs, every), config.epochs] if every else [config.epochs]
-    return next((epoch for epoch in measured if 0 < after <= epoch), None)
-
-
 def _report_chance(
     config: ConfigDict,
     runs: Runs,
@@ -304,8 +302,10 @@ def _report_chance(
     split: str,
     found: Mapping[str, np.ndarray],
 ) -> None:
-    """Says, at the first measurement after enough epochs, which runs still guess."""
-    if epoch != _first_measured(config, config.chance_after):
+    """Says, at the first measurement after enough epochs and at the end, which runs guess."""
+    every, after = config.evaluate_every, min(config.chance_after, config.epochs)
+    first = epoch >= after > epoch - max(every, 1)
+    if not after or not (first or epoch == config.epochs):
         return
     if split == "train" or f"{MAIN}/top_1" not in found:
         return
@@ -319,9 +319,10 @@ def _report_chance(
         auxiliary = [name for name, o in runs.parts.objectives.items() if o.output != MAIN]
         advice = f", the weights of {', '.join(auxiliary)}" if auxiliary else ""
         progress.say(
-            f"At chance level: after {epoch} epochs the main output of the runs with the seeds"
-            f" {seeds} has the {split} accuracy {accuracy[stuck].mean():.4f} (guessing:"
-            f" {chance:.4f}). Classification may not converge; try a smaller learning rate{advice}."
+            f"At chance level after {epoch} epochs: the runs with the seeds {seeds}, whose {split}"
+            f" accuracy of the main output is {accuracy[stuck].mean():.4f}"
+            f" (guessing: {chance:.4f})."
+            f" Training may not converge; try a smaller learning rate{advice}."
         )
 
 

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,19 @@ def read_config(path: str | Path) -> ConfigDict:
     if not stored.exists():
         raise FileNotFoundError(f"{path} holds no run: there is no config.json.")
     return configuration.from_json(stored.read_text())
+
+
+def titles(paths: Sequence[str]) -> dict[str, str]:
+    """Names runs by their directory, or by the whole path where names repeat.
+
+    Args:
+        paths: Workdirs.
+
+    Returns:
+        ``{title: path}``.
+    """
+    names = [Path(path).name for path in paths]
+    return {n if names.count(n) == 1 else p: p for n, p in zip(names, paths, strict=True)}
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

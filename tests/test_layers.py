@@ -118,7 +118,7 @@ def test_convolution_is_the_formula():
     np.testing.assert_array_equal(last.transpose(3, 1, 2, 0), expected)
 
 
-@pytest.mark.parametrize("cached", [1, 2 * 360, 5 * 360, 2 * 21168, 5 * 21168])
+@pytest.mark.parametrize("cached", [1, 2 * 360, 2 * 21168])
 @pytest.mark.parametrize(("channels", "features"), [(2, 3), (48, 56)])
 def test_splitting_images_into_chunks_changes_nothing(monkeypatch, channels, features, cached):
     x, kernel = _case(6, 5, 4, channels, features, 3)
@@ -220,18 +220,30 @@ def test_pooling_and_its_gradient_equal_a_window_reduction(shape):
     np.testing.assert_array_equal(ours, theirs)
 
 
-def test_pooling_shares_the_gradient_where_values_tie():
+def test_one_pixel_of_a_window_has_the_gradient_the_first_where_values_tie():
     gradient = jax.jit(jax.grad(lambda x: 8 * max_pool(x).sum()))
 
     def of(*window):
         x = jnp.asarray(window, jnp.float32).reshape(1, 2, 2, 1)
         return gradient(x).reshape(-1).tolist()
 
-    assert of(5, 5, 5, 5) == [2, 2, 2, 2]
-    assert of(1, 0, 1, 0) == [4, 0, 4, 0]
-    assert of(1, 1, 0, 0) == [4, 4, 0, 0]
-    assert of(1, 0, 0, 1) == [4, 0, 0, 4]
-    np.testing.assert_allclose(of(1, 1, 1, 0), [8 / 3, 8 / 3, 8 / 3, 0], rtol=1e-6)
+    assert of(5, 5, 5, 5) == [8, 0, 0, 0]
+    assert of(0, 1, 0, 1) == [0, 8, 0, 0]
+    assert of(0, 0, 1, 1) == [0, 0, 8, 0]
+    assert of(0, 1, 1, 0) == [0, 8, 0, 0]
+    assert of(0, 1, 0, 2) == [0, 0, 0, 8]
+    assert of(-1, -2, -3, -4) == [8, 0, 0, 0]
+
+
+def test_pooling_what_a_compiler_may_compute_anew_has_a_finite_gradient():
+    # Compared with the stored result, a value computed anew and rounded otherwise is none of it.
+    x = jax.random.normal(jax.random.key(0), (4, 8, 8, 16))
+    scale = jax.random.normal(jax.random.key(1), (1, 1, 1, 16))
+    found = jax.jit(jax.grad(lambda s: max_pool(jnp.tanh(x * s + 0.1) * 1.7 - s).sum()))(scale)
+    plain = jax.grad(lambda s: nn.max_pool(jnp.tanh(x * s + 0.1) * 1.7 - s, (2, 2), (2, 2)).sum())(
+        scale
+    )
+    np.testing.assert_allclose(found, plain, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("factor", [1, 2, 3])
@@ -464,3 +476,8 @@ def test_random_bits_depend_on_the_position_and_on_both_words_of_the_key():
     for words in ([1, 3], [0, 4], [3, 0]):
         key = jax.random.wrap_key_data(jnp.asarray(words, jnp.uint32))
         assert float((random_bits(key, shape) == bits).mean()) < 0.1
+
+
+def test_integer_images_are_refused():
+    with pytest.raises(ValueError, match="given uint8 values; scale images to floats first"):
+        Conv(2).init(jax.random.key(0), jnp.ones((1, 4, 4, 3), jnp.uint8))

@@ -334,10 +334,11 @@ def test_a_step_of_a_sire_config_has_finite_losses_and_changes_every_parameter(v
 
 TABLE = {
     "columns": {
-        "error": {"split": "test", "metric": "main/top_1", "error_percent": True, "digits": 2},
+        "error": {"split": "test", "metric": "main/top_1", "error_percent": True, "format": ".2f"},
         "accuracy": {"split": "test", "metric": "main/top_1"},
-        "size": {"parameters": True, "digits": 2},
-        "time": {"relative_time": "base", "digits": 2},
+        "size": {"parameters": True, "format": ".2f"},
+        "time": {"relative_time": "base", "format": ".2f"},
+        "mse": {"split": "test", "metric": "decoder_1/loss", "format": ".1e"},
     }
 }
 BASE = {"name": "Base", "variant": "b", "id": "base", "size": 7.9, "minutes": 100}
@@ -345,7 +346,11 @@ ROW = {"name": "Ours", "variant": "v", "id": "ours", "error": 26.15, "size": 14.
 
 
 def _results(seconds, *accuracies):
-    return {"seconds": seconds, "splits": {"test": {"main/top_1": list(accuracies)}}}
+    return {
+        "seconds": seconds,
+        "step_seconds": seconds / 100,
+        "splits": {"test": {"main/top_1": list(accuracies)}},
+    }
 
 
 def test_errors_in_percent_parameters_in_millions_and_times_beside_the_base():
@@ -376,9 +381,11 @@ def test_errors_in_percent_parameters_in_millions_and_times_beside_the_base():
     assert cells == [
         "Ours",
         *("26.15", "25.00 ± 7.07", "-1.15"),
-        *("", "0.750 ± 0.071", ""),
+        "0.750 ± 0.071",
         *("14.00", "14.07", "+0.07"),
         *("1.70", "2.40", "+0.70"),
+        # A network without decoders has no errors of theirs.
+        "",
         "120",
     ]
 
@@ -389,7 +396,14 @@ def test_without_the_base_there_is_no_relative_time():
     assert line["time"]["ours"] is None
     assert line["time"]["difference"] is None
     cells = reproduce.markdown([line], TABLE).splitlines()[-1].split("|")
-    assert [cell.strip() for cell in cells[11:14]] == ["", "", ""]
+    assert [cell.strip() for cell in cells[-4:-1]] == ["", "", "120"]
+
+
+def test_the_errors_of_decoders_have_a_column():
+    results = _results(120.0, 0.7)
+    results["splits"]["test"]["decoder_1/loss"] = [3e-6]
+    written = reproduce.markdown([reproduce.compare(ROW, TABLE, results)], TABLE)
+    assert written.splitlines()[-1].split("|")[-3].strip() == "3.0e-06"
 
 
 def test_a_row_without_the_papers_minutes_still_has_a_time():

@@ -1,14 +1,14 @@
 """Blocks of plans: each is data that knows its module and, read backwards, its mirror.
 
 A block of a user's own is any frozen dataclass with ``stride``, ``channels`` and ``encoder``; with
-``decoder``, too, decoders can be made of it.
+``decoder``, too, decoders can be made of it. One without parameters says ``skips = False``: a pool.
 """
 
 import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -62,11 +62,10 @@ class Unit(nn.Module):
     def __call__(self, x: Array, *, train: bool) -> Array:
         """Maps ``[b, h, w, c]`` to ``[b, h', w', features]``."""
         if self.transposed:
-            # Of pixels alone, the repeated ones are convolved at once.
+            # A 1 x 1 kernel sees the repeated pixels one by one: repeat its results instead.
             before = self.stride if self.kernel_size > 1 else 1
             x = upsample(x, before)
             x = TransposedConv(self.features, self.kernel_size, self.use_bias, name="conv")(x)
-            x = upsample(x, self.stride // before)
         else:
             x = Conv(
                 self.features,
@@ -77,7 +76,9 @@ class Unit(nn.Module):
                 kernel_init=he_normal,
                 name="conv",
             )(x)
-        return BatchNorm(name="norm")(x, train=train) if self.norm else x
+        x = BatchNorm(name="norm")(x, train=train) if self.norm else x
+        repeats_after = self.transposed and self.kernel_size == 1
+        return upsample(x, self.stride) if repeats_after else x
 
 
 def scaled(widths: Sequence[int], multiple: float) -> tuple[int, ...]:
@@ -103,6 +104,11 @@ def _check_odd(what: str, kernel_size: int) -> None:
         raise ValueError(
             f"A {what} has kernel_size {kernel_size}; it should be odd, to keep the size of images."
         )
+
+
+def _check_widths(what: str, *widths: int) -> None:
+    if min(widths) < 1:
+        raise ValueError(f"A {what} has a width of {min(widths)}; it should be at least 1.")
 
 
 def _check_stride(what: str, stride: int) -> None:
@@ -133,6 +139,7 @@ class Convolution:
     decoder_norm: bool = True
 
     def __post_init__(self) -> None:
+        _check_widths("Convolution", self.width)
         _check_odd("Convolution", self.kernel_size)
         _check_stride("Convolution", self.stride)
 
@@ -182,7 +189,8 @@ class _MirroredConvolution(nn.Module):
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
         unit = Unit(*self.unit, True, self.use_bias, self.norm, name="unit")
-        y = unit(x, train=train)
+        # An image would lose more in half precision than is left of its error.
+        y = unit(x.astype(jnp.float32) if self.last else x, train=train)
         return y if self.last else nn.relu(y)
 
 
@@ -199,9 +207,16 @@ class MaxPool:
     size: int = 2
     stride: int = 2
     padding: tuple[int, int] = (0, 0)
+    # It has no parameters: a decoder has no long skip connection around its mirror.
+    skips: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _check_stride("MaxPool", self.stride)
+        if self.size < 1 or not all(0 <= each < self.size for each in self.padding):
+            raise ValueError(
+                f"A MaxPool has size {self.size} and padding {self.padding}; the size should be at"
+                " least 1 and the padding smaller."
+            )
 
     def channels(self, inputs: int) -> int:
         """Returns ``inputs``."""
@@ -212,7 +227,17 @@ class MaxPool:
         return _MaxPool(self.size, self.stride, self.padding, name=name)
 
     def decoder(self, outputs: int, last: bool, name: str) -> nn.Module:
-        """Returns nearest up-sampling."""
+        """Returns nearest up-sampling.
+
+        Raises:
+            ValueError: If the windows don't divide the size by the stride.
+        """
+        # (n + padding - size) // stride + 1 = n / stride, of any n that the stride divides.
+        if not self.size - self.stride <= sum(self.padding) < self.size:
+            raise ValueError(
+                f"{self} doesn't divide sizes by {self.stride}: its padding should sum to at least"
+                f" {self.size - self.stride} and less than {self.size}."
+            )
         return _Upsample(self.stride, name=name)
 
 
@@ -255,6 +280,7 @@ class Residual:
                 f"A Residual has {len(self.widths)} widths, {self.widths}, but"
                 f" {len(self.kernel_sizes)} kernel_sizes, {self.kernel_sizes}."
             )
+        _check_widths("Residual", *self.widths)
         for kernel_size in self.kernel_sizes:
             _check_odd("Residual", kernel_size)
         _check_stride("Residual", self.stride)
@@ -328,6 +354,8 @@ class Inception:
     stride: int = 1
 
     def __post_init__(self) -> None:
+        _check_widths("Inception", self.direct, self.reduced, self.middle)
+        _check_widths("Inception", self.reduced_large, self.large, self.pooled)
         _check_odd("Inception", self.kernel_size)
         if self.stride != 1:
             raise ValueError(f"An Inception block has stride {self.stride}; it can only be 1.")

@@ -30,8 +30,11 @@ class Plan:
     tail: tuple[Any, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.stages or not all(self.stages):
-            raise ValueError(f"A plan needs stages with at least one block each: {self.stages}.")
+        if not self.stages or not all(isinstance(s, tuple) and s for s in self.stages):
+            raise ValueError(
+                "A plan needs stages that are tuples of at least one block each, such as"
+                f" ((Convolution(16), MaxPool()),); it is given {self.stages}."
+            )
 
     def blocks(self, stage: int) -> Iterator[tuple[str, Any]]:
         """Yields the names and blocks of a stage, ``1`` being the first."""
@@ -54,11 +57,12 @@ class Plan:
             )
         for each in range(1, stage + 1):
             for name, block in self.blocks(each):
+                where = f"block {name.rsplit('_', 1)[1]} of stage {each}, {block},"
                 if not callable(getattr(block, "decoder", None)):
                     raise ValueError(
-                        f"Decoder {stage} can't be made: block {name.rsplit('_', 1)[1]} of stage"
-                        f" {each}, {block}, has no mirror. Give it a method 'decoder', leave the"
-                        f" decoders from stage {each} on out, or move it to the plan's tail."
+                        f"Decoder {stage} can't be made: {where} has no mirror. Give it a method"
+                        f" 'decoder', leave the decoders from stage {each} on out, or move it to"
+                        " the plan's tail."
                     )
 
 
@@ -122,10 +126,9 @@ class Planned(nn.Module):
             x = Dropout(self.dropout)(nn.relu(dense(x)), train=train)
         if not self.hidden:
             x = Dropout(self.dropout)(x, train=train)
-        logits = nn.Dense(
-            self.classes, kernel_init=uniform_fan_in, dtype=self.dtype, name="output"
-        )(x)
-        return logits.astype(jnp.float32), endpoints
+        # In half precision logits would tie.
+        output = nn.Dense(self.classes, kernel_init=uniform_fan_in, name="output")
+        return output(x.astype(jnp.float32)), endpoints
 
     def _apply(
         self,

@@ -17,11 +17,10 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from sire_jax import command, objectives
+from sire_jax import command, objectives, workdir
 from sire_jax.data.augmentation import Augmentation, Batch
 from sire_jax.metrics import Average, Metrics
 from sire_jax.step import Apply, TrainState, make_losses
-from sire_jax.workdir import read_metrics
 
 SPLIT = "gradients"
 TOTAL = "total"
@@ -97,11 +96,11 @@ def _at(tree: Any, path: Sequence[str]) -> Array:
     return tree
 
 
-def read(workdir: str | Path) -> dict[str, dict[str, np.ndarray]]:
+def read(path: str | Path) -> dict[str, dict[str, np.ndarray]]:
     """Reads the measurements of a run.
 
     Args:
-        workdir: The run.
+        path: The run's workdir.
 
     Returns:
         ``{objective: {convolution: [measurements]}}``, means over the runs of the workdir.
@@ -109,11 +108,10 @@ def read(workdir: str | Path) -> dict[str, dict[str, np.ndarray]]:
     Raises:
         ValueError: If the run has none.
     """
-    lines = [line for line in read_metrics(workdir) if line["split"] == SPLIT]
+    lines = [line for line in workdir.read_metrics(path) if line["split"] == SPLIT]
     if not lines:
         raise ValueError(
-            f"{workdir} has no measurements of gradients; train with"
-            " --config.gradient_flow_every=1."
+            f"{path} has no measurements of gradients; train with --config.gradient_flow_every=1."
         )
     found: dict[str, dict[str, np.ndarray]] = {}
     for key in lines[0]:
@@ -125,7 +123,9 @@ def read(workdir: str | Path) -> dict[str, dict[str, np.ndarray]]:
 
 
 def draw(workdirs: Mapping[str, str | Path], path: str | Path) -> Path:
-    """Draws the mean gradient of each convolution, a panel for each run.
+    """Draws the gradient of each convolution, a panel for each run.
+
+    Thick: the mean over training; thin: each measurement, paler the earlier it was.
 
     Args:
         workdirs: Runs by the title of their panel.
@@ -137,7 +137,7 @@ def draw(workdirs: Mapping[str, str | Path], path: str | Path) -> Path:
     Raises:
         ValueError: If a run has no measurements.
     """
-    flows = {title: read(workdir) for title, workdir in workdirs.items()}
+    flows = {title: read(each) for title, each in workdirs.items()}
     figure = Figure(figsize=(max(4.6 * len(flows), 6.4), 4.4), layout="constrained")
     panels = figure.subplots(1, len(flows), sharey=True, squeeze=False)[0]
     for axes, (title, flow) in zip(panels, flows.items(), strict=True):
@@ -151,13 +151,19 @@ def draw(workdirs: Mapping[str, str | Path], path: str | Path) -> Path:
 def _panel(axes: Axes, flow: Mapping[str, Mapping[str, np.ndarray]]) -> None:
     names = [name for name in flow if name != TOTAL]
     for i, name in enumerate([*names, TOTAL]):
-        means = np.array([values.mean() for values in flow[name].values()])
-        # An objective that does not reach a convolution has nothing there, not zero.
-        reached = np.where(means > 0, means, np.nan)
+        # [measurements, convolutions]; what an objective does not reach has nothing, not zero.
+        values = np.stack(list(flow[name].values()), axis=1)
+        values = np.where(values > 0, values, np.nan)
         total = name == TOTAL
         colour = "black" if total else colormaps["tab10"](i % 10)
-        width = 2.2 if total else 1.2
-        axes.plot(range(1, len(means) + 1), reached, "o-", color=colour, label=name, lw=width, ms=3)
+        positions = np.arange(1, values.shape[1] + 1)
+        reached = ~np.isnan(values).all(0)
+        means = np.nanmean(values[:, reached], axis=0)
+        line: Any = {"color": colour, "label": name, "lw": 2.2 if total else 1.2, "ms": 3}
+        axes.plot(positions[reached], means, "o-", **line)
+        # Each measurement, paler the earlier it was.
+        for opacity, each in zip(np.linspace(0.1, 0.5, len(values)), values, strict=True):
+            axes.plot(positions, each, color=colour, lw=0.5, alpha=opacity)
     labels = list(flow[TOTAL])
     axes.set_xticks(range(1, len(labels) + 1), labels, rotation=90, fontsize=6)
     axes.set_yscale("log")
@@ -173,7 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", default="gradient_flow.png", help="the picture")
     known = parser.parse_args(arguments)
     with command.readable_errors():
-        print(draw({Path(each).name: each for each in known.workdir}, known.out))
+        print(draw(workdir.titles(known.workdir), known.out))
 
 
 if __name__ == "__main__":

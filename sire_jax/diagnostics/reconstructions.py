@@ -16,7 +16,7 @@ from sire_jax import command, configuration, experiment
 from sire_jax.evaluate import restore
 from sire_jax.heads.decoder import Decoder
 from sire_jax.train import Runs
-from sire_jax.workdir import CHECKPOINTS, read_config
+from sire_jax.workdir import CHECKPOINTS, read_config, titles
 
 
 def pixels(images: np.ndarray, data: ConfigDict) -> np.ndarray:
@@ -27,14 +27,14 @@ def pixels(images: np.ndarray, data: ConfigDict) -> np.ndarray:
         data: The section ``config.data``.
 
     Returns:
-        As ``images``, with values in [0, 1]; what was predicted outside is cut off.
+        As ``images``; pixels are in [0, 1], predictions mostly.
     """
     shape = (1,) * (images.ndim - 1) + (-1,)
     if data.std:
         images = images * np.asarray(data.std, np.float32).reshape(shape)
     if data.mean:
         images = images + np.asarray(data.mean, np.float32).reshape(shape)
-    return np.clip(images / (255 * data.scale), 0, 1)
+    return images / (255 * data.scale)
 
 
 def reconstruct(
@@ -50,7 +50,7 @@ def reconstruct(
         overrides: ``--config.data.dir=DIR`` and the like, where the data have moved.
 
     Returns:
-        The images ``[count, h, w, c]`` and for each decoder its output, all with values in [0, 1].
+        The images ``[count, h, w, c]``, with values in [0, 1], and for each decoder its output.
 
     Raises:
         FileNotFoundError: If there is no run, no checkpoint, or the data set is not prepared.
@@ -83,7 +83,8 @@ def draw(image: np.ndarray, rows: Mapping[str, Mapping[str, np.ndarray]]) -> Fig
 
     Args:
         image: ``[n, h, w, c]``, values in [0, 1].
-        rows: For each row under an image, by its label, the decoders' outputs by name.
+        rows: For each row under an image, by its label, the decoders' outputs by name. Their
+            squared errors are written above them; values outside [0, 1] are shown cut off.
 
     Returns:
         The picture: for each image a row of the input and all decoders for each label.
@@ -101,7 +102,9 @@ def draw(image: np.ndarray, rows: Mapping[str, Mapping[str, np.ndarray]]) -> Fig
             shown |= {name: each[i] for name, each in outputs.items()}
             for panel, (name, picture) in zip(line, shown.items(), strict=False):
                 squeezed = picture[..., 0] if picture.shape[-1] == 1 else picture
-                panel.imshow(squeezed, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+                panel.imshow(
+                    squeezed.clip(0, 1), cmap="gray", vmin=0, vmax=1, interpolation="nearest"
+                )
                 error = f"\n{((picture - original) ** 2).mean():.1e}"
                 panel.set_title(name + ("" if picture is original else error), fontsize=6)
     return figure
@@ -115,10 +118,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", default="reconstructions.png", help="the picture")
     known, overrides = parser.parse_known_args(arguments)
     with command.readable_errors():
+        if known.images < 1:
+            raise ValueError(f"--images is {known.images}; it should be at least 1.")
         found = {
-            Path(each).name: reconstruct(each, known.images, overrides) for each in known.workdir
+            title: reconstruct(path, known.images, overrides)
+            for title, path in titles(known.workdir).items()
         }
         image = next(iter(found.values()))[0]
+        if any(not np.array_equal(image, each) for each, _ in found.values()):
+            raise ValueError("The runs have different test images; show them one by one.")
         figure = draw(image, {label: outputs for label, (_, outputs) in found.items()})
         figure.savefig(known.out, dpi=150)
     print(f"{known.out}: input and decoders, with the mean squared error under their names")

@@ -1,6 +1,7 @@
 """Classifiers at the depth of their endpoint."""
 
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax import Array, lax
 
@@ -23,8 +24,7 @@ class Classifier(nn.Module):
     def __call__(self, features: Array, *, train: bool = False) -> Array:
         """Maps ``[b, c]`` or ``[b, …, c]`` to logits ``[b, classes]``, float32."""
         pooled = features.mean(tuple(range(1, features.ndim - 1)))
-        logits = nn.Dense(self.classes, dtype=features.dtype, name="output")(pooled)
-        return logits.astype(jnp.float32)
+        return nn.Dense(self.classes, name="output")(pooled.astype(jnp.float32))
 
 
 class ConvolutionalClassifier(nn.Module):
@@ -53,8 +53,8 @@ class ConvolutionalClassifier(nn.Module):
         x = features
         if min(x.shape[1:3]) > 4:
             window, strides = (1, 5, 5, 1), (1, 3, 3, 1)
-            x = lax.reduce_window(x, jnp.zeros((), x.dtype), lax.add, window, strides, "VALID") / 25
+            x = lax.reduce_window(x, np.zeros((), x.dtype), lax.add, window, strides, "VALID") / 25
         x = nn.relu(Unit(self.width, 1, name="unit")(x, train=train)).reshape(len(x), -1)
         x = nn.Dense(self.hidden, kernel_init=he_normal, dtype=x.dtype, name="hidden")(x)
         x = Dropout(self.dropout)(nn.relu(x), train=train)
-        return nn.Dense(self.classes, dtype=x.dtype, name="output")(x).astype(jnp.float32)
+        return nn.Dense(self.classes, name="output")(x.astype(jnp.float32))

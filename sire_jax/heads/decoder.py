@@ -7,8 +7,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from sire_jax.backbones.blocks import MaxPool
 from sire_jax.backbones.plan import IMAGE, Plan
+
+
+def _has_parameters(block: Any) -> bool:
+    return getattr(block, "skips", True)
 
 
 class Decoder(nn.Module):
@@ -26,7 +29,8 @@ class Decoder(nn.Module):
         plan: The backbone's plan.
         stage: Number of the stage that it starts from, the first being 1.
         skips: Whether there are long skip connections.
-        value_range: The smallest and the largest value that images can have.
+        value_range: The smallest and the largest value that images can have: a statement, which a
+            config's images are checked against.
         remat: Whether what it computes is computed again for the gradient rather than kept.
     """
 
@@ -55,7 +59,7 @@ class Decoder(nn.Module):
 
     def _skipped(self) -> list[str]:
         """Names the blocks whose output skips to their mirror: not pooling, not the start."""
-        names = [name for name, block in self._reversed()[1:] if not isinstance(block, MaxPool)]
+        names = [name for name, block in self._reversed()[1:] if _has_parameters(block)]
         return names if self.skips else []
 
     def __call__(self, image: Array, start: Array, *skipped: Array, train: bool = False) -> Array:
@@ -80,6 +84,12 @@ class Decoder(nn.Module):
             return module._decode(start, skipped, channels, train)
 
         x = (nn.remat(decode) if self.remat else decode)(self, start, *skipped)
+        if x.shape != image.shape:
+            raise ValueError(
+                f"The decoder of stage {self.stage} returns {x.shape[1:]} of images of"
+                f" {image.shape[1:]}: the mirror of a block does not restore the size that its"
+                " stride divides."
+            )
         return x.astype(jnp.float32)
 
     @nn.compact
@@ -88,10 +98,15 @@ class Decoder(nn.Module):
     ) -> Array:
         blocks = self._reversed()
         skips = dict(zip(self._skipped(), skipped, strict=True))
+        ends = max((i for i, (_, block) in enumerate(blocks) if _has_parameters(block)), default=-1)
         for i, (name, block) in enumerate(blocks):
             x = x + skips[name] if name in skips else x
-            last = i == len(blocks) - 1
-            x = block.decoder(channels[i], last, name)(x, train=train)
+            last = i == ends
+            try:
+                mirror = block.decoder(channels[i], last, name)
+            except ValueError as error:
+                raise ValueError(f"Decoder {self.stage} can't be made: {name}: {error}") from error
+            x = mirror(x, train=train)
         return x
 
     def _channels(self, image_channels: int) -> list[int]:
