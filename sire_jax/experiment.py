@@ -178,8 +178,8 @@ def _units(task: tasks.Task, config: ConfigDict) -> Units:
     steps = examples // config.batch_size
     if steps < 1:
         raise ValueError(
-            f"config.batch_size is {config.batch_size}, but config.data describes {examples}"
-            " training examples."
+            f"config.batch_size is {config.batch_size}, but there are only {examples} training"
+            " examples."
         )
     return {"epoch": steps, "run": steps * config.epochs}
 

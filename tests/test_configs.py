@@ -69,11 +69,10 @@ def test_every_row_of_a_table_has_a_config(name):
     table = reproduce.load_table(name, CONFIGS)
     for row in table["rows"]:
         for option in ("", *table["options"]):
-            variant = f"{row['variant']},{option}" if option else row["variant"]
-            config = configuration.load(f"{CONFIGS / table['config']}:{variant}")
+            config = reproduce.row_config(table, row, CONFIGS, option, [])
             configuration.validate(config)
             assert config.epochs == row.get("epochs", config.epochs)
-            assert {where["split"] for where in table["columns"].values()} <= {
+            assert {kind["split"] for kind in table["columns"].values() if "split" in kind} <= {
                 *config.evaluate_splits,
                 "test",
             }
