@@ -14,7 +14,17 @@ The three parts of SIRe are settings::
 Of their seven combinations Table 1 prints five, beside the baseline: S without I is the network
 without either, as there is nothing to skip to. Lambda is
 ``--config.objectives.decoder.weight=0.1``, or ``….weights="(0.1, 0.2, 0.2, 0.3)"``, one for each
-decoder.
+decoder, or in a config file a schedule::
+
+    fading = {"name": "linear", "init_value": 0.2, "end_value": 0.0, "transition_steps": 1}
+    config.objectives.decoder = objective(
+        "decoder", "image", "mean_squared_error", weight={**fading, "unit": "run"}
+    )
+
+Also of use: ``--config.backbone.dtype=bfloat16``, ``--config.heads.decoder.remat=True`` (decoders
+computed again for the gradient), ``--config.backbone.width=0.25 --config.epochs=10`` (a smaller
+network, a shorter run), ``--config.gradient_flow_every=1`` (Fig. 3),
+``--config.heads.decoder.value_range`` (of normalized images).
 """
 
 from typing import Any

@@ -107,8 +107,8 @@ def report(results: Mapping[str, Any]) -> str:
 def _cell(statistics: Mapping[str, Any] | None) -> str:
     if statistics is None:
         return "-"
-    deviation = f" ± {statistics['std']:.4f}" if len(statistics["runs"]) > 1 else ""
-    return f"{statistics['mean']:.4f}{deviation}"
+    deviation = f" ± {tables.number(statistics['std'])}" if len(statistics["runs"]) > 1 else ""
+    return f"{tables.number(statistics['mean'])}{deviation}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -154,6 +154,17 @@ def _example_batch(task: tasks.Task, config: ConfigDict) -> dict[str, Any]:
     return jax.eval_shape(lambda a, e: _lookup(task, config.data, a, e), arrays, examples)
 
 
+def _check_schedule(name: str, weight: optax.Schedule, steps: int) -> None:
+    """Checks a weight at the beginning, in the middle and at the end of the run."""
+    for step in (0, steps // 2, steps):
+        value = float(weight(jnp.asarray(step, jnp.int32)))
+        if not 0 <= value < np.inf:
+            raise ValueError(
+                f"The weight of the objective '{name}' is {value:.4g} after {step} steps; it should"
+                " be finite and at least 0."
+            )
+
+
 def _section(
     config: ConfigDict, key: str, parts: Mapping[str, Any], what: str, **supplied: Any
 ) -> dict[str, Any]:
@@ -247,6 +258,8 @@ def _objective(name: str, section: Mapping[str, Any], units: Units) -> objective
     made = registry.create({name: objectives.Objective}, described, "objective")
     loss = registry.choose(objectives.LOSSES, made.loss, "loss")
     weight = optimizers.number_or_schedule(made.weight, f"weight of the objective '{name}'", units)
+    if callable(weight):
+        _check_schedule(name, weight, units.get("run") or 1)
     return objectives.Objective(made.output, made.target, loss, weight)
 
 

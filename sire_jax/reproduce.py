@@ -186,6 +186,12 @@ def _cells(figure: Figure, has_paper: bool, form: str) -> list[str]:
     return [_number(figure["paper"], form), ours, f"{figure['difference']:+{form}}{far}"]
 
 
+def _note(overrides: Sequence[str]) -> str:
+    """Says what makes a table another one than the paper's."""
+    given = [each for each in overrides if not each.startswith("--config.data.dir=")]
+    return f"Overrides: {' '.join(given)}\n\n" if given else ""
+
+
 def _number(value: Sequence[float | None] | None, form: str) -> str:
     """Writes a mean, with its deviation if there is one."""
     return " ± ".join(f"{each:{form}}" for each in value or [] if each is not None)
@@ -238,7 +244,7 @@ def reproduce(
             counted = {**row, "variant": row.get("counted", row["variant"])}
             parameters = _parameters(row_config(table, counted, configs, option, overrides))
         lines.append(compare(row, table, results, parameters, reference))
-        (workdir / "table.md").write_text(markdown(lines, table) + "\n")
+        (workdir / "table.md").write_text(_note(overrides) + markdown(lines, table) + "\n")
         details = {
             "title": table["title"],
             "option": option,
@@ -293,7 +299,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except InterruptedRunError as stopped:
             print(stopped, flush=True)
             sys.exit(command.INTERRUPTED)
-    print(f"\n{table['title']}\n\n{markdown(lines, table)}\n")
+    print(f"\n{table['title']}\n\n{_note(overrides)}{markdown(lines, table)}\n")
     seconds = time.perf_counter() - started
     print(f"{seconds:.0f} s; curves: {workdir / 'table.png'}, and in each row's directory")
 

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from sire_jax import command, configuration, experiment, figures, parallel, traced
+from sire_jax import command, configuration, experiment, figures, parallel, tables, traced
 from sire_jax.checkpoint import Checkpoints
 from sire_jax.data import tasks
 from sire_jax.diagnostics import gradient_flow
@@ -317,9 +317,10 @@ def _report_chance(
     if len(stuck):
         seeds = ", ".join(str(config.seed + i) for i in stuck)
         auxiliary = [name for name, o in runs.parts.objectives.items() if o.output != MAIN]
-        advice = f", the weights of {', '.join(auxiliary)}" if auxiliary else ""
+        advice = f" or smaller weights of {', '.join(auxiliary)}" if auxiliary else ""
         progress.say(
-            f"At chance level after {epoch} epochs: the runs with the seeds {seeds}, whose {split}"
+            f"At chance level after {epoch} epoch{'s' * (epoch > 1)}: the runs with the seeds"
+            f" {seeds}, whose {split}"
             f" accuracy of the main output is {accuracy[stuck].mean():.4f}"
             f" (guessing: {chance:.4f})."
             f" Training may not converge; try a smaller learning rate{advice}."
@@ -400,8 +401,9 @@ def summary(results: Mapping[str, Any]) -> str:
     lines = []
     for split, values in results["splits"].items():
         for name, each in values.items():
-            spread = f" ± {np.std(each, ddof=1):.4f}" if len(each) > 1 else ""
-            lines.append(f"  {split:<11}{name:<18}{np.mean(each):.4f}{spread}")
+            mean, deviation = tables.spread(each)
+            spread = f" ± {tables.number(deviation)}" if len(each) > 1 else ""
+            lines.append(f"  {split:<11}{name:<18}{tables.number(mean)}{spread}")
     return "\n".join(lines)
 
 

@@ -250,7 +250,7 @@ def test_runs_at_chance_level_are_named():
     (message,) = _said([0.1, 0.9, 0.136, 0.138], seed=5)
     assert "At chance level after 10 epochs: the runs with the seeds 5, 7" in message
     assert "test accuracy of the main output is 0.1180 (guessing: 0.1000)" in message
-    assert "the weights of decoder_1" in message
+    assert "smaller weights of decoder_1" in message
     assert _said([0.9, 0.138]) == []
     assert _said([0.1], split="train") == []
     assert _said([0.1], chance_after=0) == []
@@ -288,5 +288,5 @@ def test_a_run_that_does_not_learn_says_so(tmp_path, monkeypatch):
     # Parameters never move, and batch statistics hardly: it guesses.
     assert stuck
     (message,) = said
-    assert message.startswith("At chance level after 1 epochs: the runs with the")
+    assert message.startswith("At chance level after 1 epoch: the runs with the")
     assert f"seeds {', '.join(map(str, stuck))}, whose" in message

@@ -36,6 +36,13 @@ class Plan:
                 f" ((Convolution(16), MaxPool()),); it is given {self.stages}."
             )
 
+        for block in (*(block for stage in self.stages for block in stage), *self.tail):
+            if isinstance(block, type) or not callable(getattr(block, "encoder", None)):
+                raise ValueError(
+                    f"{block} is not a block of a plan; a block is an object with stride, channels"
+                    " and encoder, such as Convolution(16) or MaxPool()."
+                )
+
     def blocks(self, stage: int) -> Iterator[tuple[str, Any]]:
         """Yields the names and blocks of a stage, ``1`` being the first."""
         for i, block in enumerate(self.stages[stage - 1], start=1):

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from sire_jax import command, objectives, workdir
 from sire_jax.data.augmentation import Augmentation, Batch
 from sire_jax.metrics import Average, Metrics
+from sire_jax.networks import MAIN
 from sire_jax.step import Apply, TrainState, make_losses
 
 SPLIT = "gradients"
@@ -140,30 +141,34 @@ def draw(workdirs: Mapping[str, str | Path], path: str | Path) -> Path:
     flows = {title: read(each) for title, each in workdirs.items()}
     figure = Figure(figsize=(max(4.6 * len(flows), 6.4), 4.4), layout="constrained")
     panels = figure.subplots(1, len(flows), sharey=True, squeeze=False)[0]
+    # One colour for an objective in all panels.
+    names = sorted({n for flow in flows.values() for n in flow}, key=lambda n: (n != MAIN, n))
+    colours = {name: colormaps["tab10"](i % 10) for i, name in enumerate(names)} | {TOTAL: "0.8"}
     for axes, (title, flow) in zip(panels, flows.items(), strict=True):
-        _panel(axes, flow)
+        _panel(axes, flow, colours)
         axes.set_title(title, fontsize=9)
-    panels[0].set_ylabel("mean |weighted gradient|, over training")
+    panels[0].set_ylabel("mean |weighted gradient|")
+    figure.suptitle("mean over training; thin: each measurement, paler the earlier", fontsize=8)
     figure.savefig(path, dpi=130)
     return Path(path)
 
 
-def _panel(axes: Axes, flow: Mapping[str, Mapping[str, np.ndarray]]) -> None:
-    names = [name for name in flow if name != TOTAL]
-    for i, name in enumerate([*names, TOTAL]):
+def _panel(
+    axes: Axes, flow: Mapping[str, Mapping[str, np.ndarray]], colours: Mapping[str, Any]
+) -> None:
+    # The total first, a broad line beneath the others.
+    for name in sorted(flow, key=lambda name: (name != TOTAL, name)):
         # [measurements, convolutions]; what an objective does not reach has nothing, not zero.
         values = np.stack(list(flow[name].values()), axis=1)
         values = np.where(values > 0, values, np.nan)
-        total = name == TOTAL
-        colour = "black" if total else colormaps["tab10"](i % 10)
         positions = np.arange(1, values.shape[1] + 1)
         reached = ~np.isnan(values).all(0)
         means = np.nanmean(values[:, reached], axis=0)
-        line: Any = {"color": colour, "label": name, "lw": 2.2 if total else 1.2, "ms": 3}
-        axes.plot(positions[reached], means, "o-", **line)
+        line: Any = {"color": colours[name], "label": name, "lw": 6 if name == TOTAL else 1.4}
+        axes.plot(positions[reached], means, "o-", ms=3, **line)
         # Each measurement, paler the earlier it was.
         for opacity, each in zip(np.linspace(0.1, 0.5, len(values)), values, strict=True):
-            axes.plot(positions, each, color=colour, lw=0.5, alpha=opacity)
+            axes.plot(positions, each, color=colours[name], lw=0.5, alpha=opacity)
     labels = list(flow[TOTAL])
     axes.set_xticks(range(1, len(labels) + 1), labels, rotation=90, fontsize=6)
     axes.set_yscale("log")

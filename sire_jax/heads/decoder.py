@@ -1,5 +1,6 @@
 """Decoders, made of a backbone's plan by reading it backwards."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -130,10 +131,8 @@ class Decoder(nn.Module):
                 )
 
     def _factor(self) -> int:
-        factor = 1
-        for _, block in self._reversed():
-            factor *= block.stride
-        return factor
+        """Returns what sides have to be multiples of for decoders of all stages."""
+        return math.prod(block.stride for stage in self.plan.stages for block in stage)
 
 
 def decoders(
