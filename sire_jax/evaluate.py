@@ -13,8 +13,8 @@ import numpy as np
 
 from sire_jax import command, configuration, experiment, tables
 from sire_jax.checkpoint import Checkpoints
+from sire_jax.runs import Runs
 from sire_jax.step import Best, TrainState
-from sire_jax.train import Runs
 from sire_jax.workdir import CHECKPOINTS, read_config
 
 METRICS = ("top_1", "top_5", "loss")

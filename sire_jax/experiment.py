@@ -11,12 +11,11 @@ import optax
 from jax import Array
 from ml_collections import ConfigDict
 
-from sire_jax import configuration, objectives, optimizers, prediction, registry
+from sire_jax import checks, configuration, objectives, optimizers, prediction, registry
 from sire_jax.backbones import BACKBONES
 from sire_jax.data import augmentation, sources, tasks
 from sire_jax.data.augmentation import AUGMENTATIONS
 from sire_jax.heads import HEADS
-from sire_jax.metrics import is_classification
 from sire_jax.networks import MAIN, Network
 from sire_jax.parallel import INITIAL
 from sire_jax.step import Measure, Step, TrainState, find_reach, make_measure, make_step
@@ -154,17 +153,6 @@ def _example_batch(task: tasks.Task, config: ConfigDict) -> dict[str, Any]:
     return jax.eval_shape(lambda a, e: _lookup(task, config.data, a, e), arrays, examples)
 
 
-def _check_schedule(name: str, weight: optax.Schedule, steps: int) -> None:
-    """Checks a weight at the beginning, in the middle and at the end of the run."""
-    for step in (0, steps // 2, steps):
-        value = float(weight(jnp.asarray(step, jnp.int32)))
-        if not 0 <= value < np.inf:
-            raise ValueError(
-                f"The weight of the objective '{name}' is {value:.4g} after {step} steps; it should"
-                " be finite and at least 0."
-            )
-
-
 def _section(
     config: ConfigDict, key: str, parts: Mapping[str, Any], what: str, **supplied: Any
 ) -> dict[str, Any]:
@@ -259,7 +247,7 @@ def _objective(name: str, section: Mapping[str, Any], units: Units) -> objective
     loss = registry.choose(objectives.LOSSES, made.loss, "loss")
     weight = optimizers.number_or_schedule(made.weight, f"weight of the objective '{name}'", units)
     if callable(weight):
-        _check_schedule(name, weight, units.get("run") or 1)
+        checks.schedule(name, weight, units.get("run") or 1)
     return objectives.Objective(made.output, made.target, loss, weight)
 
 
@@ -289,13 +277,13 @@ def build(config: ConfigDict) -> Experiment:
     outputs = jax.eval_shape(network.apply, variables, batch["image"])
     objectives.check(chosen, outputs, batch)
     prediction.check(predictions, outputs)
-    _check_names(predictions, outputs, chosen)
-    _check_losses(chosen, outputs, batch)
-    _check_widths(task.classes(config.data.classes), chosen, outputs)
-    _check_augmentations(augmentations, batch)
-    _check_ranges(heads, chosen, config.data)
+    checks.names(predictions, outputs, chosen)
+    checks.losses(chosen, outputs, batch)
+    checks.widths(task.classes(config.data.classes), chosen, outputs)
+    checks.augmentations(augmentations, batch)
+    checks.ranges(heads, chosen, *image_range(config.data))
     if "validation" in config.evaluate_splits:
-        _check_selection(chosen, outputs, batch)
+        checks.selection(chosen, outputs, batch)
     optimizer = _optimizer(config, units)
     reach = find_reach(network.apply, chosen, variables, batch)
     rule = registry.create(
@@ -313,95 +301,3 @@ def build(config: ConfigDict) -> Experiment:
         variables=variables,
         outputs=outputs,
     )
-
-
-def _check_names(predictions: Any, outputs: Any, chosen: Any) -> None:
-    if "total" in chosen:
-        raise ValueError("An objective can't be called 'total': that is the weighted sum.")
-    for name, objective in chosen.items():
-        if name in outputs and name != objective.output:
-            raise ValueError(
-                f"The objective '{name}' is on the output '{objective.output}', but has the name of"
-                " another; their metrics could not be told apart. Choose another name."
-            )
-    taken = set(outputs) | set(chosen)
-    for name in predictions:
-        if name in taken:
-            raise ValueError(
-                f"The prediction '{name}' has the name of an output or objective; their metrics"
-                " could not be told apart. Choose another."
-            )
-
-
-def _check_widths(
-    classes: Mapping[str, int], chosen: objectives.Objectives, outputs: Mapping[str, Any]
-) -> None:
-    """Checks that an output has as many logits as its target has classes."""
-    for name, objective in chosen.items():
-        width = outputs[objective.output].shape[-1]
-        known = classes.get(objective.target, width)
-        if objective.loss in (objectives.cross_entropy, objectives.negative_probability) and (
-            width != known
-        ):
-            raise ValueError(
-                f"The objective '{name}' compares '{objective.output}', which has {width} logits,"
-                f" with '{objective.target}', which has {known} classes."
-            )
-
-
-def _check_losses(
-    chosen: objectives.Objectives, outputs: Mapping[str, Any], batch: Mapping[str, Any]
-) -> None:
-    """Checks that each loss takes its output and target, and gives a value per example."""
-    for name, objective in chosen.items():
-        output, target = outputs[objective.output], batch[objective.target]
-        try:
-            fits = jax.eval_shape(objective.loss, output, target).shape == target.shape[:1]
-        except (TypeError, ValueError):
-            fits = False
-        if not fits:
-            raise ValueError(
-                f"The loss of the objective '{name}' can't compare '{objective.output}', {output},"
-                f" with '{objective.target}', {target} (of a batch of two)."
-            )
-
-
-def _check_ranges(
-    heads: Mapping[str, Any], chosen: objectives.Objectives, data: ConfigDict
-) -> None:
-    """Checks that what predicts images says that it predicts the values that images have."""
-    low, high = image_range(data)
-    for name, objective in chosen.items():
-        stated = getattr(heads.get(objective.output), "value_range", None)
-        if stated is None or objective.target != "image":
-            continue
-        if not np.allclose(stated, (low, high), atol=1e-2 * (high - low)):
-            raise ValueError(
-                f"The objective '{name}' reconstructs images whose values are in"
-                f" [{low:.4g}, {high:.4g}] (config.data.scale, mean and std), but the head"
-                f" '{objective.output}' states the range [{stated[0]:.4g}, {stated[1]:.4g}]. Set"
-                f" its value_range to ({low:.4g}, {high:.4g}), or the images' to what it states."
-            )
-
-
-def _check_selection(
-    chosen: objectives.Objectives, outputs: Mapping[str, Any], batch: Mapping[str, Any]
-) -> None:
-    """Checks that the main output's accuracy, which chooses the best weights, is measured."""
-    targets = [batch[o.target] for o in chosen.values() if o.output == MAIN]
-    if not any(is_classification(outputs[MAIN], target) for target in targets):
-        raise ValueError(
-            "config.evaluate_splits has 'validation', where the best accuracy of the main output"
-            " chooses the weights, but no objective on 'main' has labels."
-        )
-
-
-def _check_augmentations(augmentations: Mapping[str, Any], batch: Mapping[str, Any]) -> None:
-    """Checks that a batch has what each augmentation changes."""
-    for name, each in augmentations.items():
-        for key in getattr(each, "needs", ("image",)):
-            if key not in batch:
-                raise ValueError(
-                    f"The augmentation '{name}' needs '{key}', which the task's batches don't have;"
-                    f" they have {', '.join(sorted(batch))}."
-                )

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sire_jax.backbones.blocks import Convolution, Inception, MaxPool, Residual
+from sire_jax.backbones.blocks import Convolution, MaxPool, Residual
+from sire_jax.backbones.googlenet import Inception
 from sire_jax.backbones.plan import Plan, Planned
 
 CONVOLUTIONS = Plan(

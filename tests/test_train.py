@@ -26,6 +26,7 @@ from sire_jax import (
     workdir,
 )
 from sire_jax.checkpoint import Checkpoints
+from sire_jax.runs import Runs
 
 pytestmark = pytest.mark.optax_dtypes
 
@@ -39,7 +40,7 @@ def _config(variant="auxiliary", *overrides):
 
 
 def _final(directory, config):
-    runs = train.Runs(experiment.build(config))
+    runs = Runs(experiment.build(config))
     return evaluate.restore(runs, Path(directory) / "checkpoints")[0]
 
 
@@ -85,14 +86,14 @@ def test_the_total_is_the_weighted_sum(trained):
 def test_a_run_interrupted_and_resumed_is_bitwise_the_same(trained, tmp_path, monkeypatch):
     whole, config, results = trained
     interrupted = configuration.override(config, ["--config.steps_per_call=1"])
-    taken = train.Runs.take_steps
+    taken = Runs.take_steps
 
     def stop_after_the_third_step(self, state, sums, order, first, count):
         if int(state.step[0]) == 2:
             os.kill(os.getpid(), signal.SIGINT)
         return taken(self, state, sums, order, first, count)
 
-    monkeypatch.setattr(train.Runs, "take_steps", stop_after_the_third_step)
+    monkeypatch.setattr(Runs, "take_steps", stop_after_the_third_step)
     with pytest.raises(train.InterruptedRunError, match="SIGINT: saved after step 3"):
         train.train(interrupted, str(tmp_path))
     monkeypatch.undo()
@@ -114,13 +115,13 @@ def test_a_run_among_several_is_the_run_alone(trained, tmp_path):
 
 
 def test_a_signal_before_the_first_step_is_not_lost(tmp_path, monkeypatch):
-    started = train.Runs.checkpoint_tree
+    started = Runs.checkpoint_tree
 
     def interrupted(self):
         os.kill(os.getpid(), signal.SIGTERM)
         return started(self)
 
-    monkeypatch.setattr(train.Runs, "checkpoint_tree", interrupted)
+    monkeypatch.setattr(Runs, "checkpoint_tree", interrupted)
     with pytest.raises(train.InterruptedRunError, match="SIGTERM: saved after step 0"):
         train.train(_config(), str(tmp_path))
     assert Checkpoints(tmp_path / "checkpoints").latest() == 0
@@ -134,7 +135,7 @@ def test_a_finished_run_is_left_as_it_is(trained):
 
 
 def test_runs_differ_in_weights_data_and_order():
-    runs = train.Runs(experiment.build(_config()))
+    runs = Runs(experiment.build(_config()))
     state = runs.initial()
     kernels = state.params["backbone"]["branch"]["conv_1"]["kernel"]
     assert not np.array_equal(kernels[0], kernels[1])
@@ -153,7 +154,7 @@ def test_two_devices_compute_the_gradient_of_one(tmp_path):
         config = _config(
             "auxiliary", *changed, f"devices={devices}", "optimizer.learning_rate=1e-6"
         )
-        runs = train.Runs(experiment.build(config))
+        runs = Runs(experiment.build(config))
         state = runs.initial()
         order = runs.epoch_order(state, 0)
         state, sums, _ = runs.take_steps(state, runs.no_metrics(), order, 0, 1)

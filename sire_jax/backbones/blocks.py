@@ -4,7 +4,6 @@ A block of a user's own is any frozen dataclass with ``stride``, ``channels`` an
 ``decoder``, too, decoders can be made of it. One without parameters says ``skips = False``: a pool.
 """
 
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -99,14 +98,24 @@ def scaled(widths: Sequence[int], multiple: float) -> tuple[int, ...]:
     return tuple(max(1, round(multiple * width)) for width in widths)
 
 
-def _check_odd(what: str, kernel_size: int) -> None:
+def check_odd(what: str, kernel_size: int) -> None:
+    """Checks a kernel's side.
+
+    Raises:
+        ValueError: If it is not odd and above 0.
+    """
     if kernel_size < 1 or kernel_size % 2 == 0:
         raise ValueError(
             f"A {what} has kernel_size {kernel_size}; it should be odd, to keep the size of images."
         )
 
 
-def _check_widths(what: str, *widths: int) -> None:
+def check_widths(what: str, *widths: int) -> None:
+    """Checks numbers of channels.
+
+    Raises:
+        ValueError: If one is below 1.
+    """
     if min(widths) < 1:
         raise ValueError(f"A {what} has a width of {min(widths)}; it should be at least 1.")
 
@@ -139,8 +148,8 @@ class Convolution:
     decoder_norm: bool = True
 
     def __post_init__(self) -> None:
-        _check_widths("Convolution", self.width)
-        _check_odd("Convolution", self.kernel_size)
+        check_widths("Convolution", self.width)
+        check_odd("Convolution", self.kernel_size)
         _check_stride("Convolution", self.stride)
 
     def channels(self, inputs: int) -> int:
@@ -280,9 +289,9 @@ class Residual:
                 f"A Residual has {len(self.widths)} widths, {self.widths}, but"
                 f" {len(self.kernel_sizes)} kernel_sizes, {self.kernel_sizes}."
             )
-        _check_widths("Residual", *self.widths)
+        check_widths("Residual", *self.widths)
         for kernel_size in self.kernel_sizes:
-            _check_odd("Residual", kernel_size)
+            check_odd("Residual", kernel_size)
         _check_stride("Residual", self.stride)
 
     def channels(self, inputs: int) -> int:
@@ -323,107 +332,3 @@ class _Residual(nn.Module):
             )
             shortcut = projection(x, train=train)
         return y + shortcut if self.last else nn.relu(y + shortcut)
-
-
-@dataclass(frozen=True)
-class Inception:
-    """Four paths of convolutions with batch norm and ReLU, concatenated (Szegedy et al., 2015).
-
-    1 x 1; 1 x 1 and 3 x 3; 1 x 1 and a larger one; 3 x 3 max pooling and 1 x 1. Read backwards the
-    channels are split into the four paths, each is transposed, and their results are summed: what
-    the transpose of a concatenation is. The max pool stays one (Avola et al., Section 4.3).
-
-    Attributes:
-        direct: Width of the 1 x 1 path.
-        reduced: Width of the 1 x 1 convolution before the 3 x 3 one.
-        middle: Width of the 3 x 3 convolution.
-        reduced_large: Width of the 1 x 1 convolution before the larger one.
-        large: Width of the larger convolution.
-        pooled: Width of the 1 x 1 convolution behind the max pool.
-        kernel_size: Side of the larger kernel, in pixels; 5 in the paper, 3 in torchvision, whose
-            parameter count the SIRe paper prints.
-    """
-
-    direct: int
-    reduced: int
-    middle: int
-    reduced_large: int
-    large: int
-    pooled: int
-    kernel_size: int = 3
-    stride: int = 1
-
-    def __post_init__(self) -> None:
-        _check_widths("Inception", self.direct, self.reduced, self.middle)
-        _check_widths("Inception", self.reduced_large, self.large, self.pooled)
-        _check_odd("Inception", self.kernel_size)
-        if self.stride != 1:
-            raise ValueError(f"An Inception block has stride {self.stride}; it can only be 1.")
-
-    def channels(self, inputs: int) -> int:
-        """Returns the sum of the widths of the four paths."""
-        return self.direct + self.middle + self.large + self.pooled
-
-    def encoder(self, name: str) -> nn.Module:
-        """Returns the block's module."""
-        paths = (
-            ((self.direct, 1),),
-            ((self.reduced, 1), (self.middle, 3)),
-            ((self.reduced_large, 1), (self.large, self.kernel_size)),
-            ((self.pooled, 1),),
-        )
-        return _Inception(paths, name=name)
-
-    def decoder(self, outputs: int, last: bool, name: str) -> nn.Module:
-        """Returns the four paths read backwards, split and summed."""
-        paths = (
-            ((outputs, 1),),
-            ((self.reduced, 3), (outputs, 1)),
-            ((self.reduced_large, self.kernel_size), (outputs, 1)),
-            ((outputs, 1),),
-        )
-        widths = (self.direct, self.middle, self.large, self.pooled)
-        return _MirroredInception(paths, widths, last, name=name)
-
-
-Paths = tuple[tuple[tuple[int, int], ...], ...]
-
-
-def _path(
-    x: Array, units: tuple[tuple[int, int], ...], name: str, train: bool, transposed: bool = False
-) -> Array:
-    for i, unit in enumerate(units, start=1):
-        x = Unit(*unit, transposed=transposed, name=f"{name}_{i}")(x, train=train)
-        x = nn.relu(x) if i < len(units) else x
-    return x
-
-
-class _Inception(nn.Module):
-    paths: Paths
-
-    @nn.compact
-    def __call__(self, x: Array, before: Array, *, train: bool) -> Array:
-        inputs = (x, x, x, max_pool(x, 3, 1, (1, 1)))
-        parts = [
-            _path(part, units, f"path_{i}", train)
-            for i, (part, units) in enumerate(zip(inputs, self.paths, strict=True), start=1)
-        ]
-        return nn.relu(jnp.concatenate(parts, axis=-1))
-
-
-class _MirroredInception(nn.Module):
-    paths: Paths
-    widths: tuple[int, ...]
-    last: bool
-
-    @nn.compact
-    def __call__(self, x: Array, *, train: bool) -> Array:
-        starts = [sum(self.widths[:i]) for i in range(1, len(self.widths))]
-        parts = jnp.split(x, starts, axis=-1)
-        parts[-1] = max_pool(parts[-1], 3, 1, (1, 1))
-        ends = [
-            _path(part, units, f"path_{i}", train, transposed=True)
-            for i, (part, units) in enumerate(zip(parts, self.paths, strict=True), start=1)
-        ]
-        y = functools.reduce(jnp.add, ends)
-        return y if self.last else nn.relu(y)

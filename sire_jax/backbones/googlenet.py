@@ -1,10 +1,24 @@
 """GoogLeNet (Szegedy et al., 2015), with batch norm."""
 
-from dataclasses import replace
+import functools
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
-from sire_jax.backbones.blocks import Convolution, Inception, MaxPool, scaled
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+
+from sire_jax.backbones.blocks import (
+    Convolution,
+    MaxPool,
+    Unit,
+    check_odd,
+    check_widths,
+    scaled,
+)
 from sire_jax.backbones.plan import Plan, Planned
 from sire_jax.backbones.resnet import check_stem
+from sire_jax.layers import max_pool
 
 # Table 1: 1x1, reduced and 3x3, reduced and larger, pooled; of the stages 3, 4 and 5.
 _INCEPTION = (
@@ -18,6 +32,108 @@ _INCEPTION = (
     ),
     ((256, 160, 320, 32, 128, 128), (384, 192, 384, 48, 128, 128)),
 )
+
+
+@dataclass(frozen=True)
+class Inception:
+    """Four paths of convolutions with batch norm and ReLU, concatenated (Szegedy et al., 2015).
+
+    1 x 1; 1 x 1 and 3 x 3; 1 x 1 and a larger one; 3 x 3 max pooling and 1 x 1. Read backwards the
+    channels are split into the four paths, each is transposed, and their results are summed: what
+    the transpose of a concatenation is. The max pool stays one (Avola et al., Section 4.3).
+
+    Attributes:
+        direct: Width of the 1 x 1 path.
+        reduced: Width of the 1 x 1 convolution before the 3 x 3 one.
+        middle: Width of the 3 x 3 convolution.
+        reduced_large: Width of the 1 x 1 convolution before the larger one.
+        large: Width of the larger convolution.
+        pooled: Width of the 1 x 1 convolution behind the max pool.
+        kernel_size: Side of the larger kernel, in pixels; 5 in the paper, 3 in torchvision, whose
+            parameter count the SIRe paper prints.
+    """
+
+    direct: int
+    reduced: int
+    middle: int
+    reduced_large: int
+    large: int
+    pooled: int
+    kernel_size: int = 3
+    stride: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        check_widths("Inception", self.direct, self.reduced, self.middle)
+        check_widths("Inception", self.reduced_large, self.large, self.pooled)
+        check_odd("Inception", self.kernel_size)
+
+    def channels(self, inputs: int) -> int:
+        """Returns the sum of the widths of the four paths."""
+        return self.direct + self.middle + self.large + self.pooled
+
+    def encoder(self, name: str) -> nn.Module:
+        """Returns the block's module."""
+        paths = (
+            ((self.direct, 1),),
+            ((self.reduced, 1), (self.middle, 3)),
+            ((self.reduced_large, 1), (self.large, self.kernel_size)),
+            ((self.pooled, 1),),
+        )
+        return _Inception(paths, name=name)
+
+    def decoder(self, outputs: int, last: bool, name: str) -> nn.Module:
+        """Returns the four paths read backwards, split and summed."""
+        paths = (
+            ((outputs, 1),),
+            ((self.reduced, 3), (outputs, 1)),
+            ((self.reduced_large, self.kernel_size), (outputs, 1)),
+            ((outputs, 1),),
+        )
+        widths = (self.direct, self.middle, self.large, self.pooled)
+        return _MirroredInception(paths, widths, last, name=name)
+
+
+Paths = tuple[tuple[tuple[int, int], ...], ...]
+
+
+def _path(
+    x: Array, units: tuple[tuple[int, int], ...], name: str, train: bool, transposed: bool = False
+) -> Array:
+    for i, unit in enumerate(units, start=1):
+        x = Unit(*unit, transposed=transposed, name=f"{name}_{i}")(x, train=train)
+        x = nn.relu(x) if i < len(units) else x
+    return x
+
+
+class _Inception(nn.Module):
+    paths: Paths
+
+    @nn.compact
+    def __call__(self, x: Array, before: Array, *, train: bool) -> Array:
+        inputs = (x, x, x, max_pool(x, 3, 1, (1, 1)))
+        parts = [
+            _path(part, units, f"path_{i}", train)
+            for i, (part, units) in enumerate(zip(inputs, self.paths, strict=True), start=1)
+        ]
+        return nn.relu(jnp.concatenate(parts, axis=-1))
+
+
+class _MirroredInception(nn.Module):
+    paths: Paths
+    widths: tuple[int, ...]
+    last: bool
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool) -> Array:
+        starts = [sum(self.widths[:i]) for i in range(1, len(self.widths))]
+        parts = jnp.split(x, starts, axis=-1)
+        parts[-1] = max_pool(parts[-1], 3, 1, (1, 1))
+        ends = [
+            _path(part, units, f"path_{i}", train, transposed=True)
+            for i, (part, units) in enumerate(zip(parts, self.paths, strict=True), start=1)
+        ]
+        y = functools.reduce(jnp.add, ends)
+        return y if self.last else nn.relu(y)
 
 
 def googlenet(

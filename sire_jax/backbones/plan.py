@@ -35,7 +35,6 @@ class Plan:
                 "A plan needs stages that are tuples of at least one block each, such as"
                 f" ((Convolution(16), MaxPool()),); it is given {self.stages}."
             )
-
         for block in (*(block for stage in self.stages for block in stage), *self.tail):
             if isinstance(block, type) or not callable(getattr(block, "encoder", None)):
                 raise ValueError(

@@ -8,14 +8,13 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jax import Array
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from sire_jax import command, configuration, experiment
 from sire_jax.evaluate import restore
 from sire_jax.heads.decoder import Decoder
-from sire_jax.train import Runs
+from sire_jax.runs import Runs
 from sire_jax.workdir import CHECKPOINTS, read_config, titles
 
 
@@ -65,17 +64,10 @@ def reconstruct(
     state, best = restore(runs, Path(workdir).expanduser() / CHECKPOINTS)
     kept = state if best is None else best
     image = parts.lookup(runs.arrays, runs.examples["test"][0][:count])["image"]
-    first = {"params": kept.params, **kept.model_state}
-    outputs = apply_first(parts, first, image)
+    first = jax.tree.map(lambda x: x[0], {"params": kept.params, **kept.model_state})
+    outputs = jax.jit(parts.network.apply)(first, image)
     shown = {name: pixels(np.asarray(outputs[name]), config.data) for name in names}
     return pixels(np.asarray(image), config.data), shown
-
-
-def apply_first(
-    parts: experiment.Experiment, variables: Mapping[str, object], image: Array
-) -> Mapping[str, Array]:
-    """Applies the network with the variables of the first of several runs."""
-    return jax.jit(parts.network.apply)(jax.tree.map(lambda x: x[0], variables), image)
 
 
 def draw(image: np.ndarray, rows: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
@@ -129,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise ValueError("The runs have different test images; show them one by one.")
         figure = draw(image, {label: outputs for label, (_, outputs) in found.items()})
         figure.savefig(known.out, dpi=150)
-    print(f"{known.out}: input and decoders, with the mean squared error under their names")
+    print(f"{known.out}: input and decoders, with the mean squared error above each")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,118 @@
+"""Whether the parts of an experiment fit together; each check raises ``ValueError`` if not."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from sire_jax import objectives
+from sire_jax.metrics import is_classification
+from sire_jax.networks import MAIN
+
+
+def names(
+    predictions: Mapping[str, Any], outputs: Mapping[str, Any], chosen: objectives.Objectives
+) -> None:
+    """Checks that the metrics of outputs, objectives and predictions can be told apart."""
+    if "total" in chosen:
+        raise ValueError("An objective can't be called 'total': that is the weighted sum.")
+    for name, objective in chosen.items():
+        if name in outputs and name != objective.output:
+            raise ValueError(
+                f"The objective '{name}' is on the output '{objective.output}', but has the name of"
+                " another; their metrics could not be told apart. Choose another name."
+            )
+    taken = set(outputs) | set(chosen)
+    for name in predictions:
+        if name in taken:
+            raise ValueError(
+                f"The prediction '{name}' has the name of an output or objective; their metrics"
+                " could not be told apart. Choose another."
+            )
+
+
+def widths(
+    classes: Mapping[str, int], chosen: objectives.Objectives, outputs: Mapping[str, Any]
+) -> None:
+    """Checks that an output has as many logits as its target has classes."""
+    for name, objective in chosen.items():
+        width = outputs[objective.output].shape[-1]
+        known = classes.get(objective.target, width)
+        if objective.loss in (objectives.cross_entropy, objectives.negative_probability) and (
+            width != known
+        ):
+            raise ValueError(
+                f"The objective '{name}' compares '{objective.output}', which has {width} logits,"
+                f" with '{objective.target}', which has {known} classes."
+            )
+
+
+def losses(
+    chosen: objectives.Objectives, outputs: Mapping[str, Any], batch: Mapping[str, Any]
+) -> None:
+    """Checks that each loss takes its output and target, and gives a value per example."""
+    for name, objective in chosen.items():
+        output, target = outputs[objective.output], batch[objective.target]
+        try:
+            fits = jax.eval_shape(objective.loss, output, target).shape == target.shape[:1]
+        except (TypeError, ValueError):
+            fits = False
+        if not fits:
+            raise ValueError(
+                f"The loss of the objective '{name}' can't compare '{objective.output}', {output},"
+                f" with '{objective.target}', {target} (of a batch of two)."
+            )
+
+
+def ranges(
+    heads: Mapping[str, Any], chosen: objectives.Objectives, low: float, high: float
+) -> None:
+    """Checks that what predicts images says that it predicts the values that images have."""
+    for name, objective in chosen.items():
+        stated = getattr(heads.get(objective.output), "value_range", None)
+        if stated is None or objective.target != "image":
+            continue
+        if not np.allclose(stated, (low, high), atol=1e-2 * (high - low)):
+            raise ValueError(
+                f"The objective '{name}' reconstructs images whose values are in"
+                f" [{low:.4g}, {high:.4g}] (config.data.scale, mean and std), but the head"
+                f" '{objective.output}' states the range [{stated[0]:.4g}, {stated[1]:.4g}]. Set"
+                f" its value_range to ({low:.4g}, {high:.4g}), or the images' to what it states."
+            )
+
+
+def selection(
+    chosen: objectives.Objectives, outputs: Mapping[str, Any], batch: Mapping[str, Any]
+) -> None:
+    """Checks that the main output's accuracy, which chooses the best weights, is measured."""
+    targets = [batch[o.target] for o in chosen.values() if o.output == MAIN]
+    if not any(is_classification(outputs[MAIN], target) for target in targets):
+        raise ValueError(
+            "config.evaluate_splits has 'validation', where the best accuracy of the main output"
+            " chooses the weights, but no objective on 'main' has labels."
+        )
+
+
+def augmentations(augmentations: Mapping[str, Any], batch: Mapping[str, Any]) -> None:
+    """Checks that a batch has what each augmentation changes."""
+    for name, each in augmentations.items():
+        for key in getattr(each, "needs", ("image",)):
+            if key not in batch:
+                raise ValueError(
+                    f"The augmentation '{name}' needs '{key}', which the task's batches don't have;"
+                    f" they have {', '.join(sorted(batch))}."
+                )
+
+
+def schedule(name: str, weight: optax.Schedule, steps: int) -> None:
+    """Checks a weight at the beginning, in the middle and at the end of the run."""
+    for step in (0, steps // 2, steps):
+        value = float(weight(jnp.asarray(step, jnp.int32)))
+        if not 0 <= value < np.inf:
+            raise ValueError(
+                f"The weight of the objective '{name}' is {value:.4g} after {step} steps; it should"
+                " be finite and at least 0."
+            )
