@@ -18,6 +18,7 @@ from ml_collections import ConfigDict, config_flags
 from sire_jax import names, registry
 from sire_jax.backbones import BACKBONES
 from sire_jax.data.augmentation import AUGMENTATIONS
+from sire_jax.data.sources import Selection
 from sire_jax.data.tasks import TASKS
 from sire_jax.heads import HEADS
 from sire_jax.objectives import LOSSES
@@ -44,9 +45,13 @@ def default() -> ConfigDict:
                 "name": "digits",
                 "dir": "~/tensorflow_datasets",
                 "cache": "~/.cache/sire_jax",  # decoded images; "" for none
+                "train_splits": ("train",),  # that make the training images
+                "test_split": "test",
+                "draw_classes": 0,  # of the labels, at random; other kinds of labels go; 0: all
+                "draw_seed": 0,  # of that draw, which is the same for all runs
                 "shape": (8, 8, 1),
-                "classes": {"label": 10},
-                "images": 0,  # of the training split, which schedules in epochs need; 0: unknown
+                "classes": {"label": 10},  # after the draw
+                "images": 0,  # that training has, which schedules in epochs need; 0: unknown
                 "scale": 1 / 255,  # what pixels are multiplied by
                 "mean": (),  # what is then subtracted from each channel, if anything
                 "std": (),  # what it is then divided by
@@ -235,6 +240,12 @@ def validate(config: ConfigDict) -> None:
         raise ValueError(f"config.data.scale is {config.data.scale}; it should be above 0.")
     if "label" not in config.data.classes:
         raise ValueError("config.data.classes has no 'label'; it should say how many there are.")
+    drawn = Selection.of(config.data).draw_classes
+    if drawn and config.data.classes.to_dict() != {"label": drawn}:
+        raise ValueError(
+            f"config.data.classes is {config.data.classes.to_dict()}; where draw_classes is {drawn}"
+            f" it should be {{'label': {drawn}}}, as other kinds of labels are dropped."
+        )
     if config.seed + config.seeds > 2**31:
         raise ValueError(f"config.seed is {config.seed}; seeds should be below 2**31.")
     shape = tuple(config.data.shape)

@@ -83,16 +83,18 @@ class Experiment:
             FileNotFoundError: If the data set is not prepared.
         """
         data = self.config.data
-        dataset = sources.load(data.name, data.dir, data.cache)
+        selection = sources.Selection.of(data)
+        dataset = sources.load(data.name, data.dir, data.cache, selection)
         if dataset.train.image.shape[1:] != tuple(data.shape):
             raise ValueError(
                 f"config.data.shape is {tuple(data.shape)}, but the images of {data.name} are"
                 f" {dataset.train.image.shape[1:]}."
             )
+        drawn = data.draw_classes > 0
         if data.images not in (0, len(dataset.train.image)):
             raise ValueError(
                 f"config.data.images is {data.images}, but {data.name} has"
-                f" {len(dataset.train.image)} training images."
+                f" {len(dataset.train.image)} training images{' of these classes' * drawn}."
             )
         for kind, classes in data.classes.items():
             if dataset.classes.get(kind) != classes:

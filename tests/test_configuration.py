@@ -48,6 +48,7 @@ def test_a_file_is_loaded_with_its_variant():
         ("objectives.digits.weight=0.1", 0.1),
         ("evaluate_splits=('test',)", ("test",)),
         ("evaluate_splits=test", ("test",)),
+        ("data.train_splits=('train','extra')", ("train", "extra")),
         ("name=a=b", "a=b"),
     ],
 )
@@ -209,6 +210,16 @@ def test_the_defaults_and_the_quickstart_are_valid():
         ("data.scale", -1.0, "config.data.scale is -1.0"),
         ("data.scale", float("nan"), "config.data.scale is nan"),
         ("data.scale", float("inf"), "config.data.scale is inf"),
+        ("data.train_splits", (), r"data.train_splits is \(\); it should be names of splits"),
+        ("data.train_splits", "train", "data.train_splits is 'train', a str; it should be a tuple"),
+        ("data.test_split", "train", "test_split 'train'; no split should be named twice"),
+        ("data.draw_classes", 1, "data.draw_classes is 1; it should be at least 2, or 0"),
+        (
+            "data.draw_classes",
+            5,
+            r"{'label': 10}; where draw_classes is 5 .*{'label': 5}",
+        ),
+        ("data.draw_seed", -1, "data.draw_seed is -1; it should be at least 0"),
         ("evaluate_splits", ("train", "tset"), "has 'tset'. Did you mean 'test'"),
         ("epochs", True, "config.epochs is True, a bool; it should be a int like 1"),
         ("epochs", 2.0, "config.epochs is 2.0, a float; it should be a int"),
@@ -231,6 +242,13 @@ def test_an_int_is_allowed_for_a_float_and_zero_where_it_means_something():
     for path, value in (("data.scale", 1), ("devices", 0), ("evaluate_every", 0)):
         config = _set(config, path, value)
     configuration.validate(config)
+
+
+def test_drawn_classes_leave_no_other_kind_of_label():
+    config = _set(_set(_load(), "data.draw_classes", 5), "data.classes.label", 5)
+    configuration.validate(config)
+    with pytest.raises(ValueError, match=r"'coarse': 2.*as other kinds of labels are dropped"):
+        configuration.validate(_set(config, "data.classes.coarse", 2))
 
 
 @pytest.mark.parametrize(("section", "key"), [("", "epochs"), ("data", "shape"), ("", "backbone")])

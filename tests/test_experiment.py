@@ -232,6 +232,27 @@ def test_data_that_are_not_what_the_config_says_are_refused(auxiliary, changes, 
         _load(auxiliary, changes)
 
 
+DRAWN = {"data.draw_classes": 4, "data.classes.label": 4}
+NARROW = {"backbone.classes": 4, "heads.exit_1.classes": 4}
+
+
+def test_a_run_on_drawn_classes_has_their_images():
+    parts = experiment.build(_digits({**DRAWN, **NARROW, "data.images": 480}))
+    assert {k: x.shape for k, x in parts.outputs.items()} == {"main": (2, 4), "exit_1": (2, 4)}
+    dataset, (draw,) = parts.load()
+    assert dataset.classes == {"label": 4}
+    assert len(draw.train) == len(dataset.train.image) == 480
+    other = _load(parts, {"data.draw_seed": 7, "data.images": 0})[0]
+    assert not np.array_equal(other.test.image, dataset.test.image)
+    with pytest.raises(ValueError, match=r"images is 1198, but digits has 480 .* of these classes"):
+        _load(parts, {"data.images": 1198})
+
+
+def test_as_many_outputs_as_drawn_classes_are_needed():
+    with pytest.raises(ValueError, match=r"10 logits, with 'label', which has 4 classes"):
+        experiment.build(_digits(DRAWN))
+
+
 def test_a_set_that_is_not_prepared_is_refused(auxiliary, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"--config.data.dir"):
         _load(auxiliary, {"data.name": "tfds:mnist", "data.dir": str(tmp_path)})

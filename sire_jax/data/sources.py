@@ -4,8 +4,8 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,93 @@ class Dataset:
     train: Source
     test: Source
     classes: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What of a set is used.
+
+    Attributes:
+        train_splits: The splits that make the training images, one after another.
+        test_split: The split that makes the test images.
+        draw_classes: How many classes are drawn at random (see ``draw_classes``); 0: all are used.
+        draw_seed: Seed of that draw, at least 0.
+    """
+
+    train_splits: tuple[str, ...] = ("train",)
+    test_split: str = "test"
+    draw_classes: int = 0
+    draw_seed: int = 0
+
+    def __post_init__(self) -> None:
+        splits = self.train_splits
+        if not splits or not all(isinstance(split, str) for split in splits):
+            raise ValueError(
+                f"config.data.train_splits is {splits!r}; it should be names of splits, such as"
+                " ('train',)."
+            )
+        if len({*splits, self.test_split}) <= len(splits):
+            raise ValueError(
+                f"config.data.train_splits is {splits} and test_split '{self.test_split}'; no split"
+                " should be named twice."
+            )
+        if self.draw_classes < 0 or self.draw_classes == 1:
+            raise ValueError(
+                f"config.data.draw_classes is {self.draw_classes}; it should be at least 2, or 0 to"
+                " use all classes."
+            )
+        if self.draw_seed < 0:
+            raise ValueError(f"config.data.draw_seed is {self.draw_seed}; it should be at least 0.")
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any]) -> "Selection":
+        """Returns what the section ``config.data`` says.
+
+        Raises:
+            ValueError: If a value is out of range.
+        """
+        splits = tuple(data["train_splits"])
+        return cls(splits, data["test_split"], data["draw_classes"], data["draw_seed"])
+
+
+def draw_classes(classes: int, number: int, seed: int) -> np.ndarray:
+    """Draws classes at random without replacement, the same ones on every machine.
+
+    Args:
+        classes: How many there are.
+        number: How many are drawn, in 2..classes.
+        seed: Seed of ``numpy.random.default_rng``.
+
+    Returns:
+        ``[number]``, integers in 0..classes - 1, ascending.
+
+    Raises:
+        ValueError: If ``number`` is out of range.
+    """
+    if not 2 <= number <= classes:
+        raise ValueError(
+            f"config.data.draw_classes is {number}; of {classes} classes it should be in"
+            f" 2..{classes}, or 0 to use all."
+        )
+    return np.sort(np.random.default_rng(seed).choice(classes, number, replace=False))
+
+
+def _draw(dataset: Dataset, selection: Selection) -> Dataset:
+    """Drops images of other classes and numbers the drawn ones 0, 1, …; only labels are kept."""
+    number = selection.draw_classes
+    if not number:
+        return dataset
+    drawn = draw_classes(dataset.classes["label"], number, selection.draw_seed)
+    parts = [_of_classes(source, drawn) for source in (dataset.train, dataset.test)]
+    return Dataset(parts[0], parts[1], classes={"label": number})
+
+
+def _of_classes(source: Source, drawn: np.ndarray) -> Source:
+    label = source.labels["label"]
+    kept = np.isin(label, drawn)
+    # Not a copy of many images where others have not been decoded.
+    image = source.image if kept.all() else source.image[kept]
+    return Source(image, {"label": np.searchsorted(drawn, label[kept]).astype(np.int32)})
 
 
 def check(dataset: Dataset) -> None:
@@ -81,34 +168,50 @@ def _check_labels(what: str, labels: np.ndarray, images: int, classes: int) -> N
         )
 
 
-def load(name: str, directory: str, cache: str = "") -> Dataset:
+_EVERYTHING = Selection()
+
+
+def load(name: str, directory: str, cache: str = "", selection: Selection = _EVERYTHING) -> Dataset:
     """Loads a data set by its name.
 
     Args:
         name: ``digits``, or ``tfds:<set>`` with the name of a ``tensorflow_datasets`` set.
         directory: The ``tensorflow_datasets`` data directory.
         cache: A directory for decoded images, which makes the next start fast; "" for none.
+        selection: What of the set is used. Of drawn classes, only ``"label"`` is kept of the kinds
+            of labels, with the drawn classes numbered 0, 1, … in their order.
 
     Returns:
         The data set, checked.
 
     Raises:
-        ValueError: If there is no such source, or the data hold impossible values.
+        ValueError: If there is no such source or split or are too few classes, or the data hold
+            impossible values.
         FileNotFoundError: If the set is not prepared in ``directory``.
     """
     if name == "digits":
-        dataset = _digits()
+        dataset = _digits(selection)
     elif name.startswith("tfds:"):
-        dataset = _tfds(name.removeprefix("tfds:"), Path(directory).expanduser(), cache)
+        root = Path(directory).expanduser()
+        dataset = _tfds(name.removeprefix("tfds:"), root, cache, selection)
     else:
         raise ValueError(
             f"There is no data source '{name}'.{nearest(name, ['digits', 'tfds:<set>'])}"
         )
     check(dataset)
-    return dataset
+    return _draw(dataset, selection)
 
 
-def _digits() -> Dataset:
+def _check_splits(what: object, selection: Selection, known: Collection[str]) -> None:
+    for split in (*selection.train_splits, selection.test_split):
+        if split not in known:
+            raise ValueError(
+                f"{what} has no split '{split}', only {list(known)}; choose with"
+                " config.data.train_splits and config.data.test_split."
+            )
+
+
+def _digits(selection: Selection) -> Dataset:
     """The 1,797 digits of 8 x 8 that come with scikit-learn; every third is for the test."""
     from sklearn.datasets import load_digits
 
@@ -119,16 +222,20 @@ def _digits() -> Dataset:
     order = np.argsort(label, kind="stable")
     test = np.zeros(len(label), bool)
     test[order[::3]] = True
-    parts = [Source(image[part], {"label": label[part]}) for part in (~test, test)]
-    return Dataset(parts[0], parts[1], classes={"label": 10})
+    chosen = {"train": ~test, "test": test}
+    _check_splits("digits", selection, chosen)
+    parts = {k: Source(image[part], {"label": label[part]}) for k, part in chosen.items()}
+    # Of two splits one is for the test.
+    (train,) = selection.train_splits
+    return Dataset(parts[train], parts[selection.test_split], classes={"label": 10})
 
 
-def _tfds(name: str, directory: Path, cache: str) -> Dataset:
+def _tfds(name: str, directory: Path, cache: str, selection: Selection) -> Dataset:
     prepared = _prepared(name, directory)
-    stored = _cache_file(prepared, cache)
+    stored = _cache_file(prepared, cache, selection)
     if stored is not None and stored.exists():
         return _read(stored)
-    dataset = _decode(prepared)
+    dataset = _decode(prepared, selection)
     if stored is not None:
         # Without a copy the next start only takes longer.
         with contextlib.suppress(OSError):
@@ -152,7 +259,7 @@ def _prepared(name: str, directory: Path) -> Path:
     return max(versions, key=lambda path: [int(n) for n in path.name.split(".") if n.isdigit()])
 
 
-def _decode(prepared: Path) -> Dataset:
+def _decode(prepared: Path, selection: Selection) -> Dataset:
     import tensorflow_datasets as tfds
 
     builder = tfds.builder_from_directory(prepared)
@@ -162,34 +269,61 @@ def _decode(prepared: Path) -> Dataset:
             " prepare the set with --file_format=array_record."
         )
     features = builder.info.features
-    kinds = [k for k, f in features.items() if isinstance(f, tfds.features.ClassLabel)]
-    for split in ("train", "test"):
-        if split not in builder.info.splits:
-            raise ValueError(
-                f"{prepared} has no split '{split}', only {list(builder.info.splits)}."
-            )
-    if "image" not in features or "label" not in kinds:
+    _check_splits(prepared, selection, builder.info.splits)
+    classes = {
+        k: f.num_classes for k, f in features.items() if isinstance(f, tfds.features.ClassLabel)
+    }
+    if "image" not in features or "label" not in classes:
         raise ValueError(f"{prepared} has no 'image' and 'label'; its features: {list(features)}.")
-    train, test = (_decode_split(builder, split, kinds) for split in ("train", "test"))
-    return Dataset(train, test, classes={kind: features[kind].num_classes for kind in kinds})
+    drawn = None
+    if selection.draw_classes:
+        drawn = draw_classes(classes["label"], selection.draw_classes, selection.draw_seed)
+    train, test = (
+        _decode_splits(builder, splits, list(classes), drawn)
+        for splits in (selection.train_splits, (selection.test_split,))
+    )
+    return Dataset(train, test, classes=classes)
 
 
-def _decode_split(builder: Any, split: str, kinds: list[str]) -> Source:
-    records = builder.as_data_source(split=split)
-    title = f"Decoding {builder.name} {split}, once"
-    # None: a bar on a terminal, nothing elsewhere.
-    indices = tqdm(range(len(records)), desc=title, unit="image", disable=None)
-    examples = [records[i] for i in indices]
+def _decode_splits(
+    builder: Any, splits: tuple[str, ...], kinds: list[str], drawn: np.ndarray | None
+) -> Source:
+    examples = [each for split in splits for each in _examples(builder, split, drawn)]
     labels = {k: np.array([example[k] for example in examples], np.int32) for k in kinds}
+    shapes = {example["image"].shape for example in examples}
+    if len(shapes) != 1:
+        raise ValueError(
+            f"{builder.name} has {len(examples)} images of {len(shapes)} sizes in {splits}, such as"
+            f" {sorted(shapes)[:2]}; prepare a set whose images have one size."
+        )
     return Source(np.stack([example["image"] for example in examples]), labels)
 
 
-def _cache_file(prepared: Path, cache: str) -> Path | None:
-    """Names the decoded copy by the files that it was decoded from: other files, another copy."""
+def _examples(builder: Any, split: str, drawn: np.ndarray | None) -> Iterator[Mapping[str, Any]]:
+    """Decodes the examples of a split, all or those of the drawn classes."""
+    import tensorflow_datasets as tfds
+
+    # Decoding takes the time, and all images of a large set don't fit in memory.
+    records = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
+    decode = builder.info.features["image"].decode_example_np
+    title = f"Decoding {builder.name} {split}, once"
+    # None: a bar on a terminal, nothing elsewhere.
+    for i in tqdm(range(len(records)), desc=title, unit="image", disable=None):
+        record = records[i]
+        if drawn is None or record["label"] in drawn:
+            yield {**record, "image": decode(record["image"])}
+
+
+def _cache_file(prepared: Path, cache: str, selection: Selection) -> Path | None:
+    """Names the decoded copy by what was decoded: other files or classes, another copy."""
     if not cache:
         return None
     files = sorted(path for path in prepared.iterdir() if path.is_file())
-    identity = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime) for path in files]
+    identity: list[Any] = [
+        (str(path.resolve()), path.stat().st_size, path.stat().st_mtime) for path in files
+    ]
+    if selection != _EVERYTHING:
+        identity.append(asdict(selection))
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     return Path(cache).expanduser() / f"{prepared.parent.name}-{prepared.name}-{digest}.npz"
 

@@ -1,3 +1,5 @@
+import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -7,10 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
 from sire_jax.data import sources
-from sire_jax.data.sources import Dataset, Source
+from sire_jax.data.sources import Dataset, Selection, Source
+
+# What numpy 2.4 draws with seed 0: 4 of 10 classes, and the first of 100 of 1000.
+FOUR_OF_TEN = [2, 4, 5, 7]
+FIRST_OF_HUNDRED = [2, 5, 7, 15, 20, 26, 31, 37]
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +64,81 @@ def _assert_equal(a, b):
         assert np.array_equal(one.image, other.image)
         assert one.labels.keys() == other.labels.keys()
         assert all(np.array_equal(one.labels[k], other.labels[k]) for k in one.labels)
+
+
+def test_either_part_of_the_digits_may_be_the_test(digits):
+    other = sources.load("digits", "", selection=Selection(("test",), "train"))
+    _assert_equal(Dataset(other.test, other.train, other.classes), digits)
+
+
+@pytest.mark.parametrize("splits", [(("train", "extra"), "test"), (("train",), "extra")])
+def test_another_split_of_the_digits_is_refused(splits):
+    with pytest.raises(ValueError, match=r"digits has no split 'extra', only \['train', 'test'\]"):
+        sources.load("digits", "", selection=Selection(*splits))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"train_splits": ()}, r"train_splits is \(\); it should be names of splits"),
+        ({"train_splits": ("train", 3)}, r"train_splits is \('train', 3\); it should be names"),
+        ({"train_splits": ("train", "train")}, "no split should be named twice"),
+        ({"train_splits": ("train", "test")}, "test_split 'test'; no split should be named twice"),
+        ({"draw_classes": 1}, "draw_classes is 1; it should be at least 2, or 0"),
+        ({"draw_classes": -2}, "draw_classes is -2; it should be at least 2, or 0"),
+        ({"draw_seed": -1}, "draw_seed is -1; it should be at least 0"),
+    ],
+)
+def test_a_selection_that_makes_no_sense_is_refused(settings, message):
+    with pytest.raises(ValueError, match=f"config.data.*{message}"):
+        Selection(**settings)
+
+
+def test_a_seed_always_draws_the_same_classes():
+    assert sources.draw_classes(10, 4, 0).tolist() == FOUR_OF_TEN
+    drawn = sources.draw_classes(1000, 100, 0)
+    assert drawn[:8].tolist() == FIRST_OF_HUNDRED
+    assert drawn.sum() == 51076
+    assert sources.draw_classes(10, 10, 3).tolist() == list(range(10))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(2, 50), st.data(), st.integers(0, 2**31))
+def test_drawn_classes_are_distinct_and_ascend(classes, data, seed):
+    number = data.draw(st.integers(2, classes))
+    drawn = sources.draw_classes(classes, number, seed)
+    assert len(drawn) == number
+    assert (np.diff(drawn) > 0).all()
+    assert drawn[0] >= 0
+    assert drawn[-1] < classes
+
+
+def test_each_class_is_as_likely_to_be_drawn():
+    often = np.bincount(np.concatenate([sources.draw_classes(8, 2, i) for i in range(400)]))
+    # Each of the 8 in a quarter of the draws: 100 +- 9.
+    assert often.min() > 65
+    assert often.max() < 135
+
+
+@pytest.mark.parametrize("number", [1, 11])
+def test_more_classes_than_there_are_or_one_are_refused(number):
+    with pytest.raises(ValueError, match=rf"{number}; of 10 classes it should be in 2\.\.10"):
+        sources.draw_classes(10, number, 0)
+
+
+def test_digits_of_drawn_classes_are_numbered_anew(digits):
+    drawn = sources.load("digits", "", selection=Selection(draw_classes=4))
+    assert drawn.classes == {"label": 4}
+    for source, whole in ((drawn.train, digits.train), (drawn.test, digits.test)):
+        label = whole.labels["label"]
+        kept = [i for i in range(len(label)) if label[i] in FOUR_OF_TEN]
+        assert np.array_equal(source.image, whole.image[kept])
+        assert source.labels["label"].tolist() == [FOUR_OF_TEN.index(label[i]) for i in kept]
+        assert source.labels["label"].dtype == np.int32
+    other = sources.load("digits", "", selection=Selection(draw_classes=4, draw_seed=1))
+    assert len(other.train.image) != len(drawn.train.image)
+    with pytest.raises(ValueError, match=r"draw_classes is 11; of 10 classes"):
+        sources.load("digits", "", selection=Selection(draw_classes=11))
 
 
 def _dataset(images=5, dtype=np.float32, classes=3):
@@ -136,14 +219,15 @@ def test_a_source_without_the_name_of_a_set_is_refused(prepared):
 
 
 # A set of our own: image i of the split is all 10 * i, its label i mod 3, its parity i mod 2.
-def _prepare(root, splits, label="label"):
+def _prepare(root, splits, label="label", shape=(4, 6, 1)):
     import tensorflow_datasets as tfds
     from PIL import Image
 
     def examples(split, number):
         for i in range(number):
             path = root / f"{split}_{i}.png"
-            Image.fromarray(np.full((4, 6), 10 * i, np.uint8)).save(path)
+            width = 6 if shape[1] else 6 + i
+            Image.fromarray(np.full((4, width), 10 * i, np.uint8)).save(path)
             yield i, {"image": path, label: i % 3, "parity": i % 2, "place": i}
 
     with tfds.core.registered.skip_registration():
@@ -153,7 +237,7 @@ def _prepare(root, splits, label="label"):
 
             def _info(self):
                 features = {
-                    "image": tfds.features.Image(shape=(4, 6, 1)),
+                    "image": tfds.features.Image(shape=shape),
                     label: tfds.features.ClassLabel(num_classes=3),
                     "parity": tfds.features.ClassLabel(num_classes=2),
                     "place": tfds.features.Scalar(np.int64),
@@ -244,6 +328,99 @@ def test_a_set_without_test_images_or_labels_is_refused(tmp_path):
     (tmp_path / "b").mkdir()
     with pytest.raises(ValueError, match=r"no 'image' and 'label'.*'kind'"):
         sources.load("tfds:tiny", str(_prepare(tmp_path / "b", {"train": 2, "test": 1}, "kind")))
+
+
+def test_images_of_several_sizes_are_refused(tmp_path):
+    sets = str(_prepare(tmp_path, {"train": 3, "test": 1}, shape=(4, None, 1)))
+    with pytest.raises(ValueError, match=r"3 images of 3 sizes.*\(4, 6, 1\), \(4, 7, 1\)"):
+        sources.load("tfds:tiny", sets)
+
+
+@pytest.fixture(scope="module")
+def three_splits(tmp_path_factory):
+    splits = {"train": 8, "extra": 5, "validation": 4}
+    return str(_prepare(tmp_path_factory.mktemp("splits"), splits))
+
+
+EXTRA = Selection(("train", "extra"), "validation")
+
+
+def _places(source):
+    """The numbers of images in their split, checked against their labels."""
+    places = source.image[:, 0, 0, 0] // 10
+    assert np.array_equal(source.labels["label"], places % 3)
+    assert np.array_equal(source.labels["parity"], places % 2)
+    return places.tolist()
+
+
+def test_several_splits_make_the_training_images_one_after_another(three_splits, tmp_path):
+    for _ in ("decoded", "cached"):
+        dataset = sources.load("tfds:tiny", three_splits, str(tmp_path), EXTRA)
+        train = _places(dataset.train)
+        assert sorted(train[:8]) == list(range(8))
+        assert sorted(train[8:]) == list(range(5))
+        assert sorted(_places(dataset.test)) == list(range(4))
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("selection", "split"),
+    [
+        (Selection(), "test"),
+        (Selection(("train", "extr"), "validation"), "extr"),
+        (Selection(("train[:4]",), "validation"), r"train\[:4\]"),
+    ],
+)
+def test_an_unknown_split_is_refused_with_those_that_exist(three_splits, selection, split):
+    known = r"\['train', 'extra', 'validation'\]; choose with config.data.train_splits"
+    with pytest.raises(ValueError, match=rf"no split '{split}', only {known}"):
+        sources.load("tfds:tiny", three_splits, selection=selection)
+
+
+def test_each_selection_has_a_decoded_copy_of_its_own(three_splits, tmp_path, request):
+    chosen = [
+        EXTRA,
+        Selection(("extra", "train"), "validation"),
+        Selection(("train",), "validation"),
+        Selection(("train",), "extra"),
+        Selection(("train",), "extra", draw_classes=2),
+        Selection(("train",), "extra", draw_classes=2, draw_seed=5),
+    ]
+    first = [sources.load("tfds:tiny", three_splits, str(tmp_path), each) for each in chosen]
+    assert len(list(tmp_path.iterdir())) == len(chosen)
+    request.getfixturevalue("no_decoding")
+    for each, dataset in zip(chosen, first, strict=True):
+        _assert_equal(sources.load("tfds:tiny", three_splits, str(tmp_path), each), dataset)
+
+
+def test_the_copy_of_a_whole_set_keeps_its_name(prepared, tmp_path):
+    sources.load("tfds:tiny", str(prepared), str(tmp_path))
+    files = sorted((prepared / "tiny" / "1.0.0").iterdir())
+    identity = [[str(each), each.stat().st_size, each.stat().st_mtime] for each in files]
+    digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+    assert [each.name for each in tmp_path.iterdir()] == [f"tiny-1.0.0-{digest}.npz"]
+
+
+def test_only_images_of_drawn_classes_are_decoded(prepared, monkeypatch):
+    from tensorflow_datasets.core.features import Image
+
+    decode, decoded = Image.decode_example_np, []
+
+    def counted(self, example):
+        decoded.append(decode(self, example))
+        return decoded[-1]
+
+    monkeypatch.setattr(Image, "decode_example_np", counted)
+    drawn = sources.draw_classes(3, 2, 0).tolist()
+    dataset = sources.load("tfds:tiny", str(prepared), selection=Selection(draw_classes=2))
+    assert dataset.classes == {"label": 2}
+    for source, number in ((dataset.train, 8), (dataset.test, 4)):
+        places = source.image[:, 0, 0, 0] // 10
+        assert sorted(places.tolist()) == [i for i in range(number) if i % 3 in drawn]
+        # Other kinds of labels are dropped.
+        assert set(source.labels) == {"label"}
+        assert [drawn[i] for i in source.labels["label"]] == (places % 3).tolist()
+    assert len(decoded) == len(dataset.train.image) + len(dataset.test.image)
 
 
 def test_two_programs_may_write_the_cache_at_once(prepared, tmp_path, monkeypatch):
