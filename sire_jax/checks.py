@@ -1,6 +1,6 @@
 """Whether the parts of an experiment fit together; each check raises ``ValueError`` if not."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -105,6 +105,32 @@ def augmentations(augmentations: Mapping[str, Any], batch: Mapping[str, Any]) ->
                     f"The augmentation '{name}' needs '{key}', which the task's batches don't have;"
                     f" they have {', '.join(sorted(batch))}."
                 )
+
+
+def crop(side: int, ten: bool, image: Sequence[int]) -> None:
+    """Checks the side of crops against images ``[…, h, w, c]``; 0 stands for no crops."""
+    height, width = image[-3:-1]
+    smallest = min(height, width)
+    if side > smallest:
+        raise ValueError(
+            f"config.data.crop is {side}, but images are {height} x {width}; it should be at most"
+            f" {smallest}, or 0 for no crops."
+        )
+    if ten and not 0 < side < smallest:
+        raise ValueError(
+            f"config.data.ten_crop needs crops that are smaller than the images, {height} x"
+            f" {width}; config.data.crop is {side}. Set it to 1..{smallest - 1}."
+        )
+
+
+def averages(outputs: Mapping[str, Any], batch: Mapping[str, Any]) -> None:
+    """Checks that all outputs are logits, which can be averaged over crops."""
+    for name, output in outputs.items():
+        if not any(is_classification(output, target) for target in batch.values()):
+            raise ValueError(
+                f"config.data.ten_crop averages logits, but the output '{name}', {output}, does not"
+                " classify. Set it to False, or leave the output's head out."
+            )
 
 
 def schedule(name: str, weight: optax.Schedule, steps: int) -> None:

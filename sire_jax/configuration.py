@@ -52,6 +52,8 @@ def default() -> ConfigDict:
                 "shape": (8, 8, 1),
                 "classes": {"label": 10},  # after the draw
                 "images": 0,  # that training has, which schedules in epochs need; 0: unknown
+                "crop": 0,  # side of the square that the network sees of an image; 0: all of it
+                "ten_crop": False,  # measures by the mean logits of ten crops, not by the central
                 "scale": 1 / 255,  # what pixels are multiplied by
                 "mean": (),  # what is then subtracted from each channel, if anything
                 "std": (),  # what it is then divided by
@@ -232,6 +234,7 @@ def validate(config: ConfigDict) -> None:
     for key in _AT_LEAST_0:
         _check_least(key, config[key], 0)
     _check_least("data.images", config.data.images, 0)
+    _check_least("data.crop", config.data.crop, 0)
     for key in ("mean", "std"):
         _check_channels(key, config.data[key], config.data.shape)
     if not all(value > 0 for value in config.data.std):

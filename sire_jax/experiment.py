@@ -13,8 +13,8 @@ from ml_collections import ConfigDict
 
 from sire_jax import checks, configuration, objectives, optimizers, prediction, registry
 from sire_jax.backbones import BACKBONES
-from sire_jax.data import augmentation, sources, tasks
-from sire_jax.data.augmentation import AUGMENTATIONS
+from sire_jax.data import augmentation, crops, sources, tasks
+from sire_jax.data.augmentation import AUGMENTATIONS, RandomCrop
 from sire_jax.heads import HEADS
 from sire_jax.networks import MAIN, Network
 from sire_jax.parallel import INITIAL
@@ -34,9 +34,9 @@ class Experiment:
         network: The network, which returns named outputs.
         objectives: Objectives by name.
         predictions: Prediction rules by name.
-        augment: The augmentations, as one.
+        augment: The augmentations, as one, random crops first.
         rule: Update rule.
-        batch: Shapes of a batch of two examples.
+        batch: Shapes of a batch of two examples, as the network sees them.
         variables: Shapes of the network's variables.
         outputs: Shapes of the outputs of that batch.
     """
@@ -57,8 +57,13 @@ class Experiment:
         return [MAIN, *self.network.heads]
 
     def lookup(self, arrays: tasks.Arrays, examples: Array) -> dict[str, Array]:
-        """Makes a batch of examples, with scaled images (see ``tasks``)."""
+        """Makes a batch of examples, with scaled images (see ``tasks``); ``augment`` crops them."""
         return _lookup(self.task, self.config.data, arrays, examples)
+
+    def lookup_cropped(self, arrays: tasks.Arrays, examples: Array) -> dict[str, Array]:
+        """Makes a batch for ``measure``, with the central crop or all ten, ``[b, 10, …]``."""
+        data = self.config.data
+        return _crop(self.lookup(arrays, examples), data.crop, data.ten_crop)
 
     def initial_state(self, seed: Array) -> TrainState:
         """Returns the state of a run before its first step; ``seed`` is an int32."""
@@ -72,8 +77,10 @@ class Experiment:
         return make_step(self.network.apply, self.objectives, self.rule, self.augment)
 
     def measure(self) -> Measure:
-        """Returns the measurement of a batch."""
-        return make_measure(self.network.apply, self.objectives, self.predictions)
+        """Returns the measurement of a batch that ``lookup_cropped`` made."""
+        apply = self.network.apply
+        apply = crops.averaged(apply) if self.config.data.ten_crop else apply
+        return make_measure(apply, self.objectives, self.predictions)
 
     def load(self) -> tuple[sources.Dataset, list[tasks.Draw]]:
         """Loads the data and draws the examples of every run.
@@ -125,6 +132,14 @@ def _lookup(
     return {**batch, "image": _prepare(batch["image"].astype(jnp.float32), data)}
 
 
+def _crop(batch: dict[str, Array], side: int, ten: bool = False) -> dict[str, Array]:
+    """Takes the central crop or all ten of the images of a batch; a ``side`` of 0: no crop."""
+    if not side:
+        return batch
+    cropped = crops.ten if ten else crops.central
+    return {**batch, "image": cropped(batch["image"], side)}
+
+
 def _prepare(pixels: Any, data: ConfigDict) -> Any:
     """Scales pixels ``[…, c]`` and normalizes them: ``(scale x - mean) / std``, float32."""
     image = pixels * np.float32(data.scale)
@@ -147,12 +162,19 @@ def image_range(data: ConfigDict) -> tuple[float, float]:
 
 
 def _example_batch(task: tasks.Task, config: ConfigDict) -> dict[str, Any]:
-    """Returns the shapes of a batch of two examples, from the config alone."""
+    """Returns the shapes of a batch of two examples as the network sees it, from the config alone.
+
+    Raises:
+        ValueError: If crops don't fit the images.
+    """
     labels = {kind: np.zeros(1, np.int32) for kind in config.data.classes}
     blank = sources.Source(np.zeros((1, *config.data.shape), np.uint8), labels)
     arrays = {key: jnp.asarray(values) for key, values in task.prepare(blank).items()}
     examples = jnp.zeros((2, 2) if isinstance(task, tasks.Pairs) else (2,), jnp.int32)
-    return jax.eval_shape(lambda a, e: _lookup(task, config.data, a, e), arrays, examples)
+    batch = jax.eval_shape(lambda a, e: _lookup(task, config.data, a, e), arrays, examples)
+    side = config.data.crop
+    checks.crop(side, config.data.ten_crop, batch["image"].shape)
+    return jax.eval_shape(lambda whole: _crop(whole, side), batch)
 
 
 def _section(
@@ -283,7 +305,11 @@ def build(config: ConfigDict) -> Experiment:
     checks.losses(chosen, outputs, batch)
     checks.widths(task.classes(config.data.classes), chosen, outputs)
     checks.augmentations(augmentations, batch)
+    if config.data.crop:
+        augmentations = {"data.crop": RandomCrop(config.data.crop), **augmentations}
     checks.ranges(heads, chosen, *image_range(config.data))
+    if config.data.ten_crop:
+        checks.averages(outputs, batch)
     if "validation" in config.evaluate_splits:
         checks.selection(chosen, outputs, batch)
     optimizer = _optimizer(config, units)

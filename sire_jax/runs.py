@@ -56,7 +56,9 @@ class Runs:
             return parallel.split_batch(parts.lookup(arrays, examples), self.mesh)
 
         steps = parallel.over_steps(parts.step(), lookup)
-        batches = parallel.over_batches(parts.measure(), parts.lookup, config.evaluate_batch_size)
+        batches = parallel.over_batches(
+            parts.measure(), parts.lookup_cropped, config.evaluate_batch_size
+        )
         # Runs once: not worth the compiler's seconds of optimization.
         self._initial = jax.jit(
             parallel.over_seeds(parts.initial_state, (), at_once),

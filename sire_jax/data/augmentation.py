@@ -1,7 +1,7 @@
 """Augmentation of a batch, on the device, under the step's own random key.
 
-An augmentation maps ``(key, batch)`` to a batch of the same shapes. Images are ``[b, …, h, w, c]``:
-each image of a pair is changed on its own.
+An augmentation maps ``(key, batch)`` to a batch of the same shapes, but for ``RandomCrop``. Images
+are ``[b, …, h, w, c]``: each image of a pair is changed on its own.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,9 +26,10 @@ def _check_probability(name: str, value: float) -> None:
 
 def _each_image(change: Callable[[Array, Array], Array], key: Array, image: Array) -> Array:
     """Applies ``change(key, [h, w, c])`` to every image of ``[b, …, h, w, c]``."""
+    *examples, _, _, _ = image.shape
     images = image.reshape(-1, *image.shape[-3:])
     changed = jax.vmap(change)(jax.random.split(key, len(images)), images)
-    return changed.reshape(image.shape)
+    return changed.reshape(*examples, *changed.shape[1:])
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,31 @@ class Crop:
         start = jax.random.randint(key, (2,), 0, 2 * pad + 1)
         padded = jnp.pad(image, ((pad, pad), (pad, pad), (0, 0)))
         return jax.lax.dynamic_slice(padded, (start[0], start[1], 0), image.shape)
+
+
+@dataclass(frozen=True)
+class RandomCrop:
+    """Takes a square out of images, any place of it being as likely.
+
+    It comes with ``config.data.crop``, as evaluation has to take squares of the same side; it is
+    applied ahead of the augmentations.
+
+    Attributes:
+        side: Of the square, in 1..min(h, w).
+    """
+
+    side: int
+
+    def __call__(self, key: Array, batch: Batch) -> Batch:
+        """Crops ``image`` to ``[b, …, side, side, c]``."""
+        return {**batch, "image": _each_image(self._crop, key, batch["image"])}
+
+    def _crop(self, key: Array, image: Array) -> Array:
+        height, width, channels = image.shape
+        places = jnp.array([height - self.side + 1, width - self.side + 1])
+        start = jax.random.randint(key, (2,), 0, places)
+        size = (self.side, self.side, channels)
+        return jax.lax.dynamic_slice(image, (start[0], start[1], 0), size)
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ def reconstruct(
     runs = Runs(parts)
     state, best = restore(runs, Path(workdir).expanduser() / CHECKPOINTS)
     kept = state if best is None else best
-    image = parts.lookup(runs.arrays, runs.examples["test"][0][:count])["image"]
+    image = parts.lookup_cropped(runs.arrays, runs.examples["test"][0][:count])["image"]
     first = jax.tree.map(lambda x: x[0], {"params": kept.params, **kept.model_state})
     outputs = jax.jit(parts.network.apply)(first, image)
     shown = {name: pixels(np.asarray(outputs[name]), config.data) for name in names}

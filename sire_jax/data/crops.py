@@ -1,0 +1,68 @@
+"""Crops: squares out of the images, which are then all that the network sees of them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+
+def central(image: Array, side: int) -> Array:
+    """Takes the central square of images.
+
+    Args:
+        image: ``[…, h, w, c]``.
+        side: Of the square, in 1..min(h, w); of an odd rest the larger half is below and right.
+
+    Returns:
+        ``[…, side, side, c]``.
+    """
+    height, width = image.shape[-3:-1]
+    top, left = (height - side) // 2, (width - side) // 2
+    return image[..., top : top + side, left : left + side, :]
+
+
+def ten(image: Array, side: int) -> Array:
+    """Takes four corners and the centre of images, and the mirror images of these five.
+
+    Krizhevsky, Sutskever and Hinton, *ImageNet Classification with Deep Convolutional Neural
+    Networks* (2012), Section 4.1.
+
+    Args:
+        image: ``[b, …, h, w, c]``.
+        side: Of the squares, in 1..min(h, w).
+
+    Returns:
+        ``[b, 10, …, side, side, c]``: top left, top right, bottom left, bottom right, centre; then
+        the same five, mirrored left to right.
+    """
+    height, width = image.shape[-3:-1]
+    down, right = height - side, width - side
+    corners = [(0, 0), (0, right), (down, 0), (down, right)]
+    squares = [image[..., i : i + side, j : j + side, :] for i, j in corners]
+    five = jnp.stack([*squares, central(image, side)], axis=1)
+    return jnp.concatenate([five, five[..., ::-1, :]], axis=1)
+
+
+def averaged(apply: Callable[..., Any]) -> Callable[..., dict[str, Array]]:
+    """Makes the evaluation of ten crops out of that of one.
+
+    ``output_k = 1/10 sum_{i=1}^{10} output_k(crop_i)``, of logits, ahead of any softmax: one pass
+    over ``[10 b, …]``.
+
+    Args:
+        apply: ``apply`` of a Flax network that returns named outputs ``[b, …]``.
+
+    Returns:
+        The same for images ``[b, 10, …, h, w, c]``; in evaluation mode only.
+    """
+
+    def apply_to_ten(variables: Any, image: Array, **settings: Any) -> dict[str, Array]:
+        examples, crops = image.shape[:2]
+        outputs = apply(variables, image.reshape(-1, *image.shape[2:]), **settings)
+        return {
+            name: each.reshape(examples, crops, *each.shape[1:]).mean(1)
+            for name, each in outputs.items()
+        }
+
+    return apply_to_ten
