@@ -82,6 +82,7 @@ def get_config(variant: str = "cnn") -> ConfigDict:
     config.data.task = configuration.task("images", validation_per_class=50)
     if imagenet:
         config.data.update(name="tfds:imagenet2012", shape=(224, 224, 3), images=1_281_167)
+        config.data.test_split = "validation"  # those of "test" have no labels
         config.data.classes = ConfigDict({"label": classes})
     else:
         config.data.update(name="tfds:cifar100", shape=(32, 32, 3), images=50_000)

@@ -234,6 +234,20 @@ def test_evaluate_reads_the_run_again(trained, capsys):
     assert "order (prediction)" in capsys.readouterr().out
 
 
+def test_a_run_on_crops_may_be_measured_with_ten_and_nothing_else_be_changed(tmp_path):
+    config = _config("main_only", "data.crop=7", "seeds=1", "epochs=1", "data.draw_classes=5")
+    config.data.classes.label = config.backbone.outputs = 5
+    results = train.train(config, str(tmp_path))
+    central, ten = (
+        evaluate.evaluate(tmp_path, overrides=[f"--config.data.ten_crop={ten}"])["outputs"]
+        for ten in (False, True)
+    )
+    assert central["main"]["loss"]["runs"] == results["splits"]["test"]["main/loss"]
+    assert ten["main"]["loss"]["runs"] != central["main"]["loss"]["runs"]
+    with pytest.raises(ValueError, match=r"would change the run: data\.crop: 7 -> 6\."):
+        evaluate.evaluate(tmp_path, overrides=["--config.data.crop=6"])
+
+
 def test_inspect_counts_by_hand(capsys):
     inspect.main(["--config", f"{CONFIGS}/pairs.py:aux_10", "--json"])
     found = json.loads(capsys.readouterr().out)
