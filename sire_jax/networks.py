@@ -31,6 +31,10 @@ class Network(nn.Module):
     def __post_init__(self) -> None:
         if MAIN in self.heads:
             raise ValueError(f"A head can't be called '{MAIN}': that is the backbone's own output.")
+        if hasattr(self.backbone, "endpoints"):
+            # One that can leave out what nobody asks for is told what is asked for.
+            asked = {endpoint for head in self.heads.values() for endpoint in head.endpoints}
+            self.backbone = self.backbone.clone(endpoints=tuple(sorted(asked)))
         super().__post_init__()
 
     def __call__(self, image: Array, *, train: bool = False, aux: bool = True) -> dict[str, Array]:

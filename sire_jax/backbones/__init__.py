@@ -7,6 +7,7 @@ A backbone is any Flax module that maps ``(image, train=…)`` to ``(logits, end
 from sire_jax.backbones.cnn import cnn, vgg
 from sire_jax.backbones.googlenet import googlenet
 from sire_jax.backbones.pair import PairBranches, PairConvolutional, PairDense
+from sire_jax.backbones.preactivation import preactivation_resnet
 from sire_jax.backbones.resnet import resnet
 from sire_jax.backbones.small import SmallCNN
 
@@ -18,5 +19,6 @@ BACKBONES = {
     "cnn": cnn,
     "vgg": vgg,
     "resnet": resnet,
+    "preactivation_resnet": preactivation_resnet,
     "googlenet": googlenet,
 }

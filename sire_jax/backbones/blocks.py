@@ -22,6 +22,9 @@ class Block(Protocol):
     ``decoder(outputs, last, name)`` returns the module that reads the block backwards, from its
     output to its input of ``outputs`` channels and ``stride`` times the size. The ``last`` block of
     a decoder ends linearly: its output may take any value.
+
+    ``layers`` is how many layers the block counts as (1 if it doesn't say). ``loops = True`` says
+    that equal blocks may be applied in a loop: the module does not use ``before``.
     """
 
     @property
@@ -120,7 +123,12 @@ def check_widths(what: str, *widths: int) -> None:
         raise ValueError(f"A {what} has a width of {min(widths)}; it should be at least 1.")
 
 
-def _check_stride(what: str, stride: int) -> None:
+def check_stride(what: str, stride: int) -> None:
+    """Checks a stride.
+
+    Raises:
+        ValueError: If it is below 1.
+    """
     if stride < 1:
         raise ValueError(f"A {what} has stride {stride}; it should be at least 1.")
 
@@ -146,11 +154,12 @@ class Convolution:
     use_bias: bool = False
     residual: bool = False
     decoder_norm: bool = True
+    layers: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         check_widths("Convolution", self.width)
         check_odd("Convolution", self.kernel_size)
-        _check_stride("Convolution", self.stride)
+        check_stride("Convolution", self.stride)
 
     def channels(self, inputs: int) -> int:
         """Returns ``width``."""
@@ -218,9 +227,10 @@ class MaxPool:
     padding: tuple[int, int] = (0, 0)
     # It has no parameters: a decoder has no long skip connection around its mirror.
     skips: ClassVar[bool] = False
+    layers: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
-        _check_stride("MaxPool", self.stride)
+        check_stride("MaxPool", self.stride)
         if self.size < 1 or not all(0 <= each < self.size for each in self.padding):
             raise ValueError(
                 f"A MaxPool has size {self.size} and padding {self.padding}; the size should be at"
@@ -292,7 +302,12 @@ class Residual:
         check_widths("Residual", *self.widths)
         for kernel_size in self.kernel_sizes:
             check_odd("Residual", kernel_size)
-        _check_stride("Residual", self.stride)
+        check_stride("Residual", self.stride)
+
+    @property
+    def layers(self) -> int:
+        """How many layers it counts as: its convolutions, without the shortcut's."""
+        return len(self.widths)
 
     def channels(self, inputs: int) -> int:
         """Returns the last width."""

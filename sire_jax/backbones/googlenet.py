@@ -61,6 +61,7 @@ class Inception:
     pooled: int
     kernel_size: int = 3
     stride: ClassVar[int] = 1
+    layers: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         check_widths("Inception", self.direct, self.reduced, self.middle)

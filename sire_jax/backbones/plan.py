@@ -1,18 +1,23 @@
 """Backbones as plans: data that is read forwards as a network and backwards as decoders."""
 
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax import Array
+from jax import Array, lax
 
 from sire_jax.layers import Dropout, uniform_fan_in
 
 Endpoints = dict[str, Array]
 IMAGE = "image"
 DTYPES = ("float32", "bfloat16")
+# A collection of variables by the names of blocks, added to what the blocks return: zeros, to
+# differentiate by features.
+OFFSETS = "offsets"
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,29 @@ class Plan:
         """Yields the names and blocks of a stage, ``1`` being the first."""
         for i, block in enumerate(self.stages[stage - 1], start=1):
             yield f"stage_{stage}_block_{i}", block
+
+    def names(self) -> set[str]:
+        """Returns the names of all endpoints."""
+        stages = range(1, len(self.stages) + 1)
+        blocks = {name for stage in stages for name, _ in self.blocks(stage)}
+        tail = {f"tail_block_{i}" for i in range(1, len(self.tail) + 1)}
+        return {IMAGE} | {f"stage_{stage}" for stage in stages} | blocks | tail
+
+    def layers(self) -> dict[str, int]:
+        """Counts the layers from the image to each block of a stage, that block included.
+
+        Convolutions count, those of shortcuts don't; pools and batch norm don't
+        (Guo et al., *The Shallow End*: the layer of an auxiliary output).
+
+        Returns:
+            ``{"stage_1_block_1": 1, …}``, in order.
+        """
+        counts, count = {}, 0
+        for stage in range(1, len(self.stages) + 1):
+            for name, block in self.blocks(stage):
+                count += getattr(block, "layers", 1)
+                counts[name] = count
+        return counts
 
     def check_decoder(self, stage: int) -> None:
         """Checks that a decoder can be made of the first ``stage`` stages.
@@ -84,6 +112,10 @@ class Planned(nn.Module):
             ones, in [0, 1).
         dtype: ``"float32"`` or ``"bfloat16"``: that of the features, and of the heads' computations
             on them. Parameters, batch statistics and logits are float32.
+        endpoints: Names of the features to return, ``None`` for all; a ``Network`` sets it to those
+            that its heads are attached to. Equal blocks between them become one loop, which
+            compiles in the time of one block. Parameters have the same names and initial values
+            either way.
     """
 
     plan: Plan
@@ -92,6 +124,7 @@ class Planned(nn.Module):
     flatten: bool = False
     dropout: float = 0.0
     dtype: str = "float32"
+    endpoints: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -112,18 +145,20 @@ class Planned(nn.Module):
         Returns:
             Logits ``[b, classes]``, float32. Endpoints: ``"image"``; what each block returns,
             ``"stage_2_block_1"`` and so on, ``"tail_block_1"``; each stage's last also as
-            ``"stage_2"``.
+            ``"stage_2"``. With ``self.endpoints`` some of the others may be missing.
 
         Raises:
             ValueError: If the image is too small to be divided that often.
         """
         x = image.astype(self.dtype)
         endpoints = {IMAGE: x}
+        # Of blocks that may be in a loop; those outside of loops have the same keys.
+        key = self.make_rng("params") if self.is_initializing() else None
         for stage in range(1, len(self.plan.stages) + 1):
-            x = self._apply(list(self.plan.blocks(stage)), x, endpoints, image.shape, train)
+            x = self._apply(list(self.plan.blocks(stage)), x, endpoints, image.shape, train, key)
             endpoints[f"stage_{stage}"] = x
         tail = [(f"tail_block_{i}", block) for i, block in enumerate(self.plan.tail, start=1)]
-        x = self._apply(tail, x, endpoints, image.shape, train)
+        x = self._apply(tail, x, endpoints, image.shape, train, key)
         x = x.reshape(len(x), -1) if self.flatten else x.mean((1, 2))
         for i, width in enumerate(self.hidden, start=1):
             dense = nn.Dense(
@@ -136,6 +171,15 @@ class Planned(nn.Module):
         output = nn.Dense(self.classes, kernel_init=uniform_fan_in, name="output")
         return output(x.astype(jnp.float32)), endpoints
 
+    def _asked(self, name: str) -> bool:
+        """Tells whether a feature has to be there: of misspelt names nothing is known."""
+        misspelt = set(self.endpoints or ()) - self.plan.names()
+        asked = self.endpoints is None or name in self.endpoints or bool(misspelt)
+        return asked or self.has_variable(OFFSETS, name)
+
+    def _offset(self, name: str, x: Array) -> Array:
+        return x + self.get_variable(OFFSETS, name) if self.has_variable(OFFSETS, name) else x
+
     def _apply(
         self,
         blocks: list[tuple[str, Any]],
@@ -143,14 +187,81 @@ class Planned(nn.Module):
         endpoints: Endpoints,
         shape: tuple[int, ...],
         train: bool,
+        key: Array | None,
     ) -> Array:
         before = x
-        for name, block in blocks:
+        for run in self._runs(blocks, x.shape[-1]):
+            name, block = run[0]
             if min(x.shape[1:3]) < block.stride:
                 raise ValueError(
                     f"Images of {shape[1]} x {shape[2]} are too small: they are {x.shape[1]} x"
                     f" {x.shape[2]} when {name} would divide them by {block.stride}."
                 )
-            before, x = x, block.encoder(name)(x, before, train=train)
-            endpoints[name] = x
+            if key is not None and getattr(block, "loops", False):
+                x = self._make([each for each, _ in run], block, x, key)
+                endpoints[run[-1][0]] = x
+                continue
+            if len(run) > 1:
+                names = [each for each, _ in run]
+                before, x = x, self._offset(names[-1], self._loop(names, block, x, train))
+                endpoints[names[-1]] = x
+                continue
+            for name, block in run:
+                before, x = x, self._offset(name, block.encoder(name)(x, before, train=train))
+                endpoints[name] = x
         return x
+
+    def _runs(
+        self, blocks: list[tuple[str, Any]], channels: int
+    ) -> Iterator[list[tuple[str, Any]]]:
+        """Yields the blocks, equal ones together that one loop can do.
+
+        They keep the shape, which the first of equal blocks may not, and nothing between is asked.
+        """
+        run: list[tuple[str, Any]] = []
+        keeps = False
+        for name, block in blocks:
+            joins = keeps and block == run[-1][1] and not self._asked(run[-1][0])
+            if run and not joins:
+                yield run
+                run = []
+            run.append((name, block))
+            outputs = block.channels(channels)
+            loops = getattr(block, "loops", False)
+            keeps, channels = loops and block.stride == 1 and outputs == channels, outputs
+        if run:
+            yield run
+
+    def _loop(self, names: list[str], block: Any, x: Array, train: bool) -> Array:
+        """Applies equal blocks one after another, each with the variables of its own name."""
+        module = block.encoder(names[0]).clone(parent=None, name=None)
+        own = {k: [v[name] for name in names] for k, v in self.variables.items() if names[0] in v}
+        stacked = {k: jax.tree.map(lambda *each: jnp.stack(each), *v) for k, v in own.items()}
+        changing = [kind for kind in own if self.is_mutable_collection(kind)]
+        random = train and self.has_rng("dropout")
+        drops = jax.random.split(self.make_rng("dropout"), len(names)) if random else None
+
+        def body(x: Array, given: tuple[Any, Any]) -> tuple[Array, Any]:
+            variables, key = given
+            rngs = {} if key is None else {"dropout": key}
+            return module.apply(variables, x, x, train=train, mutable=changing, rngs=rngs)
+
+        x, changed = lax.scan(body, x, (stacked, drops))
+        self._put(names, changed)
+        return x
+
+    def _make(self, names: list[str], block: Any, x: Array, key: Array) -> Array:
+        """Makes the variables of equal blocks, by keys of their names; returns such a feature."""
+        module = block.encoder(names[0]).clone(parent=None, name=None)
+        keys = jnp.stack([jax.random.fold_in(key, zlib.crc32(name.encode())) for name in names])
+        features, variables = jax.vmap(lambda k: module.init_with_output(k, x, x, train=False))(
+            keys
+        )
+        self._put(names, variables)
+        return features[0]
+
+    def _put(self, names: list[str], variables: Any) -> None:
+        """Stores variables that lie along a first axis, under the names of their blocks."""
+        for kind, values in variables.items():
+            for i, name in enumerate(names):
+                self.put_variable(kind, name, jax.tree.map(lambda value, i=i: value[i], values))

@@ -8,11 +8,13 @@ with, in order: ``head(*features, train=…)``. It knows nothing else of the bac
 
 from sire_jax.heads.classifier import Classifier, ConvolutionalClassifier
 from sire_jax.heads.decoder import decoders
+from sire_jax.heads.exits import exits
 from sire_jax.heads.identity import Identity
 
 HEADS = {
     "classifier": Classifier,
     "convolutional_classifier": ConvolutionalClassifier,
     "decoders": decoders,
+    "exits": exits,
     "identity": Identity,
 }

@@ -6,7 +6,7 @@ from flax import linen as nn
 from jax import Array, lax
 
 from sire_jax.backbones.blocks import Unit
-from sire_jax.layers import Dropout, he_normal
+from sire_jax.layers import BatchNorm, Dropout, he_normal, uniform_fan_in
 
 
 class Classifier(nn.Module):
@@ -15,16 +15,25 @@ class Classifier(nn.Module):
     Attributes:
         endpoints: The one endpoint that it classifies.
         classes: Number of classes.
+        normalize: Whether batch norm and ReLU come first, as features without activation need.
+        detached: Whether no gradient flows to the features: a probe, which leaves them as they are.
     """
 
     endpoints: tuple[str, ...]
     classes: int
+    normalize: bool = False
+    detached: bool = False
 
     @nn.compact
     def __call__(self, features: Array, *, train: bool = False) -> Array:
         """Maps ``[b, c]`` or ``[b, …, c]`` to logits ``[b, classes]``, float32."""
+        features = lax.stop_gradient(features) if self.detached else features
+        if self.normalize:
+            features = nn.relu(BatchNorm(name="norm")(features, train=train))
         pooled = features.mean(tuple(range(1, features.ndim - 1)))
-        return nn.Dense(self.classes, name="output")(pooled.astype(jnp.float32))
+        # As a backbone's own output begins.
+        output = nn.Dense(self.classes, kernel_init=uniform_fan_in, name="output")
+        return output(pooled.astype(jnp.float32))
 
 
 class ConvolutionalClassifier(nn.Module):

@@ -1,0 +1,233 @@
+"""Residual networks with pre-activation (He et al., *Identity Mappings*, 2016)."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+
+from sire_jax.backbones.blocks import check_odd, check_stride, check_widths, scaled
+from sire_jax.backbones.plan import Plan, Planned
+from sire_jax.layers import BatchNorm, Conv, Dropout, he_normal
+
+SHORTCUTS = ("A", "B")
+
+
+@dataclass(frozen=True)
+class Stem:
+    """A convolution alone, without batch norm or activation.
+
+    Attributes:
+        width: Output channels.
+        kernel_size: Side of the kernel, in pixels, odd.
+    """
+
+    width: int
+    kernel_size: int = 3
+    stride: int = 1
+    layers: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        check_widths("Stem", self.width)
+        check_odd("Stem", self.kernel_size)
+        check_stride("Stem", self.stride)
+
+    def channels(self, inputs: int) -> int:
+        """Returns ``width``."""
+        return self.width
+
+    def encoder(self, name: str) -> nn.Module:
+        """Returns the block's module."""
+        return _Stem(self.width, self.kernel_size, self.stride, name=name)
+
+
+class _Stem(nn.Module):
+    width: int
+    kernel_size: int
+    stride: int
+
+    @nn.compact
+    def __call__(self, x: Array, before: Array, *, train: bool) -> Array:
+        return _convolution(self.width, self.kernel_size, self.stride, "conv")(x)
+
+
+def _convolution(width: int, kernel_size: int, stride: int, name: str) -> Conv:
+    padding = kernel_size // 2
+    return Conv(width, kernel_size, padding, stride, False, he_normal, name=name)
+
+
+@dataclass(frozen=True)
+class Activation:
+    """Batch norm and ReLU: the end of a network with pre-activation."""
+
+    stride: ClassVar[int] = 1
+    layers: ClassVar[int] = 0
+
+    def channels(self, inputs: int) -> int:
+        """Returns ``inputs``."""
+        return inputs
+
+    def encoder(self, name: str) -> nn.Module:
+        """Returns the block's module."""
+        return _Activation(name=name)
+
+
+class _Activation(nn.Module):
+    @nn.compact
+    def __call__(self, x: Array, before: Array, *, train: bool) -> Array:
+        return nn.relu(BatchNorm(name="norm")(x, train=train))
+
+
+@dataclass(frozen=True)
+class PreActivation:
+    """A residual block whose batch norm and ReLU come before its convolutions.
+
+    ``y = lambda shortcut(x) + F(x)``, ``F``: batch norm, ReLU, convolution, once a width (He et
+    al., *Identity Mappings*, 2016, Fig. 1b; lambda: Guo et al., *The Shallow End*, Eq. 1).
+
+    Attributes:
+        widths: Output channels of the convolutions.
+        kernel_sizes: Sides of their kernels, in pixels, odd.
+        stride: By how much the first convolution larger than 1 x 1 divides height and width.
+        shortcut: Where the shape changes, ``"A"`` takes every stride-th pixel of the input and adds
+            zeros as the channels that it lacks, ``"B"`` is a 1 x 1 convolution of the activated
+            input (He et al., *Deep Residual Learning*, 2016, Section 3.3).
+        shortcut_scale: The lambda.
+        dropout: Share of the values that training drops before the last convolution, in [0, 1)
+            (Zagoruyko and Komodakis, 2016, Section 2.4).
+    """
+
+    widths: tuple[int, ...]
+    kernel_sizes: tuple[int, ...] = (3, 3)
+    stride: int = 1
+    shortcut: str = "A"
+    shortcut_scale: float = 1.0
+    dropout: float = 0.0
+    loops: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if len(self.widths) != len(self.kernel_sizes):
+            raise ValueError(
+                f"A PreActivation has {len(self.widths)} widths, {self.widths}, but"
+                f" {len(self.kernel_sizes)} kernel_sizes, {self.kernel_sizes}."
+            )
+        check_widths("PreActivation", *self.widths)
+        for kernel_size in self.kernel_sizes:
+            check_odd("PreActivation", kernel_size)
+        check_stride("PreActivation", self.stride)
+        if self.shortcut not in SHORTCUTS:
+            raise ValueError(
+                f"shortcut is {self.shortcut!r}; it should be one of {', '.join(SHORTCUTS)}."
+            )
+        if not 0 <= self.shortcut_scale < math.inf:
+            raise ValueError(
+                f"shortcut_scale is {self.shortcut_scale}; it should be at least 0 and finite."
+            )
+
+    @property
+    def layers(self) -> int:
+        """How many layers it counts as: its convolutions; a shortcut's is not counted."""
+        return len(self.widths)
+
+    def channels(self, inputs: int) -> int:
+        """Returns the last width."""
+        return self.widths[-1]
+
+    def encoder(self, name: str) -> nn.Module:
+        """Returns the block's module."""
+        return _PreActivation(self, name=name)
+
+
+class _PreActivation(nn.Module):
+    block: PreActivation
+
+    @nn.compact
+    def __call__(self, x: Array, before: Array, *, train: bool) -> Array:
+        block = self.block
+        spatial = next((i for i, k in enumerate(block.kernel_sizes) if k > 1), 0)
+        last = len(block.widths) - 1
+        y, shortcut = x, x
+        for i, (width, kernel_size) in enumerate(
+            zip(block.widths, block.kernel_sizes, strict=True)
+        ):
+            y = nn.relu(BatchNorm(name=f"norm_{i + 1}")(y, train=train))
+            if i == 0 and block.shortcut == "B" and self._changes(x):
+                shortcut = _convolution(block.widths[-1], 1, block.stride, "shortcut")(y)
+            y = Dropout(block.dropout)(y, train=train) if i == last else y
+            stride = block.stride if i == spatial else 1
+            y = _convolution(width, kernel_size, stride, f"conv_{i + 1}")(y)
+        if block.shortcut == "A":
+            shortcut = _pad_channels(x[:, :: block.stride, :: block.stride], y.shape[-1])
+        # A scale of 1 is no operation.
+        return y + (shortcut if block.shortcut_scale == 1 else block.shortcut_scale * shortcut)
+
+    def _changes(self, x: Array) -> bool:
+        return self.block.stride > 1 or x.shape[-1] != self.block.widths[-1]
+
+
+def _pad_channels(x: Array, channels: int) -> Array:
+    if x.shape[-1] > channels:
+        raise ValueError(
+            f"A shortcut of type A can't lead from {x.shape[-1]} channels to {channels}, only to"
+            " as many or more; take type B."
+        )
+    return jnp.pad(x, [(0, 0)] * 3 + [(0, channels - x.shape[-1])])
+
+
+def preactivation_resnet(
+    classes: int,
+    depth: int = 56,
+    width: float = 1.0,
+    bottleneck: bool = False,
+    shortcut: str = "A",
+    shortcut_scale: float = 1.0,
+    dropout: float = 0.0,
+    dtype: str = "float32",
+) -> Planned:
+    """Pre-activation ResNet for images of 32 x 32 (He et al., *Identity Mappings*, 2016).
+
+    A convolution, three stages of n blocks with ``16 N``, ``32 N`` and ``64 N`` channels (four
+    times as many at the end of a bottleneck), batch norm and ReLU, the mean over all pixels, a
+    dense layer. Depth ``6 n + 2``, of bottlenecks ``9 n + 2``, counts the convolutions and the
+    dense layer. Guo et al. (*The Shallow End*) call it ResNet-depth/N.
+
+    Args:
+        classes: Number of classes.
+        depth: 20, 26, 32, 44, 56, 110, …, or with bottlenecks 164, 1001, ….
+        width: N, which multiplies all channels, above 0.
+        bottleneck: Whether blocks are 1 x 1, 3 x 3, 1 x 1 convolutions rather than two of 3 x 3.
+        shortcut: Type ``"A"`` or ``"B"`` (``PreActivation``).
+        shortcut_scale: Lambda of the shortcuts, at least 0; 1 is the identity.
+        dropout: Share of the values that training drops inside blocks, in [0, 1).
+        dtype: ``"float32"`` or ``"bfloat16"``, of features.
+
+    Returns:
+        The network. Stage 1 is the first convolution; its endpoints are as ``Planned`` has them.
+
+    Raises:
+        ValueError: If there is no network of that depth or a setting is out of range.
+    """
+    convolutions = 3 if bottleneck else 2
+    blocks, rest = divmod(depth - 2, 3 * convolutions)
+    if rest or blocks < 1:
+        raise ValueError(
+            f"There is no ResNet of depth {depth}{' with bottlenecks' * bottleneck}; it should be"
+            f" {3 * convolutions} n + 2, such as {_nearest_depth(depth, 3 * convolutions)}."
+        )
+    first, *widths = scaled((16, 16, 32, 64), width)
+
+    def block(width: int, stride: int) -> PreActivation:
+        outer = (width, width, 4 * width) if bottleneck else (width, width)
+        sizes = (1, 3, 1) if bottleneck else (3, 3)
+        return PreActivation(outer, sizes, stride, shortcut, shortcut_scale, dropout)
+
+    stages: list[tuple[Any, ...]] = [(Stem(first),)]
+    for each, stride in zip(widths, (1, 2, 2), strict=True):
+        stages.append((block(each, stride), *[block(each, 1)] * (blocks - 1)))
+    return Planned(Plan(tuple(stages), tail=(Activation(),)), classes, dtype=dtype)
+
+
+def _nearest_depth(depth: int, unit: int) -> int:
+    return unit * max(1, round((depth - 2) / unit)) + 2

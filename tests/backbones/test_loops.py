@@ -1,0 +1,161 @@
+"""Equal blocks of a plan that are applied in a loop."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from planned import normal, random_like, shape, shapes_of
+
+from sire_jax.backbones import preactivation_resnet
+from sire_jax.backbones.plan import Plan, Planned
+from sire_jax.backbones.preactivation import Activation, PreActivation, Stem
+from sire_jax.layers import Dropout
+
+BLOCK = PreActivation((2, 2), shortcut_scale=0.9)
+LOOPED = Plan(
+    ((Stem(2), *[BLOCK] * 4), (PreActivation((3, 3)), *[PreActivation((3, 3))] * 2)),
+    tail=(Activation(),),
+)
+
+
+def _loops(network, image=None):
+    """Lists the lengths of a network's loops, in evaluation."""
+    image = shape(2, 8, 8, 1) if image is None else image
+    program = jax.make_jaxpr(network.apply)(shapes_of(network, image), image)
+    return [e.params["length"] for e in program.jaxpr.eqns if e.primitive.name == "scan"]
+
+
+@pytest.mark.parametrize(
+    ("endpoints", "lengths"),
+    [
+        (None, []),
+        ((), [4, 2]),
+        (("stage_1", "stage_2", "tail_block_1", "image"), [4, 2]),
+        (("stage_1_block_3",), [2, 2, 2]),
+        (("stage_1_block_1", "stage_1_block_2"), [3, 2]),
+        (("stage_2_block_2",), [4]),
+        # Of a misspelt name nothing is known, and a message is to list all that exist.
+        (("stage_9",), []),
+    ],
+)
+def test_equal_blocks_between_what_is_asked_for_are_one_loop(endpoints, lengths):
+    # The first block of the second stage is equal to the others, but changes the channels.
+    network = Planned(LOOPED, 2, endpoints=endpoints)
+    assert _loops(network) == lengths
+    variables = shapes_of(network, shape(2, 8, 8, 1))
+    (_, found) = jax.eval_shape(network.apply, variables, shape(2, 8, 8, 1))
+    assert set(endpoints or ()) - {"stage_9"} <= set(found)
+
+
+@pytest.mark.parametrize(
+    ("settings", "lengths"),
+    [
+        ({"depth": 110}, [18, 17, 17]),
+        ({"depth": 20, "width": 0.5}, [3, 2, 2]),
+        ({"depth": 20, "dropout": 0.3, "shortcut": "B"}, [3, 2, 2]),
+        # The first bottleneck quadruples the channels.
+        ({"depth": 56, "bottleneck": True}, [5, 5, 5]),
+    ],
+    ids=str,
+)
+def test_a_stage_is_a_loop_but_for_the_block_that_changes_the_shape(settings, lengths):
+    network = preactivation_resnet(10, **settings).clone(endpoints=())
+    assert _loops(network, shape(2, 32, 32, 3)) == lengths
+    unlooped = shapes_of(network.clone(endpoints=None), shape(2, 32, 32, 3))
+    assert shapes_of(network, shape(2, 32, 32, 3)) == unlooped
+
+
+def test_a_loop_computes_what_its_blocks_do():
+    image = normal(6, 3, 6, 6, 2)
+    networks = [Planned(Plan(((BLOCK,) * 3,)), 2, endpoints=endpoints) for endpoints in (None, ())]
+    assert [_loops(network, image) for network in networks] == [[], [3]]
+    variables = random_like(shapes_of(networks[0], image), seed=2)
+
+    def all_of_it(network, params, stats):
+        def loss(params):
+            variables = {"params": params, "batch_stats": stats}
+            (logits, _), new = network.apply(variables, image, train=True, mutable=["batch_stats"])
+            return (logits**2).sum(), (logits, new["batch_stats"])
+
+        evaluated = network.apply({"params": params, "batch_stats": stats}, image)[0]
+        return jax.value_and_grad(loss, has_aux=True)(params), evaluated
+
+    one_by_one, looped = (
+        jax.jit(all_of_it, static_argnums=0)(network, variables["params"], variables["batch_stats"])
+        for network in networks
+    )
+    assert jax.tree.structure(one_by_one) == jax.tree.structure(looped)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), one_by_one, looped
+    )
+    ((_, (_, new)), gradient), _ = looped
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), new, variables["batch_stats"])
+    assert jax.tree.all(moved)
+    assert all(float(jnp.abs(leaf).max()) > 1e-6 for leaf in jax.tree.leaves(gradient))
+
+
+@dataclass(frozen=True)
+class Writing:
+    """Writes a dropped image of ones beside what it is given, as digits of base 4."""
+
+    stride: int = 1
+    loops: ClassVar[bool] = True
+
+    def channels(self, inputs):
+        return inputs
+
+    def encoder(self, name):
+        return _Writing(name=name)
+
+
+class _Writing(nn.Module):
+    @nn.compact
+    def __call__(self, x, before, *, train):
+        self.param("drawn", nn.initializers.normal(), (3,))
+        return 4 * x + Dropout(0.5)(jnp.ones_like(x), train=train)
+
+
+def test_each_block_of_a_loop_has_dropout_and_parameters_of_its_own():
+    network = Planned(Plan(((Writing(),) * 3,)), 2, endpoints=("stage_1",))
+    image = jnp.zeros((2, 8, 8, 1))
+    assert _loops(network, shape(2, 8, 8, 1)) == [3]
+    variables = network.init(jax.random.key(0), image)
+    drawn = [variables["params"][f"stage_1_block_{i}"]["drawn"] for i in (1, 2, 3)]
+    assert len({float(value) for each in drawn for value in each}) == 9
+
+    @jax.jit
+    def apply(seed):
+        rngs = {"dropout": jax.random.key(seed)}
+        return [
+            network.apply(variables, image, train=train, rngs=rngs)[1]["stage_1"]
+            for train in (True, False)
+        ]
+
+    def masks(seed):
+        digits = [np.asarray(apply(seed)[0]) // 4**i % 4 for i in range(3)]
+        assert {value for digit in digits for value in digit.ravel()} == {0, 2}
+        return digits
+
+    first, second, third = masks(1)
+    for a, b in ((first, second), (second, third), (first, third), (first, masks(2)[0])):
+        assert 0.3 < (a != b).mean() < 0.7
+    # In evaluation nothing is dropped: 1 + 4 + 16.
+    assert set(np.unique(apply(1)[1])) == {21}
+
+
+def test_half_precision_in_a_loop():
+    network = Planned(LOOPED, 2, dtype="bfloat16", endpoints=("stage_1",))
+    image = shape(2, 8, 8, 1)
+    variables = shapes_of(network, image)
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+
+    def train(variables, image):
+        return network.apply(variables, image, train=True, mutable=["batch_stats"])
+
+    (logits, endpoints), new = jax.eval_shape(train, variables, image)
+    assert (logits.dtype, endpoints["stage_1"].dtype) == (jnp.float32, jnp.bfloat16)
+    assert new["batch_stats"] == variables["batch_stats"]
