@@ -11,6 +11,9 @@ from ml_collections import ConfigDict
 
 from sire_jax import registry
 
+# The lengths in steps of what schedules count in, None where it is not known.
+Units = Mapping[str, int | None]
+
 
 def piecewise(init_value: float, boundaries: tuple[float, ...], scale: float) -> optax.Schedule:
     """Multiplies a value at each of some times.
@@ -55,9 +58,7 @@ SCHEDULES = {
 }
 
 
-def number_or_schedule(
-    value: Any, what: str, units: Mapping[str, int | None] | None = None
-) -> float | optax.Schedule:
+def number_or_schedule(value: Any, what: str, units: Units | None = None) -> float | optax.Schedule:
     """Reads a setting that is a number or a schedule.
 
     Args:
@@ -102,15 +103,35 @@ def adam(
     return optax.chain(_decay(weight_decay), optax.adam(rate, b1=b1, b2=b2))
 
 
+class LinearOptimizer(optax.GradientTransformation):
+    """A transformation whose step is linear in the gradients, behind weight decay that is known.
+
+    Attributes:
+        linear: The transformation without weight decay, such as ``optax.sgd``.
+        weight_decay: What parameters are multiplied by and added to their gradient.
+    """
+
+    linear: optax.GradientTransformation
+    weight_decay: float
+
+    def __new__(
+        cls, linear: optax.GradientTransformation, weight_decay: float = 0.0
+    ) -> "LinearOptimizer":
+        """Chains weight decay and the transformation."""
+        made = super().__new__(cls, *optax.chain(_decay(weight_decay), linear))
+        made.linear, made.weight_decay = linear, weight_decay
+        return made
+
+
 def sgd(
     learning_rate: Any = 0.1,
     weight_decay: float = 0.0,
     momentum: float = 0.9,
     nesterov: bool = False,
-) -> optax.GradientTransformation:
+) -> LinearOptimizer:
     """Gradient descent with momentum, with the L2 penalty in the gradient."""
     rate = number_or_schedule(learning_rate, "learning rate")
-    return optax.chain(_decay(weight_decay), optax.sgd(rate, momentum, nesterov))
+    return LinearOptimizer(optax.sgd(rate, momentum, nesterov), weight_decay)
 
 
 def _decay(weight_decay: float) -> optax.GradientTransformation:

@@ -168,7 +168,8 @@ def make_step(
 
     Returns:
         A pure function from ``(state, batch)`` to ``(state, metrics)``; the metrics are
-        ``"<objective>/loss"`` and the weighted sum ``"total/loss"``.
+        ``"<objective>/loss"`` and their sum with the objectives' own weights, ``"total/loss"``:
+        what a rule descends may be weighted otherwise.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:

@@ -5,9 +5,35 @@ of the network; which parameters a loss reaches it is told from the traced progr
 (``sire_jax.traced.reach``).
 """
 
+from sire_jax.updates.aggregate import AGGREGATORS, Aggregator
+from sire_jax.updates.effective_joint import effective_joint
 from sire_jax.updates.joint import joint
+from sire_jax.updates.multiway import multiway
+from sire_jax.updates.pairwise import pairwise
 from sire_jax.updates.rule import Losses, Updated, UpdateRule
+from sire_jax.updates.weighted import weighted
+from sire_jax.updates.weighting import WEIGHTINGS, Observed, Weighting
 
-UPDATES = {"joint": joint}
+UPDATES = {
+    "joint": joint,
+    "pairwise": pairwise,
+    "multiway": multiway,
+    "effective_joint": effective_joint,
+}
 
-__all__ = ["UPDATES", "Losses", "UpdateRule", "Updated", "joint"]
+__all__ = [
+    "AGGREGATORS",
+    "UPDATES",
+    "WEIGHTINGS",
+    "Aggregator",
+    "Losses",
+    "Observed",
+    "UpdateRule",
+    "Updated",
+    "Weighting",
+    "effective_joint",
+    "joint",
+    "multiway",
+    "pairwise",
+    "weighted",
+]

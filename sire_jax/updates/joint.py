@@ -1,4 +1,4 @@
-"""Joint backpropagation: one gradient, of the weighted sum of all losses."""
+"""Joint backpropagation: one step down the weighted sum of all losses."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,33 +7,47 @@ import jax
 import optax
 from jax import Array
 
-from sire_jax.objectives import weighted_sum
+from sire_jax.updates.aggregate import SUM, Aggregator
+from sire_jax.updates.aggregated import aggregated_gradient, check_aggregator
+from sire_jax.updates.reached import Reached, scale
 from sire_jax.updates.rule import Losses, Updated, UpdateRule
 
 PyTree = Any
 
 
-def joint(optimizer: optax.GradientTransformation, reach: Mapping[str, PyTree]) -> UpdateRule:
+def joint(
+    optimizer: optax.GradientTransformation,
+    reach: Mapping[str, PyTree],
+    main: str = "main",
+    aggregator: Aggregator = SUM,
+    adjust: bool = False,
+) -> UpdateRule:
     """Descends the weighted sum of all losses (Guo et al., *The Shallow End*, Eq. 3).
 
-    ``L = sum_k w_k L_k``; one forward and one backward pass. Parameters that no loss reaches keep
-    their value: they are no zero gradient to the optimizer, so weight decay and momentum leave
-    them alone, too.
+    ``L = sum_k w_k L_k``. Parameters that no loss reaches keep their value: they are no zero
+    gradient to the optimizer, so weight decay and momentum leave them alone, too.
+
+    Cost: one forward and one backward pass; with an aggregator a backward pass for each loss.
 
     Args:
         optimizer: Any ``optax`` transformation.
         reach: For each loss a tree of booleans over the parameters, from ``traced.reach``.
+        main: Name of the final output's loss.
+        aggregator: How the gradients of parameters that losses share are put together, if not
+            summed.
+        adjust: Whether the steps of parameters that auxiliary losses share are divided by the sum
+            of those losses' weights, where it is above 1 (the text below Eq. 4).
 
     Returns:
         The rule.
 
     Raises:
-        ValueError: If no loss reaches any parameter.
+        ValueError: If no loss reaches any parameter, or there is nothing to aggregate.
     """
-    reached = jax.tree.map(lambda *each: any(each), *reach.values())
-    if not any(jax.tree.leaves(reached)):
-        raise ValueError(f"None of the losses {sorted(reach)} reaches a parameter.")
-    masked = optax.masked(optimizer, reached)
+    reached = Reached.of(reach, main)
+    check_aggregator(aggregator, reached)
+    everything = reached.any()
+    masked = optax.masked(optimizer, everything)
 
     def update(
         losses: Losses,
@@ -43,16 +57,18 @@ def joint(optimizer: optax.GradientTransformation, reach: Mapping[str, PyTree]) 
         state: PyTree,
         key: Array,
     ) -> Updated:
-        del key
-
-        def total(params: PyTree) -> tuple[Array, Any]:
-            named, rest = losses(params, model_state)
-            return weighted_sum(named, weights), (named, rest)
-
-        gradient, (named, (outputs, new_model_state)) = jax.grad(total, has_aux=True)(params)
+        gradient, named, (outputs, new_model_state) = aggregated_gradient(
+            losses, weights, params, model_state, reached, aggregator, key
+        )
         step, new_state = masked.update(gradient, state, params)
-        moved = optax.apply_updates(params, step)
-        new_params = jax.tree.map(lambda r, new, old: new if r else old, reached, moved, params)
-        return Updated(new_params, new_state, new_model_state, named, outputs)
+        if adjust:
+            step = jax.tree.map(
+                lambda r, s, d: scale(1 / d, s) if r else s,
+                everything,
+                step,
+                reached.leaf_divisors(weights),
+            )
+        moved = reached.move(params, step)
+        return Updated(moved, new_state, new_model_state, named, outputs)
 
     return UpdateRule(masked.init, update)

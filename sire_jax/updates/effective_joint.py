@@ -1,0 +1,106 @@
+"""The control of multi-way backpropagation: its effective weights, in one backward pass."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from sire_jax.optimizers import LinearOptimizer
+from sire_jax.updates.aggregate import SUM, Aggregator
+from sire_jax.updates.aggregated import aggregated_gradient, check_aggregator
+from sire_jax.updates.reached import Reached, scale
+from sire_jax.updates.rule import Losses, Updated, UpdateRule
+
+PyTree = Any
+
+
+def effective_joint(
+    optimizer: optax.GradientTransformation,
+    reach: Mapping[str, PyTree],
+    main: str = "main",
+    aggregator: Aggregator = SUM,
+    adjust: bool = True,
+    scale_own: bool = False,
+) -> UpdateRule:
+    """Does in one backward pass what ``multiway`` does, to first order in the step.
+
+    ``L = L_main + sum_k (w_k / S_k) L_k``, with ``S_k`` as in ``multiway``; parameters that loss k
+    alone reaches have the gradient ``dL_k / S_k``; weight decay is multiplied by
+    ``sum_k 1 / S_k`` over the losses k that reach a parameter, the main one counting 1. Whatever
+    multi-way backpropagation gains beyond its weights, step sizes and decay would be a difference
+    to this rule: backpropagation is linear, so separate passes at the same features add up.
+
+    A loss whose weight is 0 leaves the parameters that it alone reaches as they are, where
+    multi-way backpropagation trains them: there the rule is no control.
+
+    Cost: that of ``joint``, whatever the number of losses; with an aggregator that of ``multiway``.
+
+    Args:
+        optimizer: A transformation whose step is linear in the gradients, with its weight decay
+            known: ``optimizers.sgd``, or ``optimizers.LinearOptimizer``.
+        reach: For each loss a tree of booleans over the parameters, from ``traced.reach``.
+        main: Name of the final output's loss.
+        aggregator: What each loss's gradient is multiplied by in the parameters that it shares.
+        adjust: Whether ``S_k`` is that of ``Reached.divisors`` rather than 1.
+        scale_own: Whether parameters that one loss alone reaches have its weight, too.
+
+    Returns:
+        The rule.
+
+    Raises:
+        ValueError: If the optimizer is not such a one, no loss reaches a parameter, or there is
+            nothing to aggregate.
+    """
+    if not isinstance(optimizer, LinearOptimizer):
+        raise ValueError(
+            "effective_joint needs an optimizer whose step is linear in the gradient and whose"
+            " weight decay is known: 'sgd', or optimizers.LinearOptimizer(transformation,"
+            " weight_decay). The one that it is given has no such form."
+        )
+    reached = Reached.of(reach, main)
+    check_aggregator(aggregator, reached)
+    masked = optax.masked(optimizer.linear, reached.any())
+
+    def update(
+        losses: Losses,
+        weights: Mapping[str, Array],
+        params: PyTree,
+        model_state: PyTree,
+        state: PyTree,
+        key: Array,
+    ) -> Updated:
+        divisors = reached.divisors(weights) if adjust else dict.fromkeys(reach, 1)
+        share = {name: jnp.asarray(1 / divisors[name], jnp.float32) for name in reached.names}
+        gradient, named, (outputs, new_model_state) = aggregated_gradient(
+            losses, weights, params, model_state, reached, aggregator, key, share
+        )
+        one = jnp.ones((), jnp.float32)
+        if not scale_own:
+            own = _per_leaf(reached, lambda n: _inverse(weights[n[0]]) if len(n) == 1 else one)
+            gradient = jax.tree.map(scale, own, gradient)
+        if optimizer.weight_decay:
+            penalty = jnp.asarray(optimizer.weight_decay, jnp.float32)
+            decay = _per_leaf(reached, lambda n: sum((share[name] for name in n), 0 * penalty))
+            gradient = jax.tree.map(
+                lambda g, d, p: g + scale(penalty * d, p), gradient, decay, params
+            )
+        step, new_state = masked.update(gradient, state, params)
+        moved = reached.move(params, step)
+        return Updated(moved, new_state, new_model_state, named, outputs)
+
+    return UpdateRule(masked.init, update)
+
+
+def _per_leaf(reached: Reached, value: Callable[[tuple[str, ...]], Array]) -> PyTree:
+    """Returns for each parameter a value of the losses that reach it."""
+    structure = jax.tree.structure(reached.any())
+    return jax.tree.unflatten(structure, [value(names) for names in reached.by_leaf()])
+
+
+def _inverse(weight: Array) -> Array:
+    """Returns 1 / weight; 0 of a weight of 0, whose gradient is lost."""
+    positive = weight > 0
+    return jnp.where(positive, 1 / jnp.where(positive, weight, 1), 0)

@@ -1,0 +1,100 @@
+"""An update rule under a weighting of the losses."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from sire_jax.updates import gradients
+from sire_jax.updates.rule import Losses, Updated, UpdateRule
+from sire_jax.updates.weighting import Fixed, GradNorm, Observed, Weighting
+
+PyTree = Any
+
+
+def weighted(rule: UpdateRule, weighting: Weighting, reach: Mapping[str, PyTree]) -> UpdateRule:
+    """Makes an update rule whose losses are weighted by a weighting.
+
+    The rule is given the objectives' own weights times the weighting's factors; the weighting then
+    sees the step. The losses that the rule returns stay unweighted.
+
+    Args:
+        rule: Any update rule.
+        weighting: Any weighting.
+        reach: For each loss a tree of booleans over the parameters, from ``traced.reach``.
+
+    Returns:
+        The rule, with the state ``{"rule": …, "weighting": …}``; of ``Fixed`` weights ``rule``
+        itself.
+
+    Raises:
+        ValueError: If there are fewer than two losses to weigh, or ``GradNorm`` has no parameter
+            that all losses reach.
+    """
+    if isinstance(weighting, Fixed):
+        return rule
+    shared = jax.tree.map(lambda *each: all(each), *reach.values())
+    _check(weighting, reach, shared)
+
+    def init(params: PyTree) -> PyTree:
+        return {"rule": rule.init(params), "weighting": weighting.init(sorted(reach))}
+
+    def update(
+        losses: Losses,
+        weights: Mapping[str, Array],
+        params: PyTree,
+        model_state: PyTree,
+        state: PyTree,
+        key: Array,
+    ) -> Updated:
+        updating, drawing = jax.random.split(key)
+        factors = weighting.weights(state["weighting"], drawing)
+        products = {name: weight * factors[name] for name, weight in weights.items()}
+        updated = rule.update(losses, products, params, model_state, state["rule"], updating)
+        observed = Observed(
+            updated.losses,
+            lambda: losses(updated.params, updated.model_state)[0],
+            lambda: _norms(losses, shared, params, model_state, sorted(reach)),
+        )
+        new = weighting.update(state["weighting"], observed)
+        return updated._replace(state={"rule": updated.state, "weighting": new})
+
+    return rule._replace(init=init, update=update)
+
+
+def _check(weighting: Weighting, reach: Mapping[str, PyTree], shared: PyTree) -> None:
+    kind = type(weighting).__name__
+    if len(reach) < 2:
+        raise ValueError(
+            f"The weighting {kind} needs at least two losses; there is {sorted(reach)}. Use"
+            " 'fixed'."
+        )
+    if isinstance(weighting, GradNorm) and not any(jax.tree.leaves(shared)):
+        raise ValueError(
+            f"{kind} compares gradients to the parameters that all losses reach, but no parameter"
+            f" is reached by all of {sorted(reach)}."
+        )
+
+
+def _norms(
+    losses: Losses, shared: PyTree, params: PyTree, model_state: PyTree, names: Sequence[str]
+) -> dict[str, Array]:
+    """Returns the norm of each loss's gradient to the parameters that are chosen in ``shared``."""
+    leaves, tree = jax.tree.flatten(params)
+    chosen = jax.tree.leaves(shared)
+
+    def restricted(varied: list[Array], model_state: PyTree) -> Any:
+        rest = iter(varied)
+        values = [next(rest) if c else leaf for leaf, c in zip(leaves, chosen, strict=True)]
+        return losses(jax.tree.unflatten(tree, values), model_state)
+
+    varied = [leaf for leaf, c in zip(leaves, chosen, strict=True) if c]
+    _, _, pull_back = gradients.of_each(restricted, varied, model_state)
+
+    def norm(name: str) -> Array:
+        squares = ((each.astype(jnp.float32) ** 2).sum() for each in pull_back(name))
+        return jnp.sqrt(sum(squares, jnp.float32(0)))
+
+    return {name: norm(name) for name in names}

@@ -1,0 +1,334 @@
+"""Loss weightings: factors of the objectives' own weights that change as training goes on.
+
+``L = sum_k w_k f_k L_k``: the own weights ``w_k`` say what the user prefers, a weighting finds the
+factors ``f_k`` from the unweighted losses ``L_k``. Losses should be positive; where one is not,
+each weighting says what it does.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from sire_jax import optimizers
+
+PyTree = Any
+Named = dict[str, Array]
+
+
+class Observed(NamedTuple):
+    """What a step shows a weighting; what costs something is computed only if it is called.
+
+    Attributes:
+        losses: The losses before the step, without weights.
+        after: Returns the losses of the same batch after the step; costs a forward pass.
+        norms: Returns the norm of each unweighted loss's gradient to the parameters that all losses
+            reach; costs a backward pass for each loss.
+    """
+
+    losses: Mapping[str, Array]
+    after: Callable[[], Mapping[str, Array]]
+    norms: Callable[[], Mapping[str, Array]]
+
+
+class Weighting(Protocol):
+    """A way of weighting losses: three pure functions. States are trees of arrays."""
+
+    def init(self, names: Sequence[str]) -> PyTree:
+        """Returns the state before the first step, for losses of these names."""
+
+    def weights(self, state: PyTree, key: Array) -> Named:
+        """Returns the factor of each loss's own weight in the coming step, a scalar each."""
+
+    def update(self, state: PyTree, observed: Observed) -> PyTree:
+        """Returns the state after a step."""
+
+
+def stack(values: Mapping[str, Array]) -> Array:
+    """Stacks scalars in the order of their names, ``[k]``."""
+    return jnp.stack([values[name].astype(jnp.float32) for name in sorted(values)])
+
+
+def unstack(names: Iterable[str], values: Array) -> Named:
+    """Undoes ``stack``."""
+    return {name: values[i] for i, name in enumerate(sorted(names))}
+
+
+def _constant(names: Iterable[str], value: float) -> Named:
+    # An array each: they may be donated.
+    return {name: jnp.full((), value, jnp.float32) for name in names}
+
+
+def _check_above_0(what: str, value: float) -> None:
+    if not 0 < value < math.inf:
+        raise ValueError(f"{what} is {value}; it should be above 0 and finite.")
+
+
+def _check_at_least_0(what: str, value: float) -> None:
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{what} is {value}; it should be at least 0 and finite.")
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """The objectives' own weights alone, ``f_k = 1``."""
+
+    def init(self, names: Sequence[str]) -> PyTree:
+        """Returns the factors, all 1."""
+        return _constant(names, 1.0)
+
+    def weights(self, state: PyTree, key: Array) -> Named:
+        """Returns the factors."""
+        del key
+        return dict(state)
+
+    def update(self, state: PyTree, observed: Observed) -> PyTree:
+        """Returns the state as it is."""
+        del observed
+        return state
+
+
+@dataclass(frozen=True)
+class Uncertainty:
+    """Weights by a learned uncertainty of each loss (Kendall, Gal and Cipolla, 2018, Eq. 7).
+
+    ``L = sum_k w_k (exp(-s_k) L_k + s_k)`` with a learned ``s_k = log sigma_k^2``, 0 at first:
+    ``f_k = exp(-s_k)``, twice the paper's, so that it starts at 1. The regularizer ``s_k`` is in
+    what is learned, by gradient descent: ``s_k <- s_k - rate (1 - exp(-s_k) L_k)``, which is at
+    rest where ``f_k = 1 / L_k``; it has no gradient to the network, and the reported losses leave
+    it out. ``s_k`` stays in [-10, 10], which bounds the factor of a loss that is not positive.
+
+    Attributes:
+        learning_rate: Of the log variances, above 0.
+    """
+
+    learning_rate: float = 0.01
+
+    def __post_init__(self) -> None:
+        _check_above_0("Uncertainty: learning_rate", self.learning_rate)
+
+    def init(self, names: Sequence[str]) -> PyTree:
+        """Returns the log variances, all 0."""
+        return _constant(names, 0.0)
+
+    def weights(self, state: PyTree, key: Array) -> Named:
+        """Returns the factors, above 0."""
+        del key
+        return {name: jnp.exp(-log_variance) for name, log_variance in state.items()}
+
+    def update(self, state: PyTree, observed: Observed) -> PyTree:
+        """Takes a step of gradient descent on the log variances."""
+
+        def learn(log_variance: Array, loss: Array) -> Array:
+            gradient = 1 - jnp.exp(-log_variance) * loss.astype(jnp.float32)
+            return jnp.clip(log_variance - self.learning_rate * gradient, -10, 10)
+
+        return {name: learn(each, observed.losses[name]) for name, each in state.items()}
+
+
+@dataclass(frozen=True)
+class DynamicAverage:
+    """Weights by how slowly each loss falls, DWA (Liu, Johns and Davison, 2019).
+
+    ``f_k = K softmax_k(r / T)``, with ``r_k`` the loss's mean over the last period divided by its
+    mean over the one before; 1 in the first two periods. A ratio is kept in [0, 10], and is 1 where
+    the earlier mean is not positive.
+
+    Attributes:
+        period: Number of steps of a period, at least 1: those of an epoch in the paper.
+        temperature: ``T``, above 0.
+    """
+
+    period: int
+    temperature: float = 2.0
+
+    def __post_init__(self) -> None:
+        if self.period < 1:
+            raise ValueError(
+                f"DynamicAverage: period is {self.period}; it should be at least 1, the steps of an"
+                " epoch."
+            )
+        _check_above_0("DynamicAverage: temperature", self.temperature)
+
+    def init(self, names: Sequence[str]) -> PyTree:
+        """Returns sums and means of 0."""
+        means = {key: _constant(names, 0.0) for key in ("sums", "last", "earlier")}
+        return {"steps": jnp.zeros((), jnp.int32), **means}
+
+    def weights(self, state: PyTree, key: Array) -> Named:
+        """Returns the factors, in (0, K), of sum K."""
+        del key
+        ratios = _ratio(stack(state["last"]), stack(state["earlier"]))
+        known = state["steps"] >= 2 * self.period
+        ratios = jnp.where(known, jnp.clip(ratios, 0, 10), 1.0)
+        return unstack(state["last"], len(ratios) * jax.nn.softmax(ratios / self.temperature))
+
+    def update(self, state: PyTree, observed: Observed) -> PyTree:
+        """Adds a step's losses, and closes a period at its last step."""
+        steps = state["steps"] + 1
+        closes = steps % self.period == 0
+        losses = {name: observed.losses[name].astype(jnp.float32) for name in state["sums"]}
+        sums = {name: total + losses[name] for name, total in state["sums"].items()}
+        means = {name: total / self.period for name, total in sums.items()}
+        return {
+            "steps": steps,
+            "sums": _choose(closes, _constant(sums, 0.0), sums),
+            "last": _choose(closes, means, state["last"]),
+            "earlier": _choose(closes, state["last"], state["earlier"]),
+        }
+
+
+def _choose(condition: Array, new: PyTree, old: PyTree) -> PyTree:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
+
+
+def _ratio(values: Array, earlier: Array) -> Array:
+    """Divides losses by what they were; 1 where that is not positive."""
+    return jnp.where(earlier > 0, values / jnp.where(earlier > 0, earlier, 1.0), 1.0)
+
+
+@dataclass(frozen=True)
+class Random:
+    """Random weights, drawn anew at each step, RLW (Lin, Ye, Zhang and Tsang, 2022).
+
+    ``f = K softmax(n)``, with ``n`` K standard normal numbers; K times the paper's, whose sum is 1.
+    """
+
+    def init(self, names: Sequence[str]) -> PyTree:
+        """Returns a value for each name; it never changes."""
+        return _constant(names, 1.0)
+
+    def weights(self, state: PyTree, key: Array) -> Named:
+        """Returns the factors, above 0, of sum K."""
+        drawn = jax.nn.softmax(jax.random.normal(key, (len(state),)))
+        return unstack(state, len(state) * drawn)
+
+    def update(self, state: PyTree, observed: Observed) -> PyTree:
+        """Returns the state as it is."""
+        del observed
+        return state
+
+
+@dataclass(frozen=True)
+class FAMO:
+    """Weights under which all losses fall at one rate (Liu, Feng, Stone and Liu, 2023).
+
+    ``f_k = K (z_k / L_k) / sum_j (z_j / L_j)``, with ``z = softmax(x)``: the gradient of ``sum_k
+    z_k log L_k``, normalized. The logits ``x``, 0 at first, are learned by Adam from the change of
+    the step, ``dz/dx' (log L - log L_after)``, so that losses which fell less weigh more (Algorithm
+    1, and the authors' program, which decays ``x``, too).
+
+    It differs from them in this: the ``L_k`` in ``f_k`` are those seen last, after the step before,
+    all 1 at first, because factors are known before the forward pass; the factors' sum is K, not 1;
+    the losses after a step are of the same dropout; the gradient is not clipped to a norm of 1,
+    which is up to the optimizer. A loss counts as at least 1e-8.
+
+    Attributes:
+        learning_rate: Of Adam on the logits, above 0.
+        weight_decay: Of the logits, in their gradient, at least 0.
+    """
+
+    learning_rate: float = 0.025
+    weight_decay: float = 0.01
+
+    def __post_init__(self) -> None:
+        _check_above_0("FAMO: learning_rate", self.learning_rate)
+        _check_at_least_0("FAMO: weight_decay", self.weight_decay)
+
+    def init(self, names: Sequence[str]) -> PyTree:
+        """Returns logits of 0 and losses of 1."""
+        logits = jnp.zeros(len(names), jnp.float32)
+        adam = self._adam().init(logits)
+        return {"logits": logits, "adam": adam, "losses": _constant(names, 1.0)}
+
+    def weights(self, state: PyTree, key: Array) -> Named:
+        """Returns the factors, above 0, of sum K."""
+        del key
+        # The softmax of x - log L: no loss is divided by.
+        shares = jax.nn.softmax(state["logits"] - _log(stack(state["losses"])))
+        return unstack(state["losses"], len(shares) * shares)
+
+    def update(self, state: PyTree, observed: Observed) -> PyTree:
+        """Takes a step of Adam on the logits."""
+        found = observed.after()
+        after = {name: found[name].astype(jnp.float32) for name in state["losses"]}
+        before = stack({name: observed.losses[name] for name in after})
+        fallen = _log(before) - _log(stack(after))
+        shares = jax.nn.softmax(state["logits"])
+        gradient = shares * (fallen - (shares * fallen).sum())
+        step, adam = self._adam().update(gradient, state["adam"], state["logits"])
+        return {"logits": state["logits"] + step, "adam": adam, "losses": after}
+
+    def _adam(self) -> optax.GradientTransformation:
+        return optimizers.adam(self.learning_rate, self.weight_decay)
+
+
+def _log(losses: Array) -> Array:
+    return jnp.log(jnp.maximum(losses, 1e-8))
+
+
+@dataclass(frozen=True)
+class GradNorm:
+    """Weights under which losses that fall slowly have longer gradients (Chen et al., 2018).
+
+    ``f_k`` descends ``sum_k |f_k n_k - m r_k^alpha|``: ``n_k`` is the norm of the loss's gradient
+    to the parameters that all losses reach (the paper takes the last shared layer), ``m`` the mean
+    of all ``f_k n_k``, and ``r_k`` the loss as a part of the first one seen, divided by the mean of
+    that over all losses; ``m r_k^alpha`` is taken as a constant. ``f_k <- f_k - rate sign(f_k n_k -
+    m r_k^alpha) n_k / mean(n)``, at least 1e-3, and then multiplied so that the sum is K. The
+    division by the mean norm, which makes the rate independent of the losses' scale, and the least
+    value are not in the paper. A first loss that is not positive waits for one that is.
+
+    Attributes:
+        alpha: How much losses that fall slowly are favoured, at least 0; 0 makes norms equal.
+        learning_rate: Of the factors, above 0.
+    """
+
+    alpha: float = 1.5
+    learning_rate: float = 0.025
+
+    def __post_init__(self) -> None:
+        _check_at_least_0("GradNorm: alpha", self.alpha)
+        _check_above_0("GradNorm: learning_rate", self.learning_rate)
+
+    def init(self, names: Sequence[str]) -> PyTree:
+        """Returns factors of 1 and first losses of 0, not seen yet."""
+        return {"factors": _constant(names, 1.0), "first": _constant(names, 0.0)}
+
+    def weights(self, state: PyTree, key: Array) -> Named:
+        """Returns the factors, above 0, of sum K."""
+        del key
+        return dict(state["factors"])
+
+    def update(self, state: PyTree, observed: Observed) -> PyTree:
+        """Takes a step of gradient descent on the factors."""
+        names = state["factors"]
+        losses = stack({name: observed.losses[name] for name in names})
+        first = stack(state["first"])
+        first = jnp.where(first > 0, first, losses)
+        factors = self._descend(stack(names), stack(observed.norms()), _ratio(losses, first))
+        return {"factors": unstack(names, factors), "first": unstack(names, first)}
+
+    def _descend(self, factors: Array, norms: Array, ratios: Array) -> Array:
+        ratios = jnp.maximum(ratios, 0)
+        relative = ratios / jnp.maximum(ratios.mean(), 1e-8)
+        lengths = factors * norms
+        above = jnp.sign(lengths - lengths.mean() * relative**self.alpha)
+        gradient = above * norms / jnp.maximum(norms.mean(), 1e-30)
+        factors = jnp.maximum(factors - self.learning_rate * gradient, 1e-3)
+        return len(factors) * factors / factors.sum()
+
+
+WEIGHTINGS = {
+    "fixed": Fixed,
+    "uncertainty": Uncertainty,
+    "dwa": DynamicAverage,
+    "random": Random,
+    "famo": FAMO,
+    "gradnorm": GradNorm,
+}
