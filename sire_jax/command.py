@@ -3,9 +3,11 @@
 import argparse
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 # Exit statuses: an error that its message explains, as argparse has it; ended by Ctrl-C.
 EXPLAINED, INTERRUPTED = 2, 130
@@ -32,12 +34,36 @@ def readable_errors(*others: type[Exception]) -> Iterator[None]:
         *others: Exceptions that speak to the user, beside ``ValueError`` and ``OSError``.
     """
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.showwarning = _show
+            yield
     except Exception as error:
         if isinstance(error, (ValueError, OSError, *others)) and _raised_here(error):
             print(f"Error: {error}", file=sys.stderr, flush=True)
             sys.exit(EXPLAINED)
         raise
+
+
+def _show(message: Warning | str, *where: Any, **settings: Any) -> None:
+    """Shows a warning as what it says, without the line of code."""
+    print(f"Warning: {message}", file=sys.stderr, flush=True)
+
+
+def picture(path: str) -> Path:
+    """Checks, before any work, that a picture can be written.
+
+    Args:
+        path: Its file.
+
+    Returns:
+        The path.
+
+    Raises:
+        FileNotFoundError: If there is no such directory.
+    """
+    if not Path(path).absolute().parent.is_dir():
+        raise FileNotFoundError(f"There is no directory to write {path} to.")
+    return Path(path)
 
 
 def _raised_here(error: BaseException) -> bool:

@@ -24,6 +24,7 @@ from sire_jax.heads import HEADS
 from sire_jax.objectives import LOSSES
 from sire_jax.optimizers import OPTIMIZERS
 from sire_jax.prediction import PREDICTIONS
+from sire_jax.updates import AGGREGATORS, UPDATES, WEIGHTINGS
 
 SPLITS = ("train", "validation", "test")
 
@@ -64,7 +65,9 @@ def default() -> ConfigDict:
             "heads": {},
             "objectives": {},
             "predictions": {},
-            "update_rule": {"name": "joint"},
+            "update_rule": update_rule("joint"),
+            "aggregator": {"name": "sum"},  # how gradients of shared parameters are put together
+            "weighting": {"name": "fixed"},  # what the objectives' weights are multiplied by
             "optimizer": optimizer("adam"),
             "evaluate_every": 1,  # epochs
             "evaluate_splits": ("train", "test"),
@@ -120,6 +123,14 @@ def optimizer(name: str, **settings: Any) -> ConfigDict:
     return registry.describe(OPTIMIZERS, name, "optimizer", **settings)
 
 
+def update_rule(name: str, **settings: Any) -> ConfigDict:
+    """Describes an update rule; see ``registry.describe``."""
+    described = registry.describe(UPDATES, name, "update rule", **settings)
+    # What the program supplies.
+    _, _, supplied = _SWITCHED["update_rule"]
+    return ConfigDict({k: v for k, v in described.items() if k not in supplied})
+
+
 def objective(
     output: str, target: str, loss: str, weight: Any = 1.0, weights: Sequence[Any] = ()
 ) -> ConfigDict:
@@ -129,7 +140,8 @@ def objective(
         output: Name of the output, or of a family of heads.
         target: Key of the batch.
         loss: Name of the loss.
-        weight: A number, or a schedule (``optimizers.number_or_schedule``).
+        weight: A number; a schedule (``optimizers.number_or_schedule``); or, of a family of exits,
+            ``{"name": "depth", "nu": 2.0}`` (``objectives.depth_weights``).
         weights: Weights of a family's outputs, one by one, in place of ``weight``.
 
     Returns:
@@ -192,6 +204,7 @@ def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
         ValueError: If an override names an unknown key or has a value of a wrong type.
     """
     config = ConfigDict(config.to_dict())
+    _switch(config, overrides)
     for argument in overrides:
         _check_override(config, argument)
     # The last one of a key counts; absl would join those of a tuple.
@@ -204,6 +217,19 @@ def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     except (TypeError, ValueError, flags.Error) as error:
         raise ValueError(f"An override has a value of a wrong type: {error}") from error
     return values.config
+
+
+def _switch(config: ConfigDict, overrides: Sequence[str]) -> None:
+    """Gives a section the settings of the part that an override names; common ones are kept."""
+    for key, (parts, what, supplied) in _SWITCHED.items():
+        start = f"--config.{key}.name="
+        chosen = [a.removeprefix(start) for a in overrides if a.startswith(start)]
+        section = config.get(key)
+        if not chosen or chosen[-1] not in parts or chosen[-1] == section.get("name"):
+            continue
+        new = registry.describe(parts, chosen[-1], what)
+        kept = {k: v for k, v in section.items() if k in new and k != "name"}
+        config[key] = ConfigDict({k: v for k, v in {**new, **kept}.items() if k not in supplied})
 
 
 def _check_override(config: ConfigDict, argument: str) -> None:
@@ -285,6 +311,14 @@ def _check_least(key: str, value: int, least: int) -> None:
         raise ValueError(f"config.{key} is {value}; it should be at least {least}.")
 
 
+# Sections of one part, with its registry, what it is called, and what the program supplies.
+_SWITCHED: dict[str, tuple[Mapping[str, Any], str, tuple[str, ...]]] = {
+    "optimizer": (OPTIMIZERS, "optimizer", ()),
+    "update_rule": (UPDATES, "update rule", ("main", "aggregator")),
+    "aggregator": (AGGREGATORS, "aggregator", ()),
+    "weighting": (WEIGHTINGS, "weighting", ("period",)),
+}
+
 # Sections whose keys the user chooses: names, and the settings of the part that is named.
 _OPEN = (
     "backbone",
@@ -294,6 +328,8 @@ _OPEN = (
     "augmentation",
     "optimizer",
     "update_rule",
+    "aggregator",
+    "weighting",
 )
 
 
@@ -358,9 +394,5 @@ def repository_configs() -> Path:
 
 
 def variant(variants: Mapping[str, Any], name: str) -> Any:
-    """Looks a variant of a config file up.
-
-    Raises:
-        ValueError: If there is no such variant; the message names the nearest one.
-    """
+    """Looks a variant up; ``ValueError`` if there is none."""
     return registry.choose(variants, name, "variant")

@@ -41,6 +41,47 @@ def restore(runs: Runs, checkpoints: Path) -> tuple[TrainState, Best | None]:
     return state, best
 
 
+def kept_weights(runs: Runs, workdir: str | Path) -> TrainState | Best:
+    """Restores the weights that a run is judged by.
+
+    Args:
+        runs: The programs of the run.
+        workdir: Its directory.
+
+    Returns:
+        The best on validation data if it has any, else the last.
+
+    Raises:
+        FileNotFoundError: If there is no checkpoint.
+    """
+    state, best = restore(runs, Path(workdir).expanduser() / CHECKPOINTS)
+    return state if best is None else best
+
+
+def open_run(workdir: str | Path, overrides: Sequence[str] = ()) -> Runs:
+    """Opens the run in a directory, without its weights.
+
+    Args:
+        workdir: The run.
+        overrides: ``--config.data.dir=DIR`` and the like, where the data have moved.
+
+    Returns:
+        Its programs and data.
+
+    Raises:
+        FileNotFoundError: If there is no run, or the data set is not prepared.
+        ValueError: If an override changes the run.
+    """
+    trained = read_config(workdir)
+    config = configuration.override(trained, overrides)
+    changed = configuration.differences(trained, config)
+    # How a run is measured, not what it is.
+    changed = [line for line in changed if not line.startswith("data.ten_crop:")]
+    if changed:
+        raise ValueError(f"An override would change the run: {'; '.join(changed)}.")
+    return Runs(experiment.build(config))
+
+
 def evaluate(
     workdir: str | Path, split: str = "test", overrides: Sequence[str] = ()
 ) -> dict[str, Any]:
@@ -60,18 +101,10 @@ def evaluate(
         FileNotFoundError: If there is no run, no checkpoint, or the data set is not prepared.
         ValueError: If there are no examples of that split, or an override changes the run.
     """
-    trained = read_config(workdir)
-    config = configuration.override(trained, overrides)
-    changed = configuration.differences(trained, config)
-    # How a run is measured, not what it is.
-    changed = [line for line in changed if not line.startswith("data.ten_crop:")]
-    if changed:
-        raise ValueError(f"An override would change the run: {'; '.join(changed)}.")
-    runs = Runs(experiment.build(config))
+    runs = open_run(workdir, overrides)
     if not runs.examples[split].shape[1]:
         raise ValueError(f"The run has no {split} examples.")
-    state, best = restore(runs, Path(workdir).expanduser() / CHECKPOINTS)
-    kept = state if best is None else best
+    kept = kept_weights(runs, workdir)
     found = runs.measure(kept.params, kept.model_state, split)
     predictions = runs.parts.predictions
     names = {name.rsplit("/", 1)[0] for name in found}
@@ -81,7 +114,7 @@ def evaluate(
     return {
         "step": int(np.max(kept.step)),
         "split": split,
-        "seeds": config.seeds,
+        "seeds": runs.config.seeds,
         "outputs": {k: v for k, v in measured.items() if k not in predictions},
         "predictions": {k: v for k, v in measured.items() if k in predictions},
     }

@@ -11,7 +11,15 @@ import optax
 from jax import Array
 from ml_collections import ConfigDict
 
-from sire_jax import checks, configuration, objectives, optimizers, prediction, registry
+from sire_jax import (
+    checks,
+    configuration,
+    objective_sections,
+    objectives,
+    optimizers,
+    prediction,
+    registry,
+)
 from sire_jax.backbones import BACKBONES
 from sire_jax.data import augmentation, crops, sources, tasks
 from sire_jax.data.augmentation import AUGMENTATIONS, RandomCrop
@@ -19,23 +27,20 @@ from sire_jax.heads import HEADS
 from sire_jax.networks import MAIN, Network
 from sire_jax.parallel import INITIAL
 from sire_jax.step import Measure, Step, TrainState, find_reach, make_measure, make_step
-from sire_jax.updates import UPDATES, UpdateRule
+from sire_jax.updates import AGGREGATORS, UPDATES, WEIGHTINGS, UpdateRule, weighted
 
 PyTree = Any
 
 
 @dataclass(frozen=True)
-class Experiment:
-    """The parts of a run, without its data.
+class Forward:
+    """A network and what it is applied to, without what trains it.
 
     Attributes:
         config: The config that describes it.
         task: What an example is.
         network: The network, which returns named outputs.
-        objectives: Objectives by name.
-        predictions: Prediction rules by name.
-        augment: The augmentations, as one, random crops first.
-        rule: Update rule.
+        families: Names of the outputs of each family of heads.
         batch: Shapes of a batch of two examples, as the network sees them.
         variables: Shapes of the network's variables.
         outputs: Shapes of the outputs of that batch.
@@ -44,11 +49,8 @@ class Experiment:
     config: ConfigDict
     task: tasks.Task
     network: Network
-    objectives: objectives.Objectives
-    predictions: Mapping[str, Any]
-    augment: augmentation.Augmentation
-    rule: UpdateRule
-    batch: Mapping[str, Any]
+    families: Mapping[str, list[str]]
+    batch: dict[str, Any]
     variables: Mapping[str, PyTree]
     outputs: Mapping[str, Any]
 
@@ -64,6 +66,40 @@ class Experiment:
         """Makes a batch for ``measure``, with the central crop or all ten, ``[b, 10, …]``."""
         data = self.config.data
         return _crop(self.lookup(arrays, examples), data.crop, data.ten_crop)
+
+    def lookup_central(self, arrays: tasks.Arrays, examples: Array) -> dict[str, Array]:
+        """Makes a batch as the network sees it, with the central crop, ``[b, …]``."""
+        return _crop(self.lookup(arrays, examples), self.config.data.crop)
+
+    def apply(self, variables: PyTree, image: Array, aux: bool = True) -> dict[str, Array]:
+        """Applies the network, in evaluation, to images that are neither scaled nor cropped."""
+        data = self.config.data
+        prepared = _crop({"image": _prepare(image.astype(jnp.float32), data)}, data.crop)
+        outputs: Any = self.network.apply(variables, prepared["image"], aux=aux)
+        return outputs
+
+
+@dataclass(frozen=True)
+class Experiment(Forward):
+    """The parts of a run, without its data.
+
+    Attributes:
+        objectives: Objectives by name.
+        predictions: Prediction rules by name.
+        augment: The augmentations, as one, random crops first.
+        reach: For each objective a tree of booleans over the parameters: those that it reaches.
+        rule: Update rule.
+    """
+
+    objectives: objectives.Objectives
+    predictions: Mapping[str, Any]
+    augment: augmentation.Augmentation
+    reach: Mapping[str, PyTree]
+    rule: UpdateRule
+
+    def main_objective(self) -> str:
+        """Returns the name of the main output's objective, the first if there are several."""
+        return main_objective(self.objectives)
 
     def initial_state(self, seed: Array) -> TrainState:
         """Returns the state of a run before its first step; ``seed`` is an int32."""
@@ -189,10 +225,7 @@ def _section(
     return {k: made[k] for k in sorted(made, key=lambda k: place[k])}
 
 
-Units = Mapping[str, int | None]
-
-
-def _units(task: tasks.Task, config: ConfigDict) -> Units:
+def _units(task: tasks.Task, config: ConfigDict) -> optimizers.Units:
     """Returns the lengths in steps of what schedules count in."""
     data = config.data
     if not data.images and isinstance(task, tasks.Images):
@@ -207,7 +240,7 @@ def _units(task: tasks.Task, config: ConfigDict) -> Units:
     return {"epoch": steps, "run": steps * config.epochs}
 
 
-def _optimizer(config: ConfigDict, units: Units) -> optax.GradientTransformation:
+def _optimizer(config: ConfigDict, units: optimizers.Units) -> optax.GradientTransformation:
     """Makes the optimizer, with its schedules counting steps."""
     section = config.optimizer
     schedules = {
@@ -233,46 +266,32 @@ def _heads(config: ConfigDict, plan: Any) -> tuple[dict[str, Any], dict[str, lis
     return heads, families
 
 
-def _objectives(
-    config: ConfigDict, families: Mapping[str, list[str]], units: Units
-) -> dict[str, objectives.Objective]:
-    """Makes the objectives: one for each output of a family."""
-    made: dict[str, objectives.Objective] = {}
-    for name, section in config.objectives.items():
-        if not isinstance(section, ConfigDict):
-            raise ValueError(f"The objective '{name}' is {section!r}; it should be a section.")
-        settings = {key: value for key, value in section.items() if key != "weights"}
-        weights = section.get("weights", ())
-        if not isinstance(weights, tuple | list):
-            raise ValueError(
-                f"The weights of the objective '{name}' are {weights!r}; they should be a number or"
-                " schedule for each output, such as (0.1, 0.2)."
-            )
-        family = families.get(section.get("output"))
-        outputs = [section.get("output")] if family is None else family
-        if weights and len(weights) != len(outputs):
-            raise ValueError(
-                f"The objective '{name}' has {len(weights)} weights for {len(outputs)} outputs"
-                f" ({', '.join(map(str, outputs))}); give one for each, or 'weight' for all."
-            )
-        for i, output in enumerate(outputs):
-            each = {"output": output, "weight": weights[i]} if weights else {"output": output}
-            # The objective 'reconstruction' on the family 'decoder' becomes 'reconstruction_1', …
-            own = name if family is None else name + output.removeprefix(section.output)
-            if own in made:
-                raise ValueError(f"Two objectives have the name '{own}'; rename one of them.")
-            made[own] = _objective(own, {**settings, **each}, units)
-    return made
+def main_objective(chosen: objectives.Objectives) -> str:
+    """Returns the name of the first objective on the main output, ``"main"`` if there is none."""
+    return next((name for name, o in chosen.items() if o.output == MAIN), MAIN)
 
 
-def _objective(name: str, section: Mapping[str, Any], units: Units) -> objectives.Objective:
-    described = {"name": name, **section}
-    made = registry.create({name: objectives.Objective}, described, "objective")
-    loss = registry.choose(objectives.LOSSES, made.loss, "loss")
-    weight = optimizers.number_or_schedule(made.weight, f"weight of the objective '{name}'", units)
-    if callable(weight):
-        checks.schedule(name, weight, units.get("run") or 1)
-    return objectives.Objective(made.output, made.target, loss, weight)
+def forward(config: ConfigDict) -> Forward:
+    """Makes and checks a network, without what trains it.
+
+    Args:
+        config: A config, resolved.
+
+    Returns:
+        The network; nothing has been compiled and no data read.
+
+    Raises:
+        ValueError: If the config asks for what does not exist or does not fit together.
+    """
+    configuration.validate(config)
+    task = registry.create(tasks.TASKS, config.data.task, "task")
+    backbone = registry.create(BACKBONES, config.backbone, "backbone")
+    heads, families = _heads(config, getattr(backbone, "plan", None))
+    network = Network(backbone, heads)
+    batch = _example_batch(task, config)
+    variables = jax.eval_shape(network.init, jax.random.key(0), batch["image"])
+    outputs = jax.eval_shape(network.apply, variables, batch["image"])
+    return Forward(config, task, network, families, batch, variables, outputs)
 
 
 def build(config: ConfigDict) -> Experiment:
@@ -287,45 +306,46 @@ def build(config: ConfigDict) -> Experiment:
     Raises:
         ValueError: If the config asks for what does not exist or does not fit together.
     """
-    configuration.validate(config)
-    task = registry.create(tasks.TASKS, config.data.task, "task")
+    parts = forward(config)
+    network, batch, outputs = parts.network, parts.batch, parts.outputs
     augmentations = _section(config, "augmentation", AUGMENTATIONS, "augmentation")
-    backbone = registry.create(BACKBONES, config.backbone, "backbone")
-    heads, families = _heads(config, getattr(backbone, "plan", None))
-    network = Network(backbone, heads)
-    units = _units(task, config)
-    chosen = _objectives(config, families, units)
+    units = _units(parts.task, config)
+    depths = objective_sections.depths(network.heads, getattr(network.backbone, "plan", None))
+    chosen = objective_sections.create(config.objectives, parts.families, depths, units)
     predictions = _section(config, "predictions", prediction.PREDICTIONS, "prediction")
-    batch = _example_batch(task, config)
-    variables = jax.eval_shape(network.init, jax.random.key(0), batch["image"])
-    outputs = jax.eval_shape(network.apply, variables, batch["image"])
     objectives.check(chosen, outputs, batch)
     prediction.check(predictions, outputs)
     checks.names(predictions, outputs, chosen)
     checks.losses(chosen, outputs, batch)
-    checks.widths(task.classes(config.data.classes), chosen, outputs)
+    checks.widths(parts.task.classes(config.data.classes), chosen, outputs)
     checks.augmentations(augmentations, batch)
     if config.data.crop:
         augmentations = {"data.crop": RandomCrop(config.data.crop), **augmentations}
-    checks.ranges(heads, chosen, *image_range(config.data))
+    checks.ranges(network.heads, chosen, *image_range(config.data))
     if config.data.ten_crop:
         checks.averages(outputs, batch)
     if "validation" in config.evaluate_splits:
         checks.selection(chosen, outputs, batch)
     optimizer = _optimizer(config, units)
-    reach = find_reach(network.apply, chosen, variables, batch)
+    reach = find_reach(network.apply, chosen, parts.variables, batch)
     rule = registry.create(
-        UPDATES, config.update_rule, "update rule", optimizer=optimizer, reach=reach
+        UPDATES,
+        config.update_rule,
+        "update rule",
+        optimizer=optimizer,
+        reach=reach,
+        main=main_objective(chosen),
+        aggregator=registry.create(AGGREGATORS, config.aggregator, "aggregator"),
     )
+    # A weighting by averages takes them over an epoch, if the config doesn't say otherwise.
+    given = "period" in config.weighting or not units.get("epoch")
+    period = {} if given else {"period": units["epoch"]}
+    weighting = registry.create(WEIGHTINGS, config.weighting, "weighting", **period)
     return Experiment(
-        config=config,
-        task=task,
-        network=network,
+        **vars(parts),
         objectives=chosen,
         predictions=predictions,
         augment=augmentation.chain(augmentations),
-        rule=rule,
-        batch=batch,
-        variables=variables,
-        outputs=outputs,
+        reach=reach,
+        rule=weighted(rule, weighting, reach),
     )

@@ -5,7 +5,7 @@ traces, so they hold for any network.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,17 +21,16 @@ PyTree = Any
 _CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr", "call")
 
 
-def _sub_program(equation: core.JaxprEqn) -> core.Jaxpr | None:
+def sub_program(equation: core.JaxprEqn) -> core.ClosedJaxpr | None:
+    """Returns the program that an equation calls on its own operands, ``None`` if it is no call."""
     if equation.primitive.name in ("scan", "while", "cond"):
         return None
     for key in _CALLS:
-        program = equation.params.get(key)
-        if program is None:
-            continue
-        program = getattr(program, "jaxpr", program)
+        given: Any = equation.params.get(key)
+        program: Any = getattr(given, "jaxpr", given)
         arity = (len(equation.invars), len(equation.outvars))
         if hasattr(program, "eqns") and (len(program.invars), len(program.outvars)) == arity:
-            return program
+            return core.ClosedJaxpr(program, getattr(given, "consts", ()))
     return None
 
 
@@ -53,16 +52,17 @@ def dependencies(program: core.Jaxpr, inputs: list[int]) -> list[int]:
 
     for equation in program.eqns:
         given = [read(atom) for atom in equation.invars]
-        marks.update(zip(equation.outvars, _through(equation, given), strict=True))
+        marks.update(zip(equation.outvars, through(equation, given), strict=True))
     return [read(atom) for atom in program.outvars]
 
 
-def _through(equation: core.JaxprEqn, given: list[int]) -> list[int]:
+def through(equation: core.JaxprEqn, given: list[int]) -> list[int]:
+    """Follows sets of marks from the operands of one equation to its results."""
     if equation.primitive.name == "scan":
         return _through_scan(equation, given)
-    program = _sub_program(equation)
+    program = sub_program(equation)
     if program is not None:
-        return dependencies(program, given)
+        return dependencies(program.jaxpr, given)
     everything = 0
     for mark in given:
         everything |= mark
@@ -154,11 +154,39 @@ def multiply_adds(function: Callable[..., Any], *args: Any) -> int:
         ``while_loop``, whose runs the program does not tell, not at all), of a conditional the most
         expensive branch.
     """
+    program, _ = _trace_whole(function, args)
+    return _count_needed(program, [True] * len(program.outvars))
+
+
+def multiply_adds_together(
+    function: Callable[..., Mapping[str, PyTree]], chosen: Sequence[Collection[str]], *args: Any
+) -> list[int]:
+    """Counts the multiply-adds of sets of named outputs, what a set has in common only once.
+
+    Args:
+        function: Maps ``args`` to a mapping of named outputs; it is traced once.
+        chosen: Sets of names.
+        *args: Its arguments, or their shapes.
+
+    Returns:
+        For each set the number of one call, as ``multiply_adds``.
+    """
+    program, results = _trace_whole(function, args)
+    names = [name for name in sorted(results) for _ in jax.tree.leaves(results[name])]
+    return [_count_needed(program, [name in each for name in names]) for each in chosen]
+
+
+def _trace_whole(function: Callable[..., Any], args: Sequence[Any]) -> tuple[core.Jaxpr, Any]:
+    """Traces a function with each convolution as one operation; also returns its shapes."""
     with convolution.whole():
         # A function of its own, or JAX might remember how it has traced this one before.
-        program = jax.make_jaxpr(lambda *each: function(*each))(*args).jaxpr
-    needed, _ = partial_eval.dce_jaxpr(program, [True] * len(program.outvars))
-    return _count(needed)
+        traced = jax.make_jaxpr(lambda *each: function(*each), return_shape=True)
+        program, shapes = traced(*args)
+    return program.jaxpr, shapes
+
+
+def _count_needed(program: core.Jaxpr, outputs: list[bool]) -> int:
+    return _count(partial_eval.dce_jaxpr(program, outputs)[0])
 
 
 def _count(program: core.Jaxpr) -> int:
@@ -180,8 +208,8 @@ def _count_equation(equation: core.JaxprEqn) -> int:
         return params["length"] * _count(params["jaxpr"].jaxpr)
     if name == "cond":
         return max(_count(branch.jaxpr) for branch in params["branches"])
-    program = _sub_program(equation)
-    return 0 if program is None else _count(program)
+    program = sub_program(equation)
+    return 0 if program is None else _count(program.jaxpr)
 
 
 def _shape(atom: Any) -> tuple[int, ...]:

@@ -3,7 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
-from sire_jax import configuration
+from sire_jax import configuration, experiment
 
 QUICKSTART = str(configuration.repository_configs() / "quickstart.py")
 
@@ -300,3 +300,36 @@ def test_described_parts_show_their_settings():
 def test_a_flat_config_has_a_key_for_each_value():
     config = ConfigDict({"a": 1, "b": {"c": (1, 2), "d": {"e": "x"}}, "f": {}})
     assert configuration.flat(config) == {"a": 1, "b.c": (1, 2), "b.d.e": "x"}
+
+
+def test_an_override_of_a_part_brings_its_settings_and_keeps_those_in_common():
+    config = configuration.load(
+        f"{configuration.repository_configs()}/auxnet.py:20-2",
+        [
+            "--config.optimizer.b1=0.8",
+            "--config.optimizer.name=adam",
+            "--config.optimizer.weight_decay=0.5",
+            "--config.aggregator.name=cagrad",
+            "--config.aggregator.radius=0.2",
+            "--config.update_rule.name=pairwise",
+            "--config.weighting.name=dwa",
+        ],
+    )
+    optimizer = config.optimizer.to_dict()
+    assert optimizer.pop("learning_rate")["init_value"] == 0.1
+    assert optimizer == {
+        "name": "adam", "weight_decay": 0.5, "b1": 0.8, "b2": 0.999,
+    }  # fmt: skip
+    assert config.aggregator.to_dict() == {"name": "cagrad", "radius": 0.2}
+    assert config.update_rule.to_dict() == {"name": "pairwise", "adjust": True, "scale_own": False}
+    assert config.weighting.to_dict() == {"name": "dwa", "temperature": 2.0}
+    with pytest.raises(ValueError, match=r"config\.optimizer has no key 'momentum'"):
+        configuration.override(config, ["--config.optimizer.momentum=0.5"])
+
+
+def test_the_control_of_multiway_refuses_another_optimizer():
+    given = ["--config.optimizer.name=adam", "--config.update_rule.name=effective_joint"]
+    path = f"{configuration.repository_configs()}/auxnet.py:20-2"
+    config = configuration.load(path, given)
+    with pytest.raises(ValueError, match="needs an optimizer whose step is linear"):
+        experiment.build(config)

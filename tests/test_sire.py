@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict
 from planned import random_like
 
-from sire_jax import configuration, experiment, optimizers, reproduce
+from sire_jax import configuration, experiment, objective_sections, optimizers, reproduce
 from sire_jax.experiment import image_range
 from sire_jax.step import TrainState
 
@@ -155,7 +155,9 @@ def test_the_last_of_two_overrides_of_a_tuple_counts():
 def test_weights_of_one_output():
     config = ConfigDict(_thin("heads.decoder.stages=()").to_dict())
     config.objectives.main.weights = (0.5,)
-    assert experiment._objectives(config, {"decoder": []}, {})["main"].weight == 0.5
+    assert (
+        objective_sections.create(config.objectives, {"decoder": []}, {}, {})["main"].weight == 0.5
+    )
 
 
 def test_lambdas_of_the_networks():

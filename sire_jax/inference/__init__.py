@@ -1,0 +1,1 @@
+"""Using a trained network: cut at its outputs, and left early by easy images."""

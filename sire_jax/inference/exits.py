@@ -1,0 +1,158 @@
+"""The exits of a trained network: outputs at which images may leave, with all that tells when."""
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from sire_jax import traced
+from sire_jax.evaluate import kept_weights, open_run
+from sire_jax.experiment import Experiment
+from sire_jax.inference.cascade import filled
+from sire_jax.inference.stages import Stage, split
+from sire_jax.metrics import class_logits, is_classification
+from sire_jax.networks import MAIN
+from sire_jax.runs import Runs
+
+PyTree = Any
+
+
+def find_exits(parts: Experiment) -> tuple[list[str], str]:
+    """Finds the outputs at which images can leave.
+
+    Args:
+        parts: The parts of a run.
+
+    Returns:
+        The outputs with an objective on the target that the main output classifies, and that need
+        no more multiply-adds than the main one, which is the last; and the target.
+
+    Raises:
+        ValueError: If the main output classifies nothing, or there is no other such output.
+    """
+
+    def targets(output: str) -> list[str]:
+        chosen = [o.target for o in parts.objectives.values() if o.output == output]
+        flat = [target for target in chosen if parts.batch[target].ndim == 1]
+        return [t for t in flat if is_classification(parts.outputs[output], parts.batch[t])]
+
+    if not targets(MAIN):
+        raise ValueError("The main output has no objective on labels, so that no image can leave.")
+    target = targets(MAIN)[0]
+    names = [name for name in parts.output_names() if target in targets(name)]
+    image = jax.ShapeDtypeStruct((1, *parts.batch["image"].shape[1:]), jnp.float32)
+    alone = [{name} for name in names]
+    counted = traced.multiply_adds_together(parts.apply, alone, parts.variables, image)
+    costs = dict(zip(names, counted, strict=True))
+    early = [name for name in names if name != MAIN and costs[name] <= costs[MAIN]]
+    if not early:
+        raise ValueError(
+            f"No auxiliary output classifies '{target}', as the main one does, with no more"
+            " multiply-adds than it; there is no exit."
+        )
+    return [*early, MAIN], target
+
+
+class Exits:
+    """The exits of a trained network, its first seed's weights and the examples of its run.
+
+    Args:
+        workdir: The run.
+        batch_size: Images computed at once.
+        overrides: ``--config.data.dir=DIR`` and the like, where the data have moved.
+
+    Attributes:
+        step: After how many steps of training.
+        stages: The network in stages.
+        names: The outputs at which images leave, in the order of the stages.
+        costs: Multiply-adds of an image that leaves at each.
+        main_cost: Those of the main output alone.
+        classes: Number of classes.
+        variables: Parameters and all other variables of the network.
+        images: Training and test images, ``[m, …]``, as the source has them.
+        examples: Indices into the images, of ``"validation"`` and ``"test"``.
+        labels: The classes of these examples.
+
+    Raises:
+        FileNotFoundError: If there is no run, no checkpoint, or the data set is not prepared.
+        ValueError: If the run has no exit or no validation examples, or an override changes it.
+    """
+
+    def __init__(self, workdir: str | Path, batch_size: int, overrides: Sequence[str] = ()):
+        if batch_size < 1:
+            raise ValueError(f"--batch_size is {batch_size}; it should be at least 1.")
+        runs = open_run(workdir, overrides)
+        names, self._target = find_exits(runs.parts)
+        if not runs.examples["validation"].shape[1]:
+            raise ValueError(
+                f"The run {workdir} has no validation examples to fit thresholds on; train with"
+                " --config.data.task.validation_per_class=N."
+            )
+        self._parts, self._batch_size = runs.parts, batch_size
+        self._place(runs, workdir)
+        # As the source has them: the network's program scales and crops.
+        each = self.examples["test"].shape[1:]
+        shape = (batch_size, *each, *self.images.shape[1:])
+        images = jax.ShapeDtypeStruct(shape, self.images.dtype)
+        self.stages: list[Stage] = split(self._parts.apply, names, self.variables, images)
+        self.names = [stage.output for stage in self.stages]
+        self.costs = np.cumsum([stage.multiply_adds for stage in self.stages]).tolist()
+        one = jax.ShapeDtypeStruct((1, *shape[1:]), images.dtype)
+        self.main_cost = traced.multiply_adds(self._main, self.variables, one)
+        # One logit is a choice of two.
+        self.classes = max(2, runs.parts.outputs[MAIN].shape[-1])
+        self._programs: dict[Callable[..., Any], Callable[..., Any]] = {}
+
+    def _place(self, runs: Runs, workdir: str | Path) -> None:
+        """Puts weights and images on one device."""
+        kept = kept_weights(runs, workdir)
+        device = jax.local_devices()[0]
+        self.step = int(np.asarray(kept.step)[0])
+        first = jax.tree.map(lambda x: x[0], {"params": kept.params, **kept.model_state})
+        arrays = jax.device_put(dict(runs.arrays), device)
+        self.variables = jax.device_put(first, device)
+        self.images = arrays["image"]
+        self.examples = {k: np.asarray(v[0]) for k, v in runs.examples.items() if k != "train"}
+        self.labels = {
+            kind: np.asarray(runs.parts.task.batch(arrays, jnp.asarray(each))[self._target])
+            for kind, each in self.examples.items()
+        }
+
+    def _all(self, variables: PyTree, images: Array) -> list[Array]:
+        outputs = self._parts.apply(variables, images)
+        return [class_logits(outputs[name]) for name in self.names]
+
+    def _main(self, variables: PyTree, images: Array) -> Array:
+        outputs = self._parts.apply(variables, images, aux=False)
+        return class_logits(outputs[MAIN]).argmax(-1)
+
+    def _over(self, function: Callable[..., Any], examples: np.ndarray) -> list[Any]:
+        """Applies a program to examples, batch by batch."""
+        if function not in self._programs:
+            self._programs[function] = jax.jit(lambda v, x, i: function(v, x[i]))
+        size = self._batch_size
+        batches = [examples[i : i + size] for i in range(0, len(examples), size)]
+        program = partial(self._programs[function], self.variables, self.images)
+        return [program(filled(each, size)) for each in batches]
+
+    def logits(self, kind: str) -> np.ndarray:
+        """Computes all exits of all examples of a split, ``[exits, n, classes]``."""
+        found = self._over(self._all, self.examples[kind])
+        joined = [np.concatenate(each) for each in zip(*found, strict=True)]
+        return np.stack(joined)[:, : len(self.labels[kind])]
+
+    def whole(self) -> tuple[float, float]:
+        """Returns the test accuracy of the main output, computed alone, and its seconds."""
+        examples = self.examples["test"]
+        jax.block_until_ready(self._over(self._main, examples[: self._batch_size]))
+        started = time.perf_counter()
+        found = np.concatenate(jax.block_until_ready(self._over(self._main, examples)))
+        seconds = time.perf_counter() - started
+        right = found[: len(examples)] == self.labels["test"]
+        return float(right.mean()), seconds
