@@ -45,7 +45,9 @@ def band(
         opacity: Of the lines, in [0, 1].
     """
     mean = values.mean(1)
-    axes.plot(epochs, mean, color=colour, label=label, alpha=opacity)
+    # A line through one point would not be seen.
+    marker = "o" if len(epochs) == 1 else ""
+    axes.plot(epochs, mean, marker=marker, color=colour, label=label, alpha=opacity)
     if values.shape[1] > 1:
         spread = values.std(1, ddof=1)
         for edge in (mean - spread, mean + spread):
