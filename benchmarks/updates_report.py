@@ -1,0 +1,126 @@
+"""The tables of ``benchmarks/updates.py``, from its figures."""
+
+import argparse
+import math
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any
+
+import flax
+import jax
+import numpy as np
+import optax
+
+from sire_jax.tables import align
+
+EFFECTIVE_MOST, AGGREGATOR_MOST = 1.05, 1.10
+# Which of our candidates does what one of PyTorch's does.
+OURS = {"joint": "joint", "compiled": "joint", "separate": "multiway"}
+AGGREGATED = "joint + upgrad"
+
+
+def ratios(found: Mapping[str, Any], name: str, other: str) -> list[float]:
+    """Returns how many times the other's time a contender takes, by round."""
+    pair = found["seconds"][name], found["seconds"][other]
+    return [a / b for a, b in zip(*pair, strict=True)]
+
+
+def spread(values: Sequence[float]) -> str:
+    """Writes a median with quartiles."""
+    low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+
+
+def memory(found: Mapping[str, Any], name: str) -> float:
+    """Returns the MiB of intermediate arrays and results; not a number if it is not known."""
+    facts = found["facts"][name]
+    sizes = facts["temporary_bytes"], facts["result_bytes"]
+    return math.nan if None in sizes else sum(sizes) / 2**20
+
+
+def our_table(found: Mapping[str, Any]) -> str:
+    """Writes a row for each of our candidates."""
+    header = ["", "ms/step", "/ joint (quartiles)", "required", "memory MiB", "/ joint"]
+    rows = [[*header, "trace s", "compile s"]]
+    for name, facts in found["facts"].items():
+        rule, _, aggregator = name.partition(" + ")
+        size = memory(found, name)
+        rows.append(
+            [
+                name,
+                f"{1e3 * median(found['seconds'][name]):.1f}",
+                spread(ratios(found, name, "joint")),
+                f"{found['required']['multiway' if aggregator else rule]:.2f}",
+                f"{size:.0f}",
+                f"{size / memory(found, 'joint'):.2f}",
+                f"{facts['trace_seconds']:.1f}",
+                f"{facts['compile_seconds']:.1f}",
+            ]
+        )
+    return align(rows)
+
+
+def targets(found: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Lists candidates, what they are relative to, and what should hold."""
+    listed = []
+    for name in found["facts"]:
+        if name == "effective_joint":
+            listed.append((name, "joint", f"at most {EFFECTIVE_MOST:.2f}"))
+        elif name == "multiway":
+            listed.append((name, "joint", f"about {found['required'][name]:.2f}"))
+        elif " + " in name and "multiway" in found["facts"]:
+            listed.append((name, "multiway", f"at most {AGGREGATOR_MOST:.2f}"))
+    return listed
+
+
+def target_table(found: Mapping[str, Any]) -> str:
+    """Writes what should hold beside what was measured."""
+    rows = [["", "measured (quartiles)", "target"]]
+    for name, other, target in targets(found):
+        rows.append([f"{name} / {other}", spread(ratios(found, name, other)), target])
+    return align(rows)
+
+
+def peer_table(found: Mapping[str, Any]) -> str:
+    """Writes a row for each of PyTorch's candidates; ratios are to its own joint step."""
+    rows = [["", "ms/step", "/ PyTorch joint (quartiles)", "ours", "ours / PyTorch's"]]
+    for each in found["peer"]["ready"]:
+        name, ours = f"PyTorch {each}", OURS.get(each, AGGREGATED)
+        own = "PyTorch joint" in found["seconds"]
+        known = ours in found["seconds"]
+        rows.append(
+            [
+                name,
+                f"{1e3 * median(found['seconds'][name]):.1f}",
+                spread(ratios(found, name, "PyTorch joint")) if own else "",
+                ours if known else "",
+                spread(ratios(found, ours, name)) if known else "",
+            ]
+        )
+    return align(rows)
+
+
+def report(variant: str, found: Mapping[str, Any]) -> str:
+    """Writes the tables of a network."""
+    parts = [f"AuxNet-{variant}", our_table(found), target_table(found)]
+    if apart := found["first_step_off_multiway"]:
+        told = ", ".join(f"{name} {value:.1e}" for name, value in apart.items())
+        parts.append(f"First step, distance to that of multiway, relative: {told}.")
+    if found["peer"]:
+        parts.append(peer_table(found))
+        parts += [f"PyTorch {n}: not run: {why}" for n, why in found["peer"]["errors"].items()]
+    return "\n\n".join(parts)
+
+
+def figures(found: Mapping[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """Returns what is written as JSON."""
+    libraries = (jax, flax, optax, np)
+    return {
+        "machine": f"{platform.processor() or platform.machine()}, {jax.devices()}",
+        "cores": os.cpu_count(),
+        "versions": {each.__name__: each.__version__ for each in libraries},
+        "options": {key: str(value) for key, value in vars(options).items()},
+        "networks": found,
+    }
