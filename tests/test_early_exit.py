@@ -356,8 +356,9 @@ def test_the_program_measures_and_draws(trained, opened, tmp_path, capsys):
     # The curve goes from the first exit alone to the last.
     curve = result["curve"]
     assert len(curve) == 4
-    assert curve[0]["accuracy"] == pytest.approx(accuracy[0])
-    assert curve[0]["multiply_adds"] == found.costs[0]
+    # A test image whose score is below all of validation goes on.
+    assert curve[0]["accuracy"] == pytest.approx(accuracy[0], abs=0.02)
+    assert curve[0]["multiply_adds"] == pytest.approx(found.costs[0], rel=0.05)
     assert curve[-1]["accuracy"] == pytest.approx(accuracy[-1], abs=0.01)
     for row, each in zip(rows, logits["validation"], strict=True):
         temperature = calibration.fit_temperature(each, found.labels["validation"])

@@ -94,7 +94,8 @@ def test_the_norm_at_a_layer_is_the_slope_along_its_gradient(trained):
         losses = make_losses(apply, parts.objectives, trained.batch, key)
         return losses(trained.params, trained.model_state)[0]["main"]
 
-    gradient = jax.grad(loss)(zeros)
+    loss = jax.jit(loss)
+    gradient = jax.jit(jax.grad(loss))(zeros)
     norm = float(jnp.sqrt((gradient**2).sum()))
     np.testing.assert_allclose(norms.each["main"][4], norm, rtol=1e-5)
     size = 0.05
