@@ -49,21 +49,17 @@ def _show(message: Warning | str, *where: Any, **settings: Any) -> None:
     print(f"Warning: {message}", file=sys.stderr, flush=True)
 
 
-def picture(path: str) -> Path:
+def check_picture(path: str) -> None:
     """Checks, before any work, that a picture can be written.
 
     Args:
         path: Its file.
-
-    Returns:
-        The path.
 
     Raises:
         FileNotFoundError: If there is no such directory.
     """
     if not Path(path).absolute().parent.is_dir():
         raise FileNotFoundError(f"There is no directory to write {path} to.")
-    return Path(path)
 
 
 def _raised_here(error: BaseException) -> bool:

@@ -99,7 +99,8 @@ class Exported:
         flat = given.reshape(-1, *self.shape[-3:])
         labels = {kind: np.zeros(len(flat), np.int32) for kind in self._parts.config.data.classes}
         image = self._parts.task.prepare(Source(flat, labels))["image"]
-        return image.reshape(-1, *self._parts.batch["image"].shape[1:])
+        # Images of a pair together again; of another size than the network sees, if it crops.
+        return image.reshape(*given.shape[:-3], *image.shape[1:])
 
     def _apply(self, stored: Mapping[str, Array], images: Array) -> tuple[Array, Any]:
         # What the output is not computed from is nowhere to be had: the compiler drops the zeros.

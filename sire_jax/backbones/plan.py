@@ -197,18 +197,15 @@ class Planned(nn.Module):
                     f"Images of {shape[1]} x {shape[2]} are too small: they are {x.shape[1]} x"
                     f" {x.shape[2]} when {name} would divide them by {block.stride}."
                 )
+            names = [each for each, _ in run]
             if key is not None and getattr(block, "loops", False):
-                x = self._make([each for each, _ in run], block, x, key)
-                endpoints[run[-1][0]] = x
-                continue
-            if len(run) > 1:
-                names = [each for each, _ in run]
-                before, x = x, self._offset(names[-1], self._loop(names, block, x, train))
-                endpoints[names[-1]] = x
-                continue
-            for name, block in run:
-                before, x = x, self._offset(name, block.encoder(name)(x, before, train=train))
-                endpoints[name] = x
+                y = self._make(names, block, x, key)
+            elif len(run) > 1:
+                y = self._loop(names, block, x, train)
+            else:
+                y = block.encoder(name)(x, before, train=train)
+            before, x = x, self._offset(names[-1], y)
+            endpoints[names[-1]] = x
         return x
 
     def _runs(

@@ -26,13 +26,12 @@ class Stem:
 
     width: int
     kernel_size: int = 3
-    stride: int = 1
+    stride: ClassVar[int] = 1
     layers: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         check_widths("Stem", self.width)
         check_odd("Stem", self.kernel_size)
-        check_stride("Stem", self.stride)
 
     def channels(self, inputs: int) -> int:
         """Returns ``width``."""
@@ -40,17 +39,16 @@ class Stem:
 
     def encoder(self, name: str) -> nn.Module:
         """Returns the block's module."""
-        return _Stem(self.width, self.kernel_size, self.stride, name=name)
+        return _Stem(self.width, self.kernel_size, name=name)
 
 
 class _Stem(nn.Module):
     width: int
     kernel_size: int
-    stride: int
 
     @nn.compact
     def __call__(self, x: Array, before: Array, *, train: bool) -> Array:
-        return _convolution(self.width, self.kernel_size, self.stride, "conv")(x)
+        return _convolution(self.width, self.kernel_size, 1, "conv")(x)
 
 
 def _convolution(width: int, kernel_size: int, stride: int, name: str) -> Conv:

@@ -90,13 +90,12 @@ def measure(trained: Trained) -> Norms:
     divisors = reached.divisors(weights)
     effective = {name: weights[name] / divisors[name] for name in weights}
 
-    def apply(variables: Any, image: Array, **settings: Any) -> Any:
-        return parts.network.apply(variables, image, **settings)
-
     def norms(offsets: Any) -> Any:
         def losses(offsets: Any, model_state: Any) -> Any:
             def offset(variables: Any, image: Array, **settings: Any) -> Any:
-                return apply({**variables, OFFSETS: {"backbone": offsets}}, image, **settings)
+                return parts.network.apply(
+                    {**variables, OFFSETS: {"backbone": offsets}}, image, **settings
+                )
 
             key = jax.random.key(0)
             named, rest = make_losses(offset, parts.objectives, trained.batch, key)(
@@ -234,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="print the ratios as JSON")
     known, overrides = parser.parse_known_args(arguments)
     with command.readable_errors():
-        command.picture(known.out)
+        command.check_picture(known.out)
         measured = {}
         for title, path in titles(known.workdir).items():
             trained = Trained.load(path, overrides)

@@ -97,7 +97,7 @@ def effective_joint(
 def _per_leaf(reached: Reached, value: Callable[[tuple[str, ...]], Array]) -> PyTree:
     """Returns for each parameter a value of the losses that reach it."""
     structure = jax.tree.structure(reached.any())
-    return jax.tree.unflatten(structure, [value(names) for names in reached.by_leaf()])
+    return jax.tree.unflatten(structure, [value(names) for names in reached.by_leaf])
 
 
 def _inverse(weight: Array) -> Array:

@@ -46,7 +46,7 @@ class Reached:
             ValueError: If no loss reaches any parameter.
         """
         found = cls(tuple(reach), reach)
-        if not any(found.by_leaf()):
+        if not any(found.by_leaf):
             raise ValueError(f"None of the losses {sorted(reach)} reaches a parameter.")
         sizes = {name: sum(found._shares(name)) for name in reach}
         return cls(tuple(sorted(reach, key=lambda name: (name == main, sizes[name]))), reach)
@@ -56,12 +56,9 @@ class Reached:
         """All losses but the last."""
         return self.names[:-1]
 
-    def by_leaf(self) -> list[tuple[str, ...]]:
-        """Returns for each parameter, in the order of ``jax.tree.leaves``, who reaches it."""
-        return self._by_leaf
-
     @cached_property
-    def _by_leaf(self) -> list[tuple[str, ...]]:
+    def by_leaf(self) -> list[tuple[str, ...]]:
+        """For each parameter, in the order of ``jax.tree.leaves``, who reaches it."""
         leaves = {name: jax.tree.leaves(self.trees[name]) for name in self.names}
         count = len(next(iter(leaves.values())))
         return [tuple(n for n in self.names if leaves[n][i]) for i in range(count)]
@@ -72,13 +69,13 @@ class Reached:
         Of losses at rising depth these are the segments of the network between them.
         """
         found: dict[tuple[str, ...], list[int]] = {}
-        for i, names in enumerate(self.by_leaf()):
+        for i, names in enumerate(self.by_leaf):
             if len(names) > 1:
                 found.setdefault(names, []).append(i)
         return found
 
     def _shares(self, name: str) -> list[bool]:
-        return [name in names and len(names) > 1 for names in self.by_leaf()]
+        return [name in names and len(names) > 1 for names in self.by_leaf]
 
     def any(self) -> PyTree:
         """Returns the tree of what any loss reaches."""
@@ -125,7 +122,7 @@ class Reached:
             self._at_least_1(weights, [n for n in names if n in self.auxiliary])
             if len(names) > 1
             else one
-            for names in self.by_leaf()
+            for names in self.by_leaf
         ]
         return jax.tree.unflatten(jax.tree.structure(self.any()), each)
 

@@ -56,7 +56,7 @@ class Steps:
         leaves, structure = jax.tree.flatten(gradient)
         scaled = [
             scale(weight, leaf) if self._scale_own or len(names) > 1 else leaf
-            for leaf, names in zip(leaves, self._reached.by_leaf(), strict=True)
+            for leaf, names in zip(leaves, self._reached.by_leaf, strict=True)
         ]
         return jax.tree.unflatten(structure, scaled)
 

@@ -222,12 +222,12 @@ def test_a_block_by_hand(block, train):
 
 def test_the_stem_is_a_convolution_and_the_end_batch_norm_and_relu():
     x = normal(4, 2, 4, 4, 3)
-    stem = Stem(2, 3, 2).encoder("stem")
+    stem = Stem(2, 3).encoder("stem")
     variables = random_like(shapes_of(stem, x, x, train=False))
     assert list(variables) == ["params"]
     kernel = np.asarray(variables["params"]["conv"]["kernel"])
     y = stem.apply(variables, x, x, train=True)
-    np.testing.assert_allclose(y, _conv(np.asarray(x), kernel, 2), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(y, _conv(np.asarray(x), kernel, 1), rtol=1e-4, atol=1e-5)
     end = Activation().encoder("end")
     variables = random_like(shapes_of(end, x, x, train=False))
     params, stats = (

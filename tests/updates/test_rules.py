@@ -61,7 +61,7 @@ def test_groups_are_what_the_same_losses_share():
         ("middle", "main"): {"w2"},
         ("early", "middle"): {"shared"},
     }
-    by_leaf = dict(zip(sorted(params()), reached.by_leaf(), strict=True))
+    by_leaf = dict(zip(sorted(params()), reached.by_leaf, strict=True))
     assert (by_leaf["side"], by_leaf["read"]) == (("side",), ())
 
 
