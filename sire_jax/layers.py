@@ -1,6 +1,5 @@
 """Layers whose training step is fast on a CPU, inside loops and under ``vmap`` as outside."""
 
-import functools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -146,85 +145,6 @@ class Dropout(nn.Module):
         return jnp.where(kept, x / (1 - self.rate), 0.0)
 
 
-def max_pool(x: Array, size: int = 2, stride: int = 2, padding: tuple[int, int] = (0, 0)) -> Array:
-    """Takes the largest value of each window; what is left over at the end is dropped.
-
-    Maxima of shifted views, first of rows, then of columns, instead of a window reduction, whose
-    gradient is slow on a CPU. Where values of a 2 x 2 window tie, the first has the gradient; of
-    other windows they share it.
-
-    Args:
-        x: Images ``[b, h, w, c]`` or ``[c, h, w, b]``: the windows are in the two middle axes.
-        size: Side of the windows, in pixels.
-        stride: Pixels from one window to the next.
-        padding: Rows and columns of minus infinity before and after the image.
-
-    Returns:
-        ``[b, h', w', c]`` or likewise, with ``h' = (h + sum(padding) - size) // stride + 1``.
-    """
-    if size == stride == 2 and padding == (0, 0):
-        return _halve(x[:, : x.shape[1] // 2 * 2, : x.shape[2] // 2 * 2])
-    for axis in (1, 2):
-        widths = [padding if i == axis else (0, 0) for i in range(x.ndim)]
-        padded = jnp.pad(x, widths, constant_values=-jnp.inf)
-        count = (padded.shape[axis] - size) // stride + 1
-        last = (count - 1) * stride + 1
-        views = [lax.slice_in_dim(padded, i, i + last, stride, axis) for i in range(size)]
-        x = functools.reduce(jnp.maximum, views)
-    return x
-
-
-def _corners(x: Array) -> list[Array]:
-    """Returns the four pixels of each 2 x 2 window, as views."""
-    return [x[:, i::2, j::2] for i in range(2) for j in range(2)]
-
-
-@jax.custom_vjp
-def _halve(x: Array) -> Array:
-    """Pools windows of 2 x 2."""
-    return functools.reduce(jnp.maximum, _corners(x))
-
-
-def _halve_forward(x: Array) -> tuple[Array, Array]:
-    return _halve(x), x
-
-
-def _halve_backward(x: Array, dy: Array) -> tuple[Array]:
-    # One pass over the small images and one over the large, where the derived gradients, of window
-    # reductions as of pairwise maxima, take several. One pixel of each window is chosen, even if a
-    # compiler computes x anew and rounds it otherwise: nothing is compared with the result.
-    a, b, c, d = _corners(x)
-    upper = jnp.maximum(a, b) >= jnp.maximum(c, d)
-    chosen = jnp.where(upper, jnp.where(a >= b, 0, 1), jnp.where(c >= d, 2, 3))
-    rows = lax.broadcasted_iota(chosen.dtype, x.shape, 1)
-    columns = lax.broadcasted_iota(chosen.dtype, x.shape, 2)
-    corner = 2 * (rows % 2) + columns % 2
-    spread = jnp.where(corner == upsample(chosen, 2), upsample(dy, 2), jnp.zeros((), dy.dtype))
-    return (spread,)
-
-
-_halve.defvjp(_halve_forward, _halve_backward)
-
-
-def upsample(x: Array, factor: int) -> Array:
-    """Repeats each pixel ``factor`` times along rows and columns: nearest up-sampling.
-
-    Args:
-        x: Images ``[b, h, w, c]`` or ``[c, h, w, b]``.
-        factor: How many times larger the sides become.
-
-    Returns:
-        ``[b, factor h, factor w, c]`` or ``[c, factor h, factor w, b]``.
-    """
-    if factor == 1:
-        return x
-    first, height, width, last = x.shape
-    # The derived gradient of this broadcast sums over two axes of six, which is fast.
-    shape = (first, height, factor, width, factor, last)
-    x = jnp.broadcast_to(x[:, :, None, :, None], shape)
-    return x.reshape(first, factor * height, factor * width, last)
-
-
 def _broadcast(vector: Array, x: Array, axis: int) -> Array:
     shape = [1] * x.ndim
     shape[axis] = -1
@@ -330,3 +250,46 @@ class BatchNorm(nn.Module):
             mean.value = keep * mean.value + (1 - keep) * lax.stop_gradient(batch_mean)
             variance.value = keep * variance.value + (1 - keep) * lax.stop_gradient(batch_variance)
         return y
+
+
+class SqueezeExcitation(nn.Module):
+    """Scales each channel by a gate that is computed from the means of all.
+
+    ``y = s x``, ``s = sigmoid(W_2 relu(W_1 z))``, ``z`` the means over all pixels (Hu et al., 2018,
+    Section 3, Eqs. 2 to 4), without biases, which they found better in residual networks. The gates
+    are computed in float32.
+
+    Attributes:
+        reduction: r: ``W_1`` leads from c channels to ``c // r``, at least 1.
+    """
+
+    reduction: int = 16
+
+    def __post_init__(self) -> None:
+        if self.reduction < 1:
+            raise ValueError(
+                f"The reduction of a SqueezeExcitation is {self.reduction}; it should be at least"
+                " 1."
+            )
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Maps ``[b, h, w, c]`` to the same shape.
+
+        Raises:
+            ValueError: If there are fewer channels than ``reduction``.
+        """
+        channels = x.shape[-1]
+        if channels < self.reduction:
+            raise ValueError(
+                f"A SqueezeExcitation can't reduce {channels} channels {self.reduction} times; its"
+                f" reduction should be at most {channels}."
+            )
+        z = x.astype(at_least_float32(x.dtype)).mean((1, 2))
+        reduce = nn.Dense(
+            channels // self.reduction, use_bias=False, kernel_init=he_normal, name="reduce"
+        )
+        expand = nn.Dense(channels, use_bias=False, name="expand")
+        gates = nn.sigmoid(expand(nn.relu(reduce(z))))
+        return x * gates.astype(x.dtype)[:, None, None]

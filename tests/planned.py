@@ -30,6 +30,11 @@ def tiny(classes: int, dropout: float = 0.0, dtype: str = "float32") -> Planned:
     return Planned(CONVOLUTIONS, classes, (8,), True, dropout, dtype)
 
 
+def pooled(classes: int) -> Planned:
+    """The same with a linear function of mean features, ``planned:pooled``."""
+    return Planned(CONVOLUTIONS, classes)
+
+
 def shape(*dimensions, dtype=jnp.float32):
     return jax.ShapeDtypeStruct(dimensions, dtype)
 

@@ -10,7 +10,8 @@ from jax.test_util import check_grads
 
 from sire_jax import convolution
 from sire_jax.convolution import convolve
-from sire_jax.layers import BatchNorm, Conv, Dropout, max_pool, normalize, random_bits, upsample
+from sire_jax.layers import BatchNorm, Conv, Dropout, normalize, random_bits
+from sire_jax.pooling import max_pool, upsample
 
 
 def _integers(seed, *shape):

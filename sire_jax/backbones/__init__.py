@@ -5,11 +5,13 @@ A backbone is any Flax module that maps ``(image, train=…)`` to ``(logits, end
 """
 
 from sire_jax.backbones.cnn import cnn, vgg
+from sire_jax.backbones.densenet import densenet
 from sire_jax.backbones.googlenet import googlenet
 from sire_jax.backbones.pair import PairBranches, PairConvolutional, PairDense
 from sire_jax.backbones.preactivation import preactivation_resnet
 from sire_jax.backbones.resnet import resnet
 from sire_jax.backbones.small import SmallCNN
+from sire_jax.backbones.wide_resnet import wide_resnet
 
 BACKBONES = {
     "pair_dense": PairDense,
@@ -20,5 +22,7 @@ BACKBONES = {
     "vgg": vgg,
     "resnet": resnet,
     "preactivation_resnet": preactivation_resnet,
+    "wide_resnet": wide_resnet,
+    "densenet": densenet,
     "googlenet": googlenet,
 }

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from sire_jax.layers import BatchNorm, Conv, TransposedConv, he_normal, max_pool, upsample
+from sire_jax.layers import BatchNorm, Conv, TransposedConv, he_normal
+from sire_jax.pooling import max_pool, upsample
 
 
 class Block(Protocol):
@@ -99,6 +100,32 @@ def scaled(widths: Sequence[int], multiple: float) -> tuple[int, ...]:
     if not 0 < multiple < math.inf:
         raise ValueError(f"width is {multiple}; it should be above 0 and finite.")
     return tuple(max(1, round(multiple * width)) for width in widths)
+
+
+def repeats(kind: str, depth: int, unit: int, rest: int, note: str = "") -> int:
+    """Returns how many blocks a stage has in a network of a depth.
+
+    Args:
+        kind: The network, for the message.
+        depth: Its depth, ``unit n + rest``.
+        unit: By how much one block more in every stage deepens it.
+        rest: Its other layers.
+        note: Ends the name of the network in the message.
+
+    Returns:
+        n, at least 1.
+
+    Raises:
+        ValueError: If there is no network of that depth; the message has the nearest.
+    """
+    blocks = max(1, round((depth - rest) / unit))
+    nearest = unit * blocks + rest
+    if nearest != depth:
+        raise ValueError(
+            f"There is no {kind} of depth {depth}{note}; it should be {unit} n + {rest}, such as"
+            f" {nearest}."
+        )
+    return blocks
 
 
 def check_odd(what: str, kernel_size: int) -> None:

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from sire_jax.layers import BatchNorm, Conv, Dropout, max_pool, uniform_fan_in
+from sire_jax.layers import BatchNorm, Conv, Dropout, uniform_fan_in
+from sire_jax.pooling import max_pool
 
 Endpoints = dict[str, Array]
 

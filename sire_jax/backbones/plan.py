@@ -11,9 +11,11 @@ from flax import linen as nn
 from jax import Array, lax
 
 from sire_jax.layers import Dropout, uniform_fan_in
+from sire_jax.names import nearest
 
 Endpoints = dict[str, Array]
 IMAGE = "image"
+POOLED = "pooled"
 DTYPES = ("float32", "bfloat16")
 # A collection of variables by the names of blocks, added to what the blocks return: zeros, to
 # differentiate by features.
@@ -29,10 +31,13 @@ class Plan:
     Attributes:
         stages: Blocks of each stage, in order.
         tail: Blocks that follow and that no decoder mirrors.
+        positions: Names of the endpoints between macro-blocks, shallow to deep: positions 1, 2, …
+            where a branch may be attached (Palacio et al., *Contextual Classification*, Fig. 4).
     """
 
     stages: tuple[tuple[Any, ...], ...]
     tail: tuple[Any, ...] = ()
+    positions: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.stages or not all(isinstance(s, tuple) and s for s in self.stages):
@@ -46,6 +51,12 @@ class Plan:
                     f"{block} is not a block of a plan; a block is an object with stride, channels"
                     " and encoder, such as Convolution(16) or MaxPool()."
                 )
+        for i, name in enumerate(self.positions, start=1):
+            if name not in self.names():
+                raise ValueError(
+                    f"Position {i} of a plan is '{name}', which is none of its endpoints."
+                    f"{nearest(name, self.names())}"
+                )
 
     def blocks(self, stage: int) -> Iterator[tuple[str, Any]]:
         """Yields the names and blocks of a stage, ``1`` being the first."""
@@ -57,7 +68,18 @@ class Plan:
         stages = range(1, len(self.stages) + 1)
         blocks = {name for stage in stages for name, _ in self.blocks(stage)}
         tail = {f"tail_block_{i}" for i in range(1, len(self.tail) + 1)}
-        return {IMAGE} | {f"stage_{stage}" for stage in stages} | blocks | tail
+        return {IMAGE, POOLED} | {f"stage_{stage}" for stage in stages} | blocks | tail
+
+    def block_of(self, name: str) -> str:
+        """Returns the name of the block that returns an endpoint, or ends a stage or the tail.
+
+        Args:
+            name: ``"stage_2"``, ``"tail"``, or the name of a block.
+        """
+        if name == "tail":
+            return f"tail_block_{len(self.tail)}"
+        number = name.removeprefix("stage_")
+        return f"{name}_block_{len(self.stages[int(number) - 1])}" if number.isdigit() else name
 
     def layers(self) -> dict[str, int]:
         """Counts the layers from the image to each block of a stage, that block included.
@@ -98,6 +120,27 @@ class Plan:
                         f" 'decoder', leave the decoders from stage {each} on out, or move it to"
                         " the plan's tail."
                     )
+
+
+def around_stages(blocks: int) -> tuple[str, ...]:
+    """Names the positions around and within the three macro-blocks behind a stem.
+
+    Palacio et al. (*Contextual Classification*, Section 4.2) attach branches to seven points
+    before, after and in between macro-blocks; where exactly is in their Fig. 4 alone. Here: behind
+    the stem, then in the middle and at the end of each of the stages 2 to 4.
+
+    Args:
+        blocks: Blocks of each stage, at least 1, what ends it not counted; one has no middle.
+
+    Returns:
+        Seven names, or four.
+    """
+    names = ["stage_1"]
+    for stage in (2, 3, 4):
+        if blocks > 1:
+            names.append(f"stage_{stage}_block_{blocks // 2}")
+        names.append(f"stage_{stage}")
+    return tuple(names)
 
 
 class Planned(nn.Module):
@@ -145,7 +188,9 @@ class Planned(nn.Module):
         Returns:
             Logits ``[b, classes]``, float32. Endpoints: ``"image"``; what each block returns,
             ``"stage_2_block_1"`` and so on, ``"tail_block_1"``; each stage's last also as
-            ``"stage_2"``. With ``self.endpoints`` some of the others may be missing.
+            ``"stage_2"``; ``"pooled"``, ``[b, c]``: the mean over all pixels, or with ``flatten``
+            all of them, before dropout and hidden layers. With ``self.endpoints`` some of the
+            others may be missing.
 
         Raises:
             ValueError: If the image is too small to be divided that often.
@@ -160,6 +205,7 @@ class Planned(nn.Module):
         tail = [(f"tail_block_{i}", block) for i, block in enumerate(self.plan.tail, start=1)]
         x = self._apply(tail, x, endpoints, image.shape, train, key)
         x = x.reshape(len(x), -1) if self.flatten else x.mean((1, 2))
+        endpoints[POOLED] = x
         for i, width in enumerate(self.hidden, start=1):
             dense = nn.Dense(
                 width, kernel_init=uniform_fan_in, dtype=self.dtype, name=f"hidden_{i}"

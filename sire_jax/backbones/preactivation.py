@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from sire_jax.backbones.blocks import check_odd, check_stride, check_widths, scaled
+from sire_jax.backbones.blocks import check_odd, check_stride, check_widths, repeats, scaled
 from sire_jax.backbones.plan import Plan, Planned
-from sire_jax.layers import BatchNorm, Conv, Dropout, he_normal
+from sire_jax.layers import BatchNorm, Conv, Dropout, SqueezeExcitation, he_normal
 
 SHORTCUTS = ("A", "B")
 
@@ -95,6 +95,8 @@ class PreActivation:
         shortcut_scale: The lambda.
         dropout: Share of the values that training drops before the last convolution, in [0, 1)
             (Zagoruyko and Komodakis, 2016, Section 2.4).
+        squeeze: Reduction ratio of a squeeze-and-excitation (``SqueezeExcitation``) at the end of
+            ``F``, 0 for none.
     """
 
     widths: tuple[int, ...]
@@ -103,6 +105,7 @@ class PreActivation:
     shortcut: str = "A"
     shortcut_scale: float = 1.0
     dropout: float = 0.0
+    squeeze: int = 0
     loops: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -122,6 +125,11 @@ class PreActivation:
         if not 0 <= self.shortcut_scale < math.inf:
             raise ValueError(
                 f"shortcut_scale is {self.shortcut_scale}; it should be at least 0 and finite."
+            )
+        if not 0 <= self.squeeze <= self.widths[-1]:
+            raise ValueError(
+                f"squeeze is {self.squeeze}; it should be 0, for none, or at least 1 and at most"
+                f" the block's {self.widths[-1]} channels."
             )
 
     @property
@@ -156,6 +164,7 @@ class _PreActivation(nn.Module):
             y = Dropout(block.dropout)(y, train=train) if i == last else y
             stride = block.stride if i == spatial else 1
             y = _convolution(width, kernel_size, stride, f"conv_{i + 1}")(y)
+        y = SqueezeExcitation(block.squeeze, name="squeeze")(y) if block.squeeze else y
         if block.shortcut == "A":
             shortcut = _pad_channels(x[:, :: block.stride, :: block.stride], y.shape[-1])
         # A scale of 1 is no operation.
@@ -208,12 +217,7 @@ def preactivation_resnet(
         ValueError: If there is no network of that depth or a setting is out of range.
     """
     convolutions = 3 if bottleneck else 2
-    blocks, rest = divmod(depth - 2, 3 * convolutions)
-    if rest or blocks < 1:
-        raise ValueError(
-            f"There is no ResNet of depth {depth}{' with bottlenecks' * bottleneck}; it should be"
-            f" {3 * convolutions} n + 2, such as {_nearest_depth(depth, 3 * convolutions)}."
-        )
+    blocks = repeats("ResNet", depth, 3 * convolutions, 2, " with bottlenecks" * bottleneck)
     first, *widths = scaled((16, 16, 32, 64), width)
 
     def block(width: int, stride: int) -> PreActivation:
@@ -225,7 +229,3 @@ def preactivation_resnet(
     for each, stride in zip(widths, (1, 2, 2), strict=True):
         stages.append((block(each, stride), *[block(each, 1)] * (blocks - 1)))
     return Planned(Plan(tuple(stages), tail=(Activation(),)), classes, dtype=dtype)
-
-
-def _nearest_depth(depth: int, unit: int) -> int:
-    return unit * max(1, round((depth - 2) / unit)) + 2

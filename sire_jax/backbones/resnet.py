@@ -34,6 +34,7 @@ def resnet(
     depth: int = 34,
     stem: str = "cifar",
     width: float = 1.0,
+    extra: tuple[int, ...] = (),
     dropout: float = 0.0,
     dtype: str = "float32",
 ) -> Planned:
@@ -42,13 +43,20 @@ def resnet(
     Five stages: the stem, and the four of residual blocks. With the ImageNet stem (a 7 x 7
     convolution of stride 2, then a max pool) each stage starts with a down-sampling; with the CIFAR
     stem (a 3 x 3 convolution) the first two keep the size, so that 32 x 32 pixels end as 4 x 4.
-    Bottlenecks are divided by their 3 x 3 convolution, as in torchvision.
+    Bottlenecks are divided by their 3 x 3 convolution, as in torchvision. The plan's positions are
+    behind the four stages of residual blocks.
+
+    Palacio et al. (*Contextual Classification*, Section 4.3) compare a ResNet-18 with a width of
+    1.5 (WideResNet18), with four further convolutions of 256 channels (DeepResNet18) and with four
+    of 512 (DWResNet18).
 
     Args:
         classes: Number of classes.
         depth: 18, 34, 50 or 101.
         stem: ``"cifar"`` or ``"imagenet"``.
-        width: Multiplies all channels.
+        width: Multiplies all channels but those of ``extra``.
+        extra: Output channels of further 3 x 3 convolutions with batch norm and ReLU before the
+            first residual block, behind the stem and its pool: the first blocks of stage 2.
         dropout: Share of the pooled features that training drops, in [0, 1).
         dtype: ``"float32"`` or ``"bfloat16"``, of features.
 
@@ -67,8 +75,11 @@ def resnet(
     imagenet = stem == "imagenet"
     first = Convolution(widths[0], 7, 2) if imagenet else Convolution(widths[0], 3)
     pool = (MaxPool(3, 2, (1, 0)),) if imagenet else ()
-    stages = [(first,), (*pool, *[_block(widths[0], bottleneck, 1)] * numbers[0])]
+    further = [Convolution(each) for each in extra]
+    stages = [(first,), (*pool, *further, *[_block(widths[0], bottleneck, 1)] * numbers[0])]
     for each, number in zip(widths[1:], numbers[1:], strict=True):
         rest = [_block(each, bottleneck, 1)] * (number - 1)
         stages.append((_block(each, bottleneck, 2), *rest))
-    return Planned(Plan(tuple(stages)), classes, dropout=dropout, dtype=dtype)
+    positions = tuple(f"stage_{i}" for i in (2, 3, 4, 5))
+    plan = Plan(tuple(stages), positions=positions)
+    return Planned(plan, classes, dropout=dropout, dtype=dtype)

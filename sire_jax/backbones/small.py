@@ -3,7 +3,8 @@
 from flax import linen as nn
 from jax import Array
 
-from sire_jax.layers import Conv, max_pool
+from sire_jax.layers import Conv
+from sire_jax.pooling import max_pool
 
 Endpoints = dict[str, Array]
 

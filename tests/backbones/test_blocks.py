@@ -12,7 +12,8 @@ from sire_jax.backbones import cnn, googlenet, resnet, vgg
 from sire_jax.backbones.blocks import Convolution, MaxPool, Residual
 from sire_jax.backbones.googlenet import Inception
 from sire_jax.backbones.plan import Plan, Planned
-from sire_jax.layers import Conv, TransposedConv, max_pool, upsample
+from sire_jax.layers import Conv, TransposedConv
+from sire_jax.pooling import max_pool, upsample
 
 # ---- The reference: loops over the kernel, float64.
 
@@ -311,13 +312,16 @@ def test_endpoints_are_in_order_and_stages_are_their_last_block():
         "stage_3_block_2",
         "stage_3",
         "tail_block_1",
+        "pooled",
     ]
+    assert set(endpoints) == MIXED.names()
     assert jnp.array_equal(endpoints["image"], image)
     for stage, last in (("stage_1", 1), ("stage_2", 2), ("stage_3", 2)):
         assert endpoints[stage] is endpoints[f"{stage}_block_{last}"]
     assert endpoints["stage_3"].shape == (2, 2, 2, 8)
     # No hidden layers, not flattened: the mean over pixels of the tail, and a dense layer.
     mean = np.asarray(endpoints["tail_block_1"]).mean((1, 2))
+    _close(np.asarray(endpoints["pooled"]), mean)
     output = variables["params"]["output"]
     _close(np.asarray(logits), mean @ np.asarray(output["kernel"]) + np.asarray(output["bias"]))
 
@@ -330,6 +334,7 @@ def test_hidden_layers_see_every_pixel_where_flattened():
     p = jax.tree.map(np.asarray, variables["params"])
     x = np.asarray(endpoints["stage_2"]).reshape(2, -1)
     assert x.shape == (2, 2 * 2 * 6)
+    np.testing.assert_array_equal(endpoints["pooled"], x)
     x = relu(x @ p["hidden_1"]["kernel"] + p["hidden_1"]["bias"])
     _close(np.asarray(logits), x @ p["output"]["kernel"] + p["output"]["bias"])
 
@@ -392,6 +397,11 @@ def test_batch_statistics_move_in_training_by_a_tenth():
         (lambda: googlenet(2, kernel_size=4), r"Inception has kernel_size 4"),
         (lambda: cnn(2, dtype="half"), r"dtype is 'half'"),
         (lambda: resnet(2, width=-1.0), r"width is -1.0"),
+        (lambda: resnet(2, extra=(4, 0)), r"Convolution has a width of 0; it should be at least 1"),
+        (
+            lambda: Plan(((MaxPool(),),), positions=("stage_1", "stage_2")),
+            r"Position 2 of a plan is 'stage_2', which is none .* mean 'stage_1'\? Known: image, p",
+        ),
     ],
 )
 def test_bad_settings_are_refused(make, message):

@@ -146,6 +146,7 @@ def test_layers_are_counted_to_each_block():
         *(f"stage_{i}" for i in (1, 2, 3, 4)),
         *plan.layers(),
         "tail_block_1",
+        "pooled",
     }
     deepest = preactivation_resnet(10, 1001, bottleneck=True).plan.layers()
     assert (len(deepest), max(deepest.values())) == (334, 1000)
