@@ -9,6 +9,7 @@ import numpy as np
 import optax
 
 from sire_jax import objectives
+from sire_jax.groups import Groups
 from sire_jax.metrics import is_classification
 from sire_jax.networks import MAIN
 
@@ -41,12 +42,35 @@ def widths(
     for name, objective in chosen.items():
         width = outputs[objective.output].shape[-1]
         known = classes.get(objective.target, width)
-        if objective.loss in (objectives.cross_entropy, objectives.negative_probability) and (
-            width != known
-        ):
+        if objectives.classifies(objective.loss) and width != known:
             raise ValueError(
                 f"The objective '{name}' compares '{objective.output}', which has {width} logits,"
                 f" with '{objective.target}', which has {known} classes."
+            )
+
+
+def groups(groups: Mapping[str, Groups], classes: int, batch: Mapping[str, Any]) -> None:
+    """Checks that groups are of all labels, and have names of their own."""
+    for name, each in groups.items():
+        if len(each.classes) != classes:
+            raise ValueError(
+                f"config.data.groups.{name} groups {len(each.classes)} labels, but there are"
+                f" {classes}."
+            )
+        if name in batch:
+            raise ValueError(
+                f"Groups can't be called '{name}': batches have that already. Rename them."
+            )
+
+
+def labels(predictions: Mapping[str, Any], chosen: objectives.Objectives) -> None:
+    """Checks that the main output predicts the label where a rule over groups needs it to."""
+    targets = {objective.target for objective in chosen.values() if objective.output == MAIN}
+    for name, prediction in predictions.items():
+        if hasattr(prediction, "groups") and "label" not in targets:
+            raise ValueError(
+                f"The prediction '{name}' needs a main output that is trained on 'label'; its"
+                f" targets are {sorted(targets)}."
             )
 
 
@@ -97,7 +121,7 @@ def selection(
 
 
 def augmentations(augmentations: Mapping[str, Any], batch: Mapping[str, Any]) -> None:
-    """Checks that a batch has what each augmentation changes."""
+    """Checks that a batch has what each augmentation changes, and that it can be changed."""
     for name, each in augmentations.items():
         for key in getattr(each, "needs", ("image",)):
             if key not in batch:
@@ -105,6 +129,7 @@ def augmentations(augmentations: Mapping[str, Any], batch: Mapping[str, Any]) ->
                     f"The augmentation '{name}' needs '{key}', which the task's batches don't have;"
                     f" they have {', '.join(sorted(batch))}."
                 )
+        jax.eval_shape(each, jax.random.key(0), dict(batch))
 
 
 def crop(side: int, ten: bool, image: Sequence[int]) -> None:

@@ -49,11 +49,31 @@ def _show(message: Warning | str, *where: Any, **settings: Any) -> None:
     print(f"Warning: {message}", file=sys.stderr, flush=True)
 
 
-def check_picture(path: str) -> None:
-    """Checks, before any work, that a picture can be written.
+def check_new(path: str | Path) -> Path:
+    """Checks, before any work, that a file can be written that is not there yet.
 
     Args:
-        path: Its file.
+        path: The file.
+
+    Returns:
+        Its path.
+
+    Raises:
+        FileExistsError: If it is there.
+        FileNotFoundError: If there is no such directory.
+    """
+    path = Path(path).expanduser()
+    if path.exists():
+        raise FileExistsError(f"{path} exists; choose another --out, or remove it.")
+    check_directory(path)
+    return path
+
+
+def check_directory(path: str | Path) -> None:
+    """Checks, before any work, that there is a directory to write a file to.
+
+    Args:
+        path: The file.
 
     Raises:
         FileNotFoundError: If there is no such directory.

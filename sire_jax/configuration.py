@@ -6,7 +6,6 @@ which show every setting, so that each can be overridden: ``--config.backbone.dr
 """
 
 import json
-import math
 import runpy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,15 +14,14 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from sire_jax import names, registry
+from sire_jax import groups, names, registry
 from sire_jax.backbones import BACKBONES
 from sire_jax.data.augmentation import AUGMENTATIONS
-from sire_jax.data.sources import Selection
 from sire_jax.data.tasks import TASKS
+from sire_jax.fitted_prediction import PREDICTIONS
 from sire_jax.heads import HEADS
-from sire_jax.objectives import LOSSES
+from sire_jax.objectives import LOSSES, LOSSES_WITH_SETTINGS
 from sire_jax.optimizers import OPTIMIZERS
-from sire_jax.prediction import PREDICTIONS
 from sire_jax.updates import AGGREGATORS, UPDATES, WEIGHTINGS
 
 SPLITS = ("train", "validation", "test")
@@ -52,6 +50,7 @@ def default() -> ConfigDict:
                 "draw_seed": 0,  # of that draw, which is the same for all runs
                 "shape": (8, 8, 1),
                 "classes": {"label": 10},  # after the draw
+                "groups": {},  # of the labels, as further targets
                 "images": 0,  # that training has, which schedules in epochs need; 0: unknown
                 "crop": 0,  # side of the square that the network sees of an image; 0: all of it
                 "ten_crop": False,  # measures by the mean logits of ten crops, not by the central
@@ -123,6 +122,20 @@ def optimizer(name: str, **settings: Any) -> ConfigDict:
     return registry.describe(OPTIMIZERS, name, "optimizer", **settings)
 
 
+def grouping(file: str | Path, groups: int) -> ConfigDict:
+    """Describes a target made of labels: their groups, from a file that ``sire_jax.grouping`` made.
+
+    Args:
+        file: The file; "" where the user has to name one.
+        groups: Which of its groupings, by the number of groups.
+
+    Returns:
+        The section. ``load`` puts the groups themselves in place of the file, so that a run doesn't
+        change with it.
+    """
+    return ConfigDict({"file": str(file), "groups": groups, "classes": (), "assignment": ()})
+
+
 def update_rule(name: str, **settings: Any) -> ConfigDict:
     """Describes an update rule; see ``registry.describe``."""
     described = registry.describe(UPDATES, name, "update rule", **settings)
@@ -131,15 +144,20 @@ def update_rule(name: str, **settings: Any) -> ConfigDict:
     return ConfigDict({k: v for k, v in described.items() if k not in supplied})
 
 
+def loss(name: str, **settings: Any) -> ConfigDict:
+    """Describes a loss that has settings; see ``registry.describe``."""
+    return registry.describe(LOSSES_WITH_SETTINGS, name, "loss", **settings)
+
+
 def objective(
-    output: str, target: str, loss: str, weight: Any = 1.0, weights: Sequence[Any] = ()
+    output: str, target: str, loss: Any, weight: Any = 1.0, weights: Sequence[Any] = ()
 ) -> ConfigDict:
     """Describes an objective, or one for each output of a family.
 
     Args:
         output: Name of the output, or of a family of heads.
         target: Key of the batch.
-        loss: Name of the loss.
+        loss: Name of the loss; of one with settings a section, ``loss(name, …)``.
         weight: A number; a schedule (``optimizers.number_or_schedule``); or, of a family of exits,
             ``{"name": "depth", "nu": 2.0}`` (``objectives.depth_weights``).
         weights: Weights of a family's outputs, one by one, in place of ``weight``.
@@ -150,7 +168,8 @@ def objective(
     Raises:
         ValueError: If there is no such loss.
     """
-    registry.choose(LOSSES, loss, "loss")
+    if isinstance(loss, str):
+        registry.choose(LOSSES, loss, "loss")
     return ConfigDict(
         {
             "output": output,
@@ -187,7 +206,29 @@ def load(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
         config = get_config(chosen) if chosen else get_config()
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return override(config, overrides)
+    return with_groups(override(config, overrides))
+
+
+def with_groups(config: ConfigDict) -> ConfigDict:
+    """Puts groups in place of the files that they are read from.
+
+    Args:
+        config: The config; it is left as it is.
+
+    Returns:
+        A config with ``assignment`` and ``classes`` of each section of ``config.data.groups``; a
+        section whose file does not exist is left as it is, for ``experiment.build`` to complain of.
+
+    Raises:
+        ValueError: If a section is none, or a file does not hold such groups.
+    """
+    config = config.copy_and_resolve_references()
+    for name, section in config.data.groups.items():
+        groups.check_section(name, section)
+        if not section.assignment and Path(section.file).expanduser().is_file():
+            read = groups.from_section(name, section)
+            section.update(file="", classes=read.classes, assignment=read.assignment)
+    return config
 
 
 def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
@@ -244,73 +285,6 @@ def _check_override(config: ConfigDict, argument: str) -> None:
         section, where = section[key], f"{where}.{key}"
 
 
-def validate(config: ConfigDict) -> None:
-    """Checks keys, types and ranges of a config, but for its parts, which check themselves.
-
-    Args:
-        config: The config.
-
-    Raises:
-        ValueError: If a key is unknown or missing, or a value has the wrong type or is out of
-            range.
-    """
-    _check_section("config", config, default())
-    for key in ("seeds", "epochs", "batch_size", "steps_per_call", "evaluate_batch_size"):
-        _check_least(key, config[key], 1)
-    for key in _AT_LEAST_0:
-        _check_least(key, config[key], 0)
-    _check_least("data.images", config.data.images, 0)
-    _check_least("data.crop", config.data.crop, 0)
-    for key in ("mean", "std"):
-        _check_channels(key, config.data[key], config.data.shape)
-    if not all(value > 0 for value in config.data.std):
-        raise ValueError(f"config.data.std is {tuple(config.data.std)}; it should be above 0.")
-    if not math.isfinite(config.data.scale) or config.data.scale <= 0:
-        raise ValueError(f"config.data.scale is {config.data.scale}; it should be above 0.")
-    if "label" not in config.data.classes:
-        raise ValueError("config.data.classes has no 'label'; it should say how many there are.")
-    drawn = Selection.of(config.data).draw_classes
-    if drawn and config.data.classes.to_dict() != {"label": drawn}:
-        raise ValueError(
-            f"config.data.classes is {config.data.classes.to_dict()}; where draw_classes is {drawn}"
-            f" it should be {{'label': {drawn}}}, as other kinds of labels are dropped."
-        )
-    if config.seed + config.seeds > 2**31:
-        raise ValueError(f"config.seed is {config.seed}; seeds should be below 2**31.")
-    shape = tuple(config.data.shape)
-    if len(shape) != 3 or not all(isinstance(n, int) and n > 0 for n in shape):
-        raise ValueError(f"config.data.shape is {shape}; it should be (height, width, channels).")
-    for split in config.evaluate_splits:
-        if split not in SPLITS:
-            raise ValueError(f"config.evaluate_splits has '{split}'.{names.nearest(split, SPLITS)}")
-
-
-_AT_LEAST_0 = (
-    "seed",
-    "seeds_at_once",
-    "devices",
-    "evaluate_every",
-    "checkpoint_every",
-    "chance_after",
-    "gradient_flow_every",
-)
-
-
-def _check_channels(key: str, values: Sequence[float], shape: Sequence[int]) -> None:
-    """Checks that there is a finite number for each channel, or none at all."""
-    finite = all(isinstance(v, int | float) and math.isfinite(v) for v in values)
-    if not finite or len(values) not in (0, shape[-1]):
-        raise ValueError(
-            f"config.data.{key} is {tuple(values)}; it should be a number for each of the"
-            f" {shape[-1]} channels, or ()."
-        )
-
-
-def _check_least(key: str, value: int, least: int) -> None:
-    if value < least:
-        raise ValueError(f"config.{key} is {value}; it should be at least {least}.")
-
-
 # Sections of one part, with its registry, what it is called, and what the program supplies.
 _SWITCHED: dict[str, tuple[Mapping[str, Any], str, tuple[str, ...]]] = {
     "optimizer": (OPTIMIZERS, "optimizer", ()),
@@ -318,38 +292,6 @@ _SWITCHED: dict[str, tuple[Mapping[str, Any], str, tuple[str, ...]]] = {
     "aggregator": (AGGREGATORS, "aggregator", ()),
     "weighting": (WEIGHTINGS, "weighting", ("period",)),
 }
-
-# Sections whose keys the user chooses: names, and the settings of the part that is named.
-_OPEN = (
-    "backbone",
-    "heads",
-    "objectives",
-    "predictions",
-    "augmentation",
-    "optimizer",
-    "update_rule",
-    "aggregator",
-    "weighting",
-)
-
-
-def _check_section(where: str, given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
-    for key in given:
-        if key not in known:
-            raise ValueError(f"{where} has no key '{key}'.{names.nearest(key, known)}")
-    for key, value in known.items():
-        if key not in given:
-            raise ValueError(f"{where} lacks the key '{key}'; start from configuration.default().")
-        path = f"{where}.{key}"
-        if key in _OPEN or path in ("config.data.task", "config.data.classes"):
-            if not isinstance(given[key], ConfigDict):
-                raise ValueError(f"{path} is {given[key]!r}; it should be a section.")
-        elif isinstance(value, ConfigDict):
-            if not isinstance(given[key], ConfigDict):
-                raise ValueError(f"{path} is {given[key]!r}; it should be a section.")
-            _check_section(path, given[key], value)
-        else:
-            registry.check_type(path, given[key], value)
 
 
 def to_json(config: ConfigDict) -> str:

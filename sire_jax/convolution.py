@@ -215,6 +215,33 @@ def whole() -> Iterator[None]:
         _WHOLE.reset(token)
 
 
+def convolve_line(x: Array, kernel: Array, axis: int) -> Array:
+    """Convolves images along rows or columns with a kernel that is one pixel wide.
+
+    ``y[n, i, j, o] = sum_{u, c} kernel[u, c, o] x[n, i, j + u - p, c]`` with ``p = (k - 1) / 2``,
+    along the columns' axis, 2; likewise along the rows', 1. The size is kept.
+
+    Args:
+        x: Images ``[b, h, w, c]``.
+        kernel: Weights ``[k, c, o]``, k odd.
+        axis: 1 or 2.
+
+    Returns:
+        ``[b, h, w, o]``.
+    """
+    size = len(kernel)
+    pads = [(size // 2, size // 2) if i == axis else (0, 0) for i in range(4)]
+    if jax.default_backend() == "cpu" and not _WHOLE.get():
+        padded = jnp.pad(x, pads)
+        views = [lax.slice_in_dim(padded, i, i + x.shape[axis], axis=axis) for i in range(size)]
+        # One matrix product, whose gradients are such products, too.
+        return jnp.concatenate(views, -1) @ kernel.reshape(-1, kernel.shape[-1])
+    layout = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(
+        x, jnp.expand_dims(kernel, 2 - axis), (1, 1), pads[1:3], dimension_numbers=layout
+    )
+
+
 def convolve(
     x: Array, kernel: Array, padding: int = 0, stride: int = 1, images_last: bool = False
 ) -> Array:

@@ -259,7 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
     known, overrides = parser.parse_known_args(arguments)
     with command.readable_errors():
-        command.check_picture(known.out)
+        command.check_directory(known.out)
         asked = Wish(known.budget, known.fractions, known.thresholds)
         found = measure(
             known.workdir, asked, RULES[known.rule], known.points, known.batch_size, overrides

@@ -76,7 +76,7 @@ def open_run(workdir: str | Path, overrides: Sequence[str] = ()) -> Runs:
     config = configuration.override(trained, overrides)
     changed = configuration.differences(trained, config)
     # How a run is measured, not what it is.
-    changed = [line for line in changed if not line.startswith("data.ten_crop:")]
+    changed = [each for each in changed if not each.startswith(("data.ten_crop:", "predictions."))]
     if changed:
         raise ValueError(f"An override would change the run: {'; '.join(changed)}.")
     return Runs(experiment.build(config))
@@ -90,8 +90,8 @@ def evaluate(
     Args:
         workdir: The run.
         split: ``"train"``, ``"validation"`` or ``"test"``.
-        overrides: ``--config.data.dir=DIR`` and the like, where the data have moved, or
-            ``--config.data.ten_crop=True``.
+        overrides: ``--config.data.dir=DIR`` and the like, where the data have moved,
+            ``--config.data.ten_crop=True``, or ``--config.predictions.joint.eta=0.3``.
 
     Returns:
         ``{"step", "split", "seeds", "outputs": {name: {metric: {"mean", "std", "runs"}}},
@@ -105,7 +105,8 @@ def evaluate(
     if not runs.examples[split].shape[1]:
         raise ValueError(f"The run has no {split} examples.")
     kept = kept_weights(runs, workdir)
-    found = runs.measure(kept.params, kept.model_state, split)
+    fitted = runs.fit(kept.params, kept.model_state)
+    found = runs.measure(kept.params, kept.model_state, split, fitted)
     predictions = runs.parts.predictions
     names = {name.rsplit("/", 1)[0] for name in found}
     first = [*runs.parts.output_names(), *runs.parts.objectives]

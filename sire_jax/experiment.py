@@ -13,20 +13,32 @@ from ml_collections import ConfigDict
 
 from sire_jax import (
     checks,
-    configuration,
     objective_sections,
     objectives,
     optimizers,
     prediction,
     registry,
+    validation,
 )
 from sire_jax.backbones import BACKBONES
 from sire_jax.data import augmentation, crops, sources, tasks
 from sire_jax.data.augmentation import AUGMENTATIONS, RandomCrop
+from sire_jax.fitted_prediction import PREDICTIONS, is_fitted
+from sire_jax.groups import Groups, check_names, from_section
 from sire_jax.heads import HEADS
 from sire_jax.networks import MAIN, Network
 from sire_jax.parallel import INITIAL
-from sire_jax.step import Measure, Step, TrainState, find_reach, make_measure, make_step
+from sire_jax.step import (
+    Apply,
+    Measure,
+    Predict,
+    Step,
+    TrainState,
+    find_reach,
+    make_measure,
+    make_predict,
+    make_step,
+)
 from sire_jax.updates import AGGREGATORS, UPDATES, WEIGHTINGS, UpdateRule, weighted
 
 PyTree = Any
@@ -41,6 +53,7 @@ class Forward:
         task: What an example is.
         network: The network, which returns named outputs.
         families: Names of the outputs of each family of heads.
+        groups: Groups of the labels, by the target that they are.
         batch: Shapes of a batch of two examples, as the network sees them.
         variables: Shapes of the network's variables.
         outputs: Shapes of the outputs of that batch.
@@ -50,6 +63,7 @@ class Forward:
     task: tasks.Task
     network: Network
     families: Mapping[str, list[str]]
+    groups: Mapping[str, Groups]
     batch: dict[str, Any]
     variables: Mapping[str, PyTree]
     outputs: Mapping[str, Any]
@@ -60,7 +74,7 @@ class Forward:
 
     def lookup(self, arrays: tasks.Arrays, examples: Array) -> dict[str, Array]:
         """Makes a batch of examples, with scaled images (see ``tasks``); ``augment`` crops them."""
-        return _lookup(self.task, self.config.data, arrays, examples)
+        return _lookup(self.task, self.config.data, self.groups, arrays, examples)
 
     def lookup_cropped(self, arrays: tasks.Arrays, examples: Array) -> dict[str, Array]:
         """Makes a batch for ``measure``, with the central crop or all ten, ``[b, 10, …]``."""
@@ -101,6 +115,10 @@ class Experiment(Forward):
         """Returns the name of the main output's objective, the first if there are several."""
         return main_objective(self.objectives)
 
+    def branches(self) -> dict[str, Groups]:
+        """Returns the groups that outputs classify, by output."""
+        return branches(self.objectives, self.groups)
+
     def initial_state(self, seed: Array) -> TrainState:
         """Returns the state of a run before its first step; ``seed`` is an int32."""
         key = jax.random.key(seed)
@@ -114,9 +132,16 @@ class Experiment(Forward):
 
     def measure(self) -> Measure:
         """Returns the measurement of a batch that ``lookup_cropped`` made."""
+        return make_measure(self._measured(), self.objectives, self.predictions)
+
+    def predict(self) -> Predict:
+        """Returns the outputs that fitted prediction rules need, of such a batch."""
+        needed = {n for each in self.predictions.values() if is_fitted(each) for n in each.needs()}
+        return make_predict(self._measured(), sorted(needed))
+
+    def _measured(self) -> Apply:
         apply = self.network.apply
-        apply = crops.averaged(apply) if self.config.data.ten_crop else apply
-        return make_measure(apply, self.objectives, self.predictions)
+        return crops.averaged(apply) if self.config.data.ten_crop else apply
 
     def load(self) -> tuple[sources.Dataset, list[tasks.Draw]]:
         """Loads the data and draws the examples of every run.
@@ -145,6 +170,8 @@ class Experiment(Forward):
                     f"config.data.classes.{kind} is {classes}, but {data.name} has"
                     f" {dict(dataset.classes)}."
                 )
+        for name, groups in self.groups.items():
+            check_names(f"config.data.groups.{name}", groups, dataset.names["label"])
         seeds = range(self.config.seed, self.config.seed + self.config.seeds)
         draws = [self.task.draw(dataset, seed) for seed in seeds]
         if len(draws[0].train) < self.config.batch_size:
@@ -158,14 +185,25 @@ class Experiment(Forward):
                     f"There are no {split} examples to measure; give config.data.task some (the"
                     " validation examples are validation_per_class or validation)."
                 )
+        for name, rule in self.predictions.items():
+            if is_fitted(rule) and not len(getattr(draws[0], rule.split)):
+                raise ValueError(
+                    f"The prediction '{name}' is fitted to {rule.split} examples, and there"
+                    " are none; hold some out with --config.data.task.validation_per_class=50."
+                )
         return dataset, draws
 
 
 def _lookup(
-    task: tasks.Task, data: ConfigDict, arrays: tasks.Arrays, examples: Array
+    task: tasks.Task,
+    data: ConfigDict,
+    groups: Mapping[str, Groups],
+    arrays: tasks.Arrays,
+    examples: Array,
 ) -> dict[str, Array]:
     batch = task.batch(arrays, examples)
-    return {**batch, "image": _prepare(batch["image"].astype(jnp.float32), data)}
+    grouped = {name: each.of(batch["label"]) for name, each in groups.items()}
+    return {**batch, **grouped, "image": _prepare(batch["image"].astype(jnp.float32), data)}
 
 
 def _crop(batch: dict[str, Array], side: int, ten: bool = False) -> dict[str, Array]:
@@ -197,7 +235,9 @@ def image_range(data: ConfigDict) -> tuple[float, float]:
     return float(extremes.min()), float(extremes.max())
 
 
-def _example_batch(task: tasks.Task, config: ConfigDict) -> dict[str, Any]:
+def _example_batch(
+    task: tasks.Task, config: ConfigDict, groups: Mapping[str, Groups]
+) -> dict[str, Any]:
     """Returns the shapes of a batch of two examples as the network sees it, from the config alone.
 
     Raises:
@@ -207,7 +247,8 @@ def _example_batch(task: tasks.Task, config: ConfigDict) -> dict[str, Any]:
     blank = sources.Source(np.zeros((1, *config.data.shape), np.uint8), labels)
     arrays = {key: jnp.asarray(values) for key, values in task.prepare(blank).items()}
     examples = jnp.zeros((2, 2) if isinstance(task, tasks.Pairs) else (2,), jnp.int32)
-    batch = jax.eval_shape(lambda a, e: _lookup(task, config.data, a, e), arrays, examples)
+    checks.groups(groups, task.classes(config.data.classes)["label"], task.batch(arrays, examples))
+    batch = jax.eval_shape(lambda a, e: _lookup(task, config.data, groups, a, e), arrays, examples)
     side = config.data.crop
     checks.crop(side, config.data.ten_crop, batch["image"].shape)
     return jax.eval_shape(lambda whole: _crop(whole, side), batch)
@@ -246,7 +287,7 @@ def _optimizer(config: ConfigDict, units: optimizers.Units) -> optax.GradientTra
     schedules = {
         key: optimizers.number_or_schedule(value, key.replace("_", " "), units)
         for key, value in section.items()
-        if isinstance(value, ConfigDict)
+        if isinstance(value, ConfigDict) and "name" in value
     }
     return registry.create(optimizers.OPTIMIZERS, {**section, **schedules}, "optimizer")
 
@@ -266,6 +307,29 @@ def _heads(config: ConfigDict, plan: Any) -> tuple[dict[str, Any], dict[str, lis
     return heads, families
 
 
+def branches(chosen: objectives.Objectives, groups: Mapping[str, Groups]) -> dict[str, Groups]:
+    """Returns the groups that outputs classify, by output.
+
+    Args:
+        chosen: Objectives by name.
+        groups: Groups of the labels, by the target that they are.
+
+    Raises:
+        ValueError: If an output has several groupings as targets.
+    """
+    found: dict[str, Groups] = {}
+    for name, objective in chosen.items():
+        if objective.target not in groups:
+            continue
+        if objective.output in found:
+            raise ValueError(
+                f"The objective '{name}' gives the output '{objective.output}' a second grouping as"
+                " target; a branch has one. Add another branch."
+            )
+        found[objective.output] = groups[objective.target]
+    return found
+
+
 def main_objective(chosen: objectives.Objectives) -> str:
     """Returns the name of the first objective on the main output, ``"main"`` if there is none."""
     return next((name for name, o in chosen.items() if o.output == MAIN), MAIN)
@@ -283,15 +347,16 @@ def forward(config: ConfigDict) -> Forward:
     Raises:
         ValueError: If the config asks for what does not exist or does not fit together.
     """
-    configuration.validate(config)
+    validation.validate(config)
     task = registry.create(tasks.TASKS, config.data.task, "task")
     backbone = registry.create(BACKBONES, config.backbone, "backbone")
     heads, families = _heads(config, getattr(backbone, "plan", None))
     network = Network(backbone, heads)
-    batch = _example_batch(task, config)
+    groups = {k: from_section(k, each) for k, each in config.data.groups.items()}
+    batch = _example_batch(task, config, groups)
     variables = jax.eval_shape(network.init, jax.random.key(0), batch["image"])
     outputs = jax.eval_shape(network.apply, variables, batch["image"])
-    return Forward(config, task, network, families, batch, variables, outputs)
+    return Forward(config, task, network, families, groups, batch, variables, outputs)
 
 
 def build(config: ConfigDict) -> Experiment:
@@ -312,12 +377,21 @@ def build(config: ConfigDict) -> Experiment:
     units = _units(parts.task, config)
     depths = objective_sections.depths(network.heads, getattr(network.backbone, "plan", None))
     chosen = objective_sections.create(config.objectives, parts.families, depths, units)
-    predictions = _section(config, "predictions", prediction.PREDICTIONS, "prediction")
     objectives.check(chosen, outputs, batch)
+    of_outputs = branches(chosen, parts.groups)
+    predictions = _section(
+        config,
+        "predictions",
+        PREDICTIONS,
+        "prediction",
+        groups={name: each.assignment for name, each in of_outputs.items()},
+    )
     prediction.check(predictions, outputs)
+    checks.labels(predictions, chosen)
     checks.names(predictions, outputs, chosen)
     checks.losses(chosen, outputs, batch)
-    checks.widths(parts.task.classes(config.data.classes), chosen, outputs)
+    classes = parts.task.classes(config.data.classes)
+    checks.widths(classes | {k: g.number for k, g in parts.groups.items()}, chosen, outputs)
     checks.augmentations(augmentations, batch)
     if config.data.crop:
         augmentations = {"data.crop": RandomCrop(config.data.crop), **augmentations}

@@ -210,22 +210,13 @@ def save(
         FileExistsError: If there is such a file.
         FileNotFoundError: If there is no directory for it.
     """
-    path = _check_new(path)
+    path = command.check_new(path)
     texts = {"format": FORMAT, "config": configuration.to_json(config), "output": output}
     # Written aside and renamed: whoever finds the file finds all of it.
     partial = path.with_name(f"{path.name}.partial")
     with partial.open("wb") as file:
         np.savez(file, allow_pickle=False, **{k: np.array(v) for k, v in texts.items()}, **stored)
     partial.replace(path)
-
-
-def _check_new(path: str | Path) -> Path:
-    path = Path(path).expanduser()
-    if path.exists():
-        raise FileExistsError(f"{path} exists; choose another --out, or remove it.")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"There is no directory {path.parent} to write {path.name} to.")
-    return path
 
 
 # What reading a damaged archive raises.
@@ -294,7 +285,7 @@ def export(
         FileExistsError: If the file exists.
         ValueError: If there is no such output or seed, or an override changes the run.
     """
-    path = _check_new(out)
+    path = command.check_new(out)
     runs = open_run(workdir, overrides)
     parts, config = runs.parts, runs.config
     output = find_output(parts, name)

@@ -20,6 +20,8 @@ class Network(nn.Module):
         variables = network.init(key, image)
         outputs = network.apply(variables, image)  # {"main": [b, 10], "exit_1": [b, 10]}
 
+    A head may also be attached to outputs: ``"main"``, and those of the heads before it.
+
     Attributes:
         backbone: The backbone.
         heads: Heads by the name of their output.
@@ -33,7 +35,12 @@ class Network(nn.Module):
             raise ValueError(f"A head can't be called '{MAIN}': that is the backbone's own output.")
         if hasattr(self.backbone, "endpoints"):
             # One that can leave out what nobody asks for is told what is asked for.
-            asked = {endpoint for head in self.heads.values() for endpoint in head.endpoints}
+            asked: set[str] = set()
+            outputs = {MAIN}
+            for name, head in self.heads.items():
+                # A head may have the name of an endpoint: only later heads mean the output.
+                asked |= set(head.endpoints) - outputs
+                outputs.add(name)
             self.backbone = self.backbone.clone(endpoints=tuple(sorted(asked)))
         super().__post_init__()
 
@@ -49,18 +56,22 @@ class Network(nn.Module):
             ``{"main": logits, "<head>": array, …}``, or ``{"main": logits}`` without ``aux``.
 
         Raises:
-            ValueError: If a head is attached to an endpoint that the backbone does not have.
+            ValueError: If a head is attached to what is neither an endpoint of the backbone nor an
+                output before it.
         """
         logits, endpoints = self.backbone(image, train=train)
         outputs = {MAIN: logits}
         if not aux:
             return outputs
         for name, head in self.heads.items():
+            # What the backbone has goes first, whatever heads are called.
+            known = {**outputs, **endpoints}
             for endpoint in head.endpoints:
-                if endpoint not in endpoints:
+                if endpoint not in known:
                     raise ValueError(
-                        f"The head '{name}' is attached to the endpoint '{endpoint}', which the"
-                        f" backbone does not have.{nearest(endpoint, endpoints)}"
+                        f"The head '{name}' is attached to '{endpoint}', which is neither an"
+                        " endpoint of the backbone nor the output of a head before it."
+                        f"{nearest(endpoint, known)}"
                     )
-            outputs[name] = head(*(endpoints[e] for e in head.endpoints), train=train)
+            outputs[name] = head(*(known[e] for e in head.endpoints), train=train)
         return outputs

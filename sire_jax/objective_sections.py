@@ -92,12 +92,19 @@ def create(
     return made
 
 
+def _loss(chosen: Any) -> objectives.Loss:
+    """Makes a loss from its name, or from a section if it has settings."""
+    if isinstance(chosen, Mapping | ConfigDict):
+        return registry.create(objectives.LOSSES_WITH_SETTINGS, chosen, "loss")
+    return registry.choose(objectives.LOSSES, chosen, "loss")
+
+
 def _objective(
     name: str, section: Mapping[str, Any], units: optimizers.Units
 ) -> objectives.Objective:
     described = {"name": name, **section}
     made = registry.create({name: objectives.Objective}, described, "objective")
-    loss = registry.choose(objectives.LOSSES, made.loss, "loss")
+    loss = _loss(made.loss)
     weight = optimizers.number_or_schedule(made.weight, f"weight of the objective '{name}'", units)
     if callable(weight):
         checks.schedule(name, weight, units.get("run") or 1)

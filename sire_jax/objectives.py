@@ -40,6 +40,31 @@ def cross_entropy(logits: Array, labels: Array) -> Array:
     return _sum_positions(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
 
 
+@dataclass(frozen=True)
+class SmoothedCrossEntropy:
+    """Cross entropy of labels that share some of their probability with all classes.
+
+    ``loss = -sum_ij q_ij log softmax(logits_i)_j``, ``q = (1 - s) onehot(label) + s / classes``
+    (Szegedy et al., *Rethinking the Inception Architecture*, 2016, Section 7)
+
+    Attributes:
+        smoothing: The share ``s``, in [0, 1).
+    """
+
+    smoothing: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.smoothing < 1:
+            raise ValueError(
+                f"A label smoothing is {self.smoothing}; it should be at least 0 and below 1."
+            )
+
+    def __call__(self, logits: Array, labels: Array) -> Array:
+        """Maps ``[b, …, classes]`` and integers ``[b, …]`` in [0, classes) to ``[b]``."""
+        uniform = _sum_positions(-jax.nn.log_softmax(logits).mean(-1))
+        return (1 - self.smoothing) * cross_entropy(logits, labels) + self.smoothing * uniform
+
+
 def negative_probability(logits: Array, labels: Array) -> Array:
     """The negative probability of the right class, summed over the positions of an example.
 
@@ -113,6 +138,11 @@ def mean_squared_error(output: Array, target: Array) -> Array:
     return error.reshape(error.shape[0], -1).mean(-1)
 
 
+def classifies(loss: Loss) -> bool:
+    """Tells whether a loss takes a logit for each class, and integer labels."""
+    return loss in (cross_entropy, negative_probability) or isinstance(loss, SmoothedCrossEntropy)
+
+
 LOSSES: dict[str, Loss] = {
     "cross_entropy": cross_entropy,
     "negative_probability": negative_probability,
@@ -120,6 +150,8 @@ LOSSES: dict[str, Loss] = {
     "binary_squared_error": binary_squared_error,
     "mean_squared_error": mean_squared_error,
 }
+# Those with settings, chosen by a section {"name": …, setting: value}.
+LOSSES_WITH_SETTINGS = {"smoothed_cross_entropy": SmoothedCrossEntropy}
 
 
 @dataclass(frozen=True)

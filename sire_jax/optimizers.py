@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -48,9 +49,43 @@ def piecewise(init_value: float, boundaries: tuple[float, ...], scale: float) ->
     return schedule
 
 
+def triangular(
+    peak_value: float, peak: float, end: float, init_value: float = 0.0, end_value: float = 0.0
+) -> optax.Schedule:
+    """Rises in a line to its peak, and falls in a line to its end.
+
+    Args:
+        peak_value: The highest value, at least 0.
+        peak: When it is reached, above 0.
+        end: When ``end_value`` is reached, after the peak; it stays from then on.
+        init_value: The value at first, at least 0.
+        end_value: The value at the end, at least 0.
+
+    Returns:
+        The schedule.
+
+    Raises:
+        ValueError: If a value or a time is out of range.
+    """
+    if not all(0 <= value < math.inf for value in (init_value, peak_value, end_value)):
+        raise ValueError(
+            f"A triangular schedule has the values {init_value}, {peak_value} and {end_value}; they"
+            " should be at least 0 and finite."
+        )
+    if not 0 < peak < end < math.inf:
+        raise ValueError(
+            f"A triangular schedule has its peak at {peak} and its end at {end}; they should be"
+            " above 0, the end after the peak."
+        )
+    times = jnp.asarray((0.0, peak, end), jnp.float32)
+    values = jnp.asarray((init_value, peak_value, end_value), jnp.float32)
+    return lambda count: jnp.interp(jnp.asarray(count, jnp.float32), times, values)
+
+
 SCHEDULES = {
     "constant": optax.schedules.constant_schedule,
     "piecewise": piecewise,
+    "triangular": triangular,
     "linear": optax.schedules.linear_schedule,
     "cosine": optax.schedules.cosine_decay_schedule,
     "exponential": optax.schedules.exponential_decay,
@@ -96,11 +131,79 @@ def number_or_schedule(value: Any, what: str, units: Units | None = None) -> flo
 
 
 def adam(
-    learning_rate: Any = 1e-3, weight_decay: float = 0.0, b1: float = 0.9, b2: float = 0.999
+    learning_rate: Any = 1e-3, weight_decay: Any = 0.0, b1: float = 0.9, b2: float = 0.999
 ) -> optax.GradientTransformation:
     """Adam (Kingma and Ba, 2015), with the L2 penalty in the gradient, as in PyTorch."""
     rate = number_or_schedule(learning_rate, "learning rate")
-    return optax.chain(_decay(weight_decay), optax.adam(rate, b1=b1, b2=b2))
+    return optax.chain(WeightDecay.of(weight_decay).penalty(), optax.adam(rate, b1=b1, b2=b2))
+
+
+@dataclass(frozen=True)
+class WeightDecay:
+    """The L2 penalty: what parameters are multiplied by and added to their gradient.
+
+    In a config ``weight_decay`` is a number for all, or ``{"backbone": …, "heads": …}``.
+
+    Attributes:
+        backbone: Of all parameters but the heads', at least 0.
+        heads: Of the heads', at least 0.
+    """
+
+    backbone: float
+    heads: float
+
+    @classmethod
+    def of(cls, value: Any) -> "WeightDecay":
+        """Reads a number, or a section with the two numbers.
+
+        Raises:
+            ValueError: If it is neither, or a number is negative or not finite.
+        """
+        if isinstance(value, WeightDecay):
+            return value
+        if not isinstance(value, Mapping | ConfigDict):
+            value = dict.fromkeys(("backbone", "heads"), value)
+        for part in value.values():
+            if isinstance(part, bool) or not isinstance(part, int | float):
+                raise ValueError(f"The weight decay is {part!r}; it should be a number.")
+            if not 0 <= part < math.inf:
+                raise ValueError(f"The weight decay is {part}; it should be finite and at least 0.")
+        if set(value) != {"backbone", "heads"}:
+            raise ValueError(
+                f"The weight decay has the keys {sorted(value)}; it should be a number, or have"
+                " 'backbone' and 'heads'."
+            )
+        return cls(float(value["backbone"]), float(value["heads"]))
+
+    def __bool__(self) -> bool:
+        return bool(self.backbone or self.heads)
+
+    def by_leaf(self, params: Any) -> list[float]:
+        """Returns the decay of each parameter, in the order of ``jax.tree.leaves``.
+
+        Args:
+            params: Parameters of a ``Network``, whose heads are named ``heads_…``.
+        """
+        paths = [path for path, _ in jax.tree.flatten_with_path(params)[0]]
+        of_head = [str(getattr(path[0], "key", "")).startswith("heads_") for path in paths]
+        return [self.heads if head else self.backbone for head in of_head]
+
+    def penalty(self) -> optax.GradientTransformation:
+        """Returns the transformation that adds it to the gradients."""
+        if self.backbone == self.heads:
+            return optax.add_decayed_weights(self.backbone) if self else optax.identity()
+
+        def update(gradient: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+            leaves, structure = jax.tree.flatten(params)
+            decayed = [
+                g + jnp.asarray(d, p.dtype) * p
+                for g, d, p in zip(
+                    jax.tree.leaves(gradient), self.by_leaf(params), leaves, strict=True
+                )
+            ]
+            return jax.tree.unflatten(structure, decayed), state
+
+        return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 class LinearOptimizer(optax.GradientTransformation):
@@ -112,30 +215,27 @@ class LinearOptimizer(optax.GradientTransformation):
     """
 
     linear: optax.GradientTransformation
-    weight_decay: float
+    weight_decay: WeightDecay
 
     def __new__(
-        cls, linear: optax.GradientTransformation, weight_decay: float = 0.0
+        cls, linear: optax.GradientTransformation, weight_decay: Any = 0.0
     ) -> "LinearOptimizer":
-        """Chains weight decay and the transformation."""
-        made = super().__new__(cls, *optax.chain(_decay(weight_decay), linear))
-        made.linear, made.weight_decay = linear, weight_decay
+        """Chains weight decay, as ``WeightDecay.of`` reads it, and the transformation."""
+        decay = WeightDecay.of(weight_decay)
+        made = super().__new__(cls, *optax.chain(decay.penalty(), linear))
+        made.linear, made.weight_decay = linear, decay
         return made
 
 
 def sgd(
     learning_rate: Any = 0.1,
-    weight_decay: float = 0.0,
+    weight_decay: Any = 0.0,
     momentum: float = 0.9,
     nesterov: bool = False,
 ) -> LinearOptimizer:
     """Gradient descent with momentum, with the L2 penalty in the gradient."""
     rate = number_or_schedule(learning_rate, "learning rate")
     return LinearOptimizer(optax.sgd(rate, momentum, nesterov), weight_decay)
-
-
-def _decay(weight_decay: float) -> optax.GradientTransformation:
-    return optax.add_decayed_weights(weight_decay) if weight_decay else optax.identity()
 
 
 OPTIMIZERS = {"adam": adam, "sgd": sgd}

@@ -1,6 +1,6 @@
 """Wrappers around the pure step: loops over steps, runs over seeds, a batch over devices."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sire_jax.data.augmentation import Batch
 from sire_jax.metrics import Metrics, add
-from sire_jax.step import Measure, Step, TrainState
+from sire_jax.step import Predict, Step, TrainState
 
 PyTree = Any
 NEVER = jnp.iinfo(jnp.int32).max
@@ -84,36 +84,68 @@ def over_steps(
 
 
 def over_batches(
-    measure: Measure, lookup: Callable[[PyTree, Array], Batch], batch_size: int
-) -> Callable[[PyTree, PyTree, PyTree, Array], Metrics]:
+    measure: Callable[..., PyTree], lookup: Callable[[PyTree, Array], Batch], batch_size: int
+) -> Callable[[PyTree, PyTree, Mapping[str, PyTree], PyTree, Array], PyTree]:
     """Measures any number of examples, batch by batch, inside one program.
 
     Args:
-        measure: Measures a batch.
+        measure: Measures a batch: sums over the examples that its mask, ``[b]``, counts.
         lookup: Maps ``(arrays, examples)`` to a batch.
         batch_size: Examples measured at once.
 
     Returns:
-        A function ``(params, model_state, arrays, examples)`` to the summed metrics.
+        A function ``(params, model_state, fitted, arrays, examples)`` to the sums.
     """
 
-    def run(params: PyTree, model_state: PyTree, arrays: PyTree, examples: Array) -> Metrics:
-        size = min(batch_size, len(examples))
-        batches = -(-len(examples) // size)
-        missing = batches * size - len(examples)
-        # The last batch is filled up with its first example, masked out.
-        filled = jnp.concatenate([examples, jnp.repeat(examples[:1], missing, axis=0)])
-        mask = (jnp.arange(batches * size) < len(examples)).astype(jnp.float32)
-        filled = filled.reshape(batches, size, *examples.shape[1:])
+    def run(
+        params: PyTree,
+        model_state: PyTree,
+        fitted: Mapping[str, PyTree],
+        arrays: PyTree,
+        examples: Array,
+    ) -> PyTree:
+        filled = _in_batches(examples, batch_size)
+        mask = jnp.arange(filled.shape[0] * filled.shape[1]) < len(examples)
 
-        def one(chosen: tuple[Array, Array]) -> Metrics:
+        def one(chosen: tuple[Array, Array]) -> PyTree:
             indices, counts = chosen
-            return measure(params, model_state, lookup(arrays, indices), counts)
+            return measure(params, model_state, lookup(arrays, indices), counts, fitted)
 
-        each = jax.lax.map(one, (filled, mask.reshape(batches, size)))
+        each = jax.lax.map(one, (filled, mask.astype(jnp.float32).reshape(filled.shape[:2])))
         return jax.tree.map(lambda x: x.sum(0), each)
 
     return run
+
+
+def collected(
+    predict: Predict, lookup: Callable[[PyTree, Array], Batch], batch_size: int
+) -> Callable[[PyTree, PyTree, PyTree, Array], Any]:
+    """Collects what is predicted of any number of examples, batch by batch, inside one program.
+
+    Args:
+        predict: Maps ``(params, model_state, batch)`` to a tree of arrays ``[b, …]``.
+        lookup: Maps ``(arrays, examples)`` to a batch.
+        batch_size: Examples at once.
+
+    Returns:
+        A function ``(params, model_state, arrays, examples)`` to the tree, ``[n, …]``.
+    """
+
+    def run(params: PyTree, model_state: PyTree, arrays: PyTree, examples: Array) -> Any:
+        filled = _in_batches(examples, batch_size)
+        each = jax.lax.map(lambda some: predict(params, model_state, lookup(arrays, some)), filled)
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[: len(examples)], each)
+
+    return run
+
+
+def _in_batches(examples: Array, batch_size: int) -> Array:
+    """Puts examples ``[n, …]`` in batches; the last is filled up with the first example."""
+    size = min(batch_size, len(examples))
+    batches = -(-len(examples) // size)
+    missing = batches * size - len(examples)
+    filled = jnp.concatenate([examples, jnp.repeat(examples[:1], missing, axis=0)])
+    return filled.reshape(batches, size, *examples.shape[1:])
 
 
 def over_seeds(function: Callable[..., Any], shared: tuple[int, ...], at_once: int) -> Any:

@@ -1,14 +1,17 @@
 """Prediction rules: how one or several outputs become class probabilities."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from sire_jax.metrics import class_logits
 from sire_jax.names import nearest
+from sire_jax.networks import MAIN
 
 
 @dataclass(frozen=True)
@@ -55,12 +58,101 @@ class DigitOrder:
         return jnp.stack(order, axis=-1)
 
 
-PREDICTIONS = {"output": Output, "digit_order": DigitOrder}
+# The group of each label, by the output whose classes are the groups.
+Assignments = Mapping[str, Sequence[int]]
 
-Prediction = Callable[[Mapping[str, Array]], Array]
+
+def log_joint(outputs: Mapping[str, Array], groups: Assignments, eta: Array | float) -> Array:
+    """Multiplies the main output's probabilities with those of each label's groups.
+
+    ``log s_i = log p(i) + eta sum_g log p_g(gamma_g(i))`` with the softmax p of the main output,
+    ``p_g`` of the branch g, and ``gamma_g(i)`` the group of label i.
+
+    Args:
+        outputs: Logits by output, ``"main"`` ``[b, classes]`` and each branch ``[b, groups]``.
+        groups: The groups of the labels, ``[classes]``, by branch.
+        eta: The power of the branches' probabilities, at least 0.
+
+    Returns:
+        ``[b, classes]``, float32, at most 0; not normalized.
+    """
+    joint = jax.nn.log_softmax(class_logits(outputs[MAIN]))
+    for branch, assignment in groups.items():
+        joint += eta * jax.nn.log_softmax(outputs[branch])[:, np.asarray(assignment)]
+    return joint
 
 
-def check(predictions: Mapping[str, Output | DigitOrder], outputs: Mapping[str, object]) -> None:
+def check_branches(what: str, branches: Sequence[str], groups: Assignments) -> tuple[str, ...]:
+    """Returns the branches over groups that a prediction rule uses, all if none is named.
+
+    Raises:
+        ValueError: If there is no branch, or one is named whose target is no grouping.
+    """
+    for name in branches:
+        if name not in groups:
+            raise ValueError(
+                f"{what} uses the output '{name}', which is no branch over groups of the labels."
+                f"{nearest(name, groups)}"
+            )
+    if not groups:
+        raise ValueError(
+            f"{what} needs a branch over groups of the labels: a head with an objective whose"
+            " target is one of config.data.groups."
+        )
+    return tuple(branches or groups)
+
+
+@dataclass(frozen=True)
+class JointProbability:
+    """The joint probability of the main output and of branches over groups of the labels.
+
+    ``P(y = i) = s_i / sum_j s_j``, ``s`` of ``log_joint``: as in the program released with Palacio
+    et al., *Contextual Classification*. Their Section 3.4 has a softmax of ``s`` instead, which is
+    ``normalization="softmax"``: the order is the same, but as s is at most 1 all probabilities are
+    nearly alike, and in float32 many are equal: choose classes by ``"sum"``.
+
+    Attributes:
+        groups: The groups of the labels by branch (in a config, from the objectives' targets).
+        eta: The power of the branches' probabilities, in (0, 1].
+        normalization: ``"sum"`` or ``"softmax"``.
+        branches: The branches that are used; all by default.
+    """
+
+    groups: Assignments
+    eta: float = 1.0
+    normalization: str = "sum"
+    branches: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 0 < self.eta <= 1:
+            raise ValueError(
+                f"eta is {self.eta}; it should be above 0 and at most 1 (Palacio et al., Section"
+                " 3.4)."
+            )
+        if self.normalization not in _NORMALIZATIONS:
+            raise ValueError(
+                f"A normalization is '{self.normalization}'."
+                f"{nearest(self.normalization, _NORMALIZATIONS)}"
+            )
+        check_branches("joint_probability", self.branches, self.groups)
+
+    def needs(self) -> tuple[str, ...]:
+        """Returns the outputs that the rule uses."""
+        return (MAIN, *(self.branches or self.groups))
+
+    def __call__(self, outputs: Mapping[str, Array]) -> Array:
+        """Returns log probabilities ``[b, classes]``."""
+        groups = {name: self.groups[name] for name in self.needs()[1:]}
+        joint = log_joint(outputs, groups, self.eta)
+        return jax.nn.log_softmax(joint if self.normalization == "sum" else jnp.exp(joint))
+
+
+_NORMALIZATIONS = ("sum", "softmax")
+
+Prediction = Callable[..., Array]
+
+
+def check(predictions: Mapping[str, Any], outputs: Mapping[str, object]) -> None:
     """Checks that each prediction rule has its outputs.
 
     Raises:

@@ -1,5 +1,6 @@
 """A number of independent runs: their compiled programs, and their data on the device."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from sire_jax import experiment, parallel
 from sire_jax.data import tasks
 from sire_jax.diagnostics import gradient_flow
+from sire_jax.fitted_prediction import MOST, is_fitted
 from sire_jax.metrics import Average, Metrics, means
 from sire_jax.step import Best, TrainState
 
@@ -22,6 +24,9 @@ class Runs:
     Args:
         parts: The parts of the run.
 
+    Attributes:
+        names: The names of the labels.
+
     Raises:
         ValueError: If the data or the devices are not what the config says.
         FileNotFoundError: If the data set is not prepared.
@@ -33,6 +38,8 @@ class Runs:
         self.mesh = parallel.data_mesh(config.devices, config.batch_size)
         self.everywhere = NamedSharding(self.mesh, PartitionSpec())
         dataset, draws = parts.load()
+        # For each kind of label, of the images, the names of its classes.
+        self.names = dataset.names
         # Training and test images in one array, so that one program measures all splits of a size.
         halves = [parts.task.prepare(source) for source in (dataset.train, dataset.test)]
         joined = {key: np.concatenate([half[key] for half in halves]) for key in halves[0]}
@@ -65,7 +72,11 @@ class Runs:
             compiler_options={"xla_backend_optimization_level": 0},
         )
         self._steps = jax.jit(parallel.over_seeds(steps, (2, 4, 5), at_once), donate_argnums=(0, 1))
-        self._measure = jax.jit(parallel.over_seeds(batches, (2,), at_once))
+        self._measure = jax.jit(parallel.over_seeds(batches, (3,), at_once))
+        predict = parallel.collected(
+            parts.predict(), parts.lookup_cropped, config.evaluate_batch_size
+        )
+        self._predict = jax.jit(parallel.over_seeds(predict, (2,), at_once))
         self._shuffle = jax.jit(
             parallel.over_seeds(
                 lambda key, examples, epoch: parallel.shuffle(
@@ -119,10 +130,37 @@ class Runs:
         span = (jnp.asarray(first, jnp.int32), jnp.asarray(count, jnp.int32))
         return self._steps(state, sums, self.arrays, order, *span)
 
-    def measure(self, params: PyTree, model_state: PyTree, split: str) -> dict[str, np.ndarray]:
-        """Measures a split; a value for each run."""
-        found = self._measure(params, model_state, self.arrays, self.examples[split])
+    def measure(
+        self,
+        params: PyTree,
+        model_state: PyTree,
+        split: str,
+        fitted: Mapping[str, PyTree] | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Measures a split; a value for each run.
+
+        Fitted predictions need what ``fit`` returned; none is measured on what it was fitted to.
+        """
+        examples, rules = self.examples[split], self.parts.predictions
+        others = {k: each for k, each in (fitted or {}).items() if rules[k].split != split}
+        found = self._measure(params, model_state, others, self.arrays, examples)
         return {name: np.asarray(each) for name, each in means(found).items()}
+
+    def fit(self, params: PyTree, model_state: PyTree) -> dict[str, PyTree]:
+        """Fits the prediction rules that have parameters; a value for each run."""
+        rules = {k: each for k, each in self.parts.predictions.items() if is_fitted(each)}
+        predicted = {}
+        for split in sorted({each.split for each in rules.values()}):
+            examples = self.examples[split]
+            some = examples[:, :: -(-examples.shape[1] // MOST)]
+            predicted[split] = self._predict(params, model_state, self.arrays, some)
+        # One by one: a rule searches for as long as its own run needs.
+        return {
+            name: jax.jit(lambda given, rule=rule: jax.lax.map(lambda x: rule.fit(*x), given))(
+                predicted[rule.split]
+            )
+            for name, rule in rules.items()
+        }
 
     def gradients(self, state: TrainState, epoch: int) -> dict[str, np.ndarray]:
         """Measures the gradients of an epoch's first batch; a value for each run."""

@@ -3,7 +3,7 @@
 ``jit``, ``vmap`` over seeds and loops over steps are wrappers around them (``sire_jax.parallel``).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from jax import Array
 
 from sire_jax import metrics, objectives, prediction, traced
 from sire_jax.data.augmentation import Augmentation, Batch
+from sire_jax.fitted_prediction import is_fitted
 from sire_jax.metrics import Average, Metrics
 from sire_jax.updates import Losses, UpdateRule
 
@@ -96,7 +97,8 @@ class Best:
 
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-Measure = Callable[[PyTree, PyTree, Batch, Array], Metrics]
+Measure = Callable[..., Metrics]
+Predict = Callable[[PyTree, PyTree, Batch], tuple[dict[str, Array], Array]]
 
 
 def make_losses(
@@ -209,13 +211,20 @@ def make_measure(
         predictions: Prediction rules by name, if any.
 
     Returns:
-        A pure function from ``(params, model_state, batch, mask)`` to metrics: ``"<objective>/
-        loss"``; ``"<output>/top_1"`` and ``"<output>/top_5"`` of outputs that classify;
-        ``"<prediction>/top_1"`` and ``"<prediction>/loss"``, the negative log probability of the
-        label. Examples where ``mask`` is 0 don't count.
+        A pure function from ``(params, model_state, batch, mask, fitted)`` to metrics:
+        ``"<objective>/loss"``; ``"<output>/top_1"`` and ``"<output>/top_5"`` of outputs that
+        classify; ``"<prediction>/top_1"`` and ``"<prediction>/loss"``, the negative log probability
+        of the label. Rules that are fitted are measured if their parameters are in ``fitted``,
+        which may be left out. Examples where ``mask`` is 0 don't count.
     """
 
-    def measure(params: PyTree, model_state: PyTree, batch: Batch, mask: Array) -> Metrics:
+    def measure(
+        params: PyTree,
+        model_state: PyTree,
+        batch: Batch,
+        mask: Array,
+        fitted: Mapping[str, PyTree] | None = None,
+    ) -> Metrics:
         outputs = apply({"params": params, **model_state}, batch["image"], train=False)
         found: Metrics = {}
         for name, values in objectives.evaluate(chosen, outputs, batch).items():
@@ -225,10 +234,35 @@ def make_measure(
             if metrics.is_classification(output, target):
                 found |= metrics.classification(objective.output, output, target, mask)
         for name, predict in (predictions or {}).items():
-            found |= _measure_prediction(name, predict(outputs), batch["label"], mask)
+            if not is_fitted(predict):
+                predicted = predict(outputs)
+            elif fitted and name in fitted:
+                predicted = predict(outputs, fitted[name])
+            else:
+                continue
+            found |= _measure_prediction(name, predicted, batch["label"], mask)
         return found
 
     return measure
+
+
+def make_predict(apply: Apply, names: Sequence[str]) -> Predict:
+    """Makes the function whose results prediction rules are fitted to.
+
+    Args:
+        apply: ``apply`` of a Flax network that returns named outputs.
+        names: The outputs.
+
+    Returns:
+        A pure function from ``(params, model_state, batch)`` to these outputs, in evaluation mode,
+        and the labels.
+    """
+
+    def predict(params: PyTree, model_state: PyTree, batch: Batch) -> Any:
+        outputs = apply({"params": params, **model_state}, batch["image"], train=False)
+        return {name: outputs[name] for name in names}, batch["label"]
+
+    return predict
 
 
 def _measure_prediction(name: str, log_probability: Array, label: Array, mask: Array) -> Metrics:

@@ -49,6 +49,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
         NonFiniteLossError: If a loss is not finite.
         InterruptedRunError: If a signal asked to stop; the state has been saved.
     """
+    config = configuration.with_groups(config)
     parts = experiment.build(config)
     directory = Workdir(workdir, config)
     logs = _Logs(directory, config.tensorboard)
@@ -121,6 +122,7 @@ def _train(
 
     # ---- Measure the weights that count.
     kept = best if best is not None else state
+    fitted = runs.fit(kept.params, kept.model_state)
     results = {
         "step": step,
         "seconds": round(float(seconds()), 2),
@@ -128,8 +130,8 @@ def _train(
         "step_seconds": float(np.median(step_seconds)) if step_seconds else None,
         "weights": "best validation accuracy" if best is not None else "last",
         "splits": {
-            split: _lists(runs.measure(kept.params, kept.model_state, split))
-            for split in (*config.evaluate_splits, "test")
+            split: _lists(runs.measure(kept.params, kept.model_state, split, fitted))
+            for split in dict.fromkeys((*config.evaluate_splits, "test"))
         },
     }
     directory.write_results(results)
@@ -281,11 +283,12 @@ def _describe(parts: experiment.Experiment, runs: Runs) -> str:
 def summary(results: Mapping[str, Any]) -> str:
     """Writes the final measurements as a table, mean and standard deviation over the runs."""
     lines = []
+    longest = max(len(name) for values in results["splits"].values() for name in values)
     for split, values in results["splits"].items():
         for name, each in values.items():
             mean, deviation = tables.spread(each)
             spread = f" ± {tables.number(deviation)}" if len(each) > 1 else ""
-            lines.append(f"  {split:<11}{name:<18}{tables.number(mean)}{spread}")
+            lines.append(f"  {split:<11}{name:<{longest + 2}}{tables.number(mean)}{spread}")
     return "\n".join(lines)
 
 

@@ -10,11 +10,19 @@ import pytest
 from ml_collections import ConfigDict
 from planned import random_like, shape, shapes_of
 
-from sire_jax import configuration, experiment, objective_sections, optimizers, registry, traced
+from sire_jax import (
+    configuration,
+    experiment,
+    objective_sections,
+    optimizers,
+    registry,
+    traced,
+    validation,
+)
 from sire_jax.backbones import BACKBONES
 from sire_jax.data.tasks import Images
 from sire_jax.networks import Network
-from sire_jax.optimizers import LinearOptimizer
+from sire_jax.optimizers import LinearOptimizer, WeightDecay
 from sire_jax.step import TrainState
 from sire_jax.updates import UPDATES
 
@@ -83,7 +91,7 @@ PARAMETERS = {
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_is_a_network_with_the_printed_exits(variant):
     config = _load(variant)
-    configuration.validate(config)
+    validation.validate(config)
     assert config.name == f"auxnet/{variant}"
     expected = EXITS.get(variant.replace("imagenet100", "imagenet"), ())
     assert variant.startswith("resnet") or expected
@@ -374,4 +382,4 @@ def test_the_optimizer_of_the_configs_is_linear():
     units = experiment._units(Images(), config)
     optimizer = experiment._optimizer(config, units)
     assert isinstance(optimizer, LinearOptimizer)
-    assert optimizer.weight_decay == 1e-4
+    assert optimizer.weight_decay == WeightDecay(1e-4, 1e-4)

@@ -3,7 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
-from sire_jax import configuration, experiment
+from sire_jax import configuration, experiment, validation
 
 QUICKSTART = str(configuration.repository_configs() / "quickstart.py")
 
@@ -130,7 +130,7 @@ def test_a_config_as_json_reads_back_equal(variant):
     assert again.to_dict() == config.to_dict()
     assert again.data.shape == (8, 8, 1)
     assert configuration.differences(config, again) == []
-    configuration.validate(again)
+    validation.validate(again)
 
 
 leaves = st.one_of(
@@ -188,8 +188,8 @@ def test_keys_that_do_not_change_results_are_no_difference():
 
 
 def test_the_defaults_and_the_quickstart_are_valid():
-    configuration.validate(configuration.default())
-    configuration.validate(_load())
+    validation.validate(configuration.default())
+    validation.validate(_load())
 
 
 @pytest.mark.parametrize(
@@ -234,21 +234,21 @@ def test_the_defaults_and_the_quickstart_are_valid():
 )
 def test_wrong_keys_types_and_ranges_are_refused(path, value, message):
     with pytest.raises(ValueError, match=message):
-        configuration.validate(_set(_load(), path, value))
+        validation.validate(_set(_load(), path, value))
 
 
 def test_an_int_is_allowed_for_a_float_and_zero_where_it_means_something():
     config = _load()
     for path, value in (("data.scale", 1), ("devices", 0), ("evaluate_every", 0)):
         config = _set(config, path, value)
-    configuration.validate(config)
+    validation.validate(config)
 
 
 def test_drawn_classes_leave_no_other_kind_of_label():
     config = _set(_set(_load(), "data.draw_classes", 5), "data.classes.label", 5)
-    configuration.validate(config)
+    validation.validate(config)
     with pytest.raises(ValueError, match=r"'coarse': 2.*as other kinds of labels are dropped"):
-        configuration.validate(_set(config, "data.classes.coarse", 2))
+        validation.validate(_set(config, "data.classes.coarse", 2))
 
 
 @pytest.mark.parametrize(("section", "key"), [("", "epochs"), ("data", "shape"), ("", "backbone")])
@@ -257,7 +257,7 @@ def test_a_missing_key_is_refused(section, key):
     del (plain[section] if section else plain)[key]
     where = f"config.{section}" if section else "config"
     with pytest.raises(ValueError, match=f"{where} lacks the key '{key}'"):
-        configuration.validate(ConfigDict(plain))
+        validation.validate(ConfigDict(plain))
 
 
 @pytest.mark.parametrize(

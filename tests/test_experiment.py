@@ -182,6 +182,14 @@ def test_an_augmentation_that_the_task_does_not_suit_is_refused():
         experiment.build(_digits({"augmentation.swap": augmentation("swap")}))
 
 
+def test_an_augmentation_that_the_images_do_not_suit_is_refused():
+    crop = augmentation("crop", padding=7, border="reflection")
+    experiment.build(_digits({"augmentation.crop": crop}))
+    message = r"padding is 7, but images of 7 x 7 can be reflected by at most 6"
+    with pytest.raises(ValueError, match=message):
+        experiment.build(_digits({"augmentation.crop": crop, "data.crop": 7}))
+
+
 def test_augmentations_are_applied_in_their_own_order_not_the_order_of_the_config():
     made = []
     for names in (("flip", "crop"), ("crop", "flip")):

@@ -2,10 +2,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import linen as nn
+from planned import random_like, shape, shapes_of
 
 from sire_jax import traced
 from sire_jax.backbones import PairBranches, PairConvolutional, PairDense, SmallCNN
-from sire_jax.heads import Classifier, Identity
+from sire_jax.backbones.plan import Plan, Planned
+from sire_jax.backbones.preactivation import PreActivation, Stem
+from sire_jax.heads import Classifier, Combination, Identity
 from sire_jax.networks import Network
 
 
@@ -62,6 +65,58 @@ def test_a_module_of_ones_own_takes_heads():
 def test_no_head_is_called_main():
     with pytest.raises(ValueError, match="can't be called 'main'"):
         Network(_Own(), {"main": Identity(endpoints=("middle",))})
+
+
+def test_heads_may_be_attached_to_outputs():
+    heads = {
+        "copy": Identity(("middle",)),
+        "again": Identity(("copy",)),
+        "both": Combination(("main", "again", "middle"), 3),
+    }
+    network, image = Network(_Own(), heads), jnp.ones((4, 3))
+    variables = random_like(shapes_of(network, image))
+    outputs = network.apply(variables, image)
+    assert list(outputs) == ["main", "copy", "again", "both"]
+    assert jnp.array_equal(outputs["again"], outputs["copy"])
+    p = variables["params"]["heads_both"]["output"]
+    joined = jnp.concatenate([outputs["main"], outputs["copy"], outputs["copy"]], -1)
+    assert jnp.allclose(outputs["both"], joined @ p["kernel"] + p["bias"][None], atol=1e-5)
+
+
+def test_a_head_can_not_be_attached_to_what_comes_after_it():
+    message = r"'first' is attached to 'second', which is neither.*before it.*Known: main, middle"
+    for own in ("second", "first"):
+        heads = {"first": Identity((own,)), "second": Identity(("middle",))}
+        with pytest.raises(ValueError, match=message.replace("'second'", f"'{own}'")):
+            shapes_of(Network(_Own(), heads), shape(4, 3))
+    heads = {"early": Identity(("middle",)), "late": Identity(("earlie",))}
+    with pytest.raises(ValueError, match=r"'late'.*Did you mean 'early'\? Known: early, main, mi"):
+        shapes_of(Network(_Own(), heads), shape(4, 3))
+
+
+LOOPED = Plan(((Stem(2), *[PreActivation((2, 2))] * 4),))
+
+
+@pytest.mark.parametrize(
+    ("heads", "asked"),
+    [
+        ({}, ()),
+        ({"a": ("stage_1",), "b": ("main", "a"), "c": ("pooled", "b")}, ("pooled", "stage_1")),
+        # The name of an endpoint is that of the endpoint, until there is such an output.
+        ({"stage_1_block_3": ("stage_1_block_3",)}, ("stage_1_block_3",)),
+        (
+            {"stage_1_block_3": ("stage_1_block_2",), "b": ("stage_1_block_3",)},
+            ("stage_1_block_2",),
+        ),
+    ],
+)
+def test_a_backbone_is_asked_for_endpoints_not_for_outputs(heads, asked):
+    made = {name: Combination(endpoints, 2) for name, endpoints in heads.items()}
+    network = Network(Planned(LOOPED, 2), made)
+    assert network.backbone.endpoints == asked
+    image = shape(2, 8, 8, 1)
+    outputs = jax.eval_shape(network.apply, shapes_of(network, image), image)
+    assert {name: x.shape for name, x in outputs.items()} == dict.fromkeys(["main", *heads], (2, 2))
 
 
 # Weights and biases, layer by layer, of the report's descriptions.

@@ -4,11 +4,13 @@ import numpy as np
 import optax
 import pytest
 from jax.test_util import check_grads
+from ml_collections import ConfigDict
 
-from sire_jax import objectives
+from sire_jax import configuration, objective_sections, objectives
 from sire_jax.objectives import (
     LOSSES,
     Objective,
+    SmoothedCrossEntropy,
     binary_cross_entropy,
     binary_squared_error,
     cross_entropy,
@@ -142,3 +144,101 @@ def test_check_names_what_is_missing():
         objectives.check({"o": Objective("exit1", "label", cross_entropy)}, outputs, batch)
     with pytest.raises(ValueError, match=r"'o' is on the target 'zzz'.*Known: image, label"):
         objectives.check({"o": Objective("main", "zzz", cross_entropy)}, outputs, batch)
+
+
+# ---- Smoothed labels.
+
+
+def test_smoothed_cross_entropy_by_hand():
+    # Means of -log p: (log 6 + log 3 + log 2) / 3 and (log 2 + 2 log 4) / 3.
+    losses = SmoothedCrossEntropy(0.3)(LOGITS + 7.0, jnp.asarray([2, 1]))
+    first = 0.7 * LOG(2) + 0.3 * (LOG(6) + LOG(3) + LOG(2)) / 3
+    second = 0.7 * LOG(4) + 0.3 * (LOG(2) + 2 * LOG(4)) / 3
+    np.testing.assert_allclose(losses, [first, second], rtol=1e-5)
+    # Smoothed labels q: -sum q log p.
+    q = np.array([[0.1, 0.1, 0.8], [0.1, 0.8, 0.1]])
+    p = np.array([[1 / 6, 2 / 6, 3 / 6], [1 / 2, 1 / 4, 1 / 4]])
+    np.testing.assert_allclose(losses, -(q * np.log(p)).sum(-1), rtol=1e-5)
+
+
+def test_smoothed_cross_entropy_sums_over_positions():
+    two = jnp.stack([LOGITS, LOGITS[::-1]])
+    labels = jnp.asarray([[0, 0], [2, 1]])
+    one = SmoothedCrossEntropy(0.2)
+    expected = sum(one(two[:, i], labels[:, i]) for i in range(2))
+    np.testing.assert_allclose(one(two, labels), expected, rtol=1e-5)
+
+
+def test_without_smoothing_it_is_cross_entropy():
+    logits = 20 * jnp.asarray(np.random.default_rng(0).normal(size=(50, 7)), jnp.float32)
+    labels = jnp.arange(50) % 7
+    found = SmoothedCrossEntropy(0.0)(logits, labels)
+    np.testing.assert_array_equal(found, cross_entropy(logits, labels))
+
+
+def test_the_gradient_of_smoothed_cross_entropy():
+    labels = jnp.asarray([2, 1])
+    loss = SmoothedCrossEntropy(0.3)
+    check_grads(jax.jit(lambda x: loss(x, labels)), (LOGITS,), 1, ["rev"], atol=1e-2, rtol=1e-2)
+    gradient = jax.grad(lambda x: loss(x, labels).sum())(LOGITS)
+    # The probability less the smoothed label.
+    p = np.array([[1 / 6, 2 / 6, 3 / 6], [1 / 2, 1 / 4, 1 / 4]])
+    q = np.array([[0.1, 0.1, 0.8], [0.1, 0.8, 0.1]])
+    np.testing.assert_allclose(gradient, p - q, rtol=1e-5)
+    # It is 0 where the probabilities are the smoothed labels, not where they are 1.
+    best = jnp.log(jnp.asarray(q, jnp.float32))
+    gradient = jax.grad(lambda x: loss(x, labels).sum())(best)
+    np.testing.assert_allclose(gradient, 0, atol=1e-6)
+
+
+@pytest.mark.parametrize("smoothing", [-0.1, 1.0, 2.0, float("nan")])
+def test_an_impossible_smoothing_is_refused(smoothing):
+    with pytest.raises(ValueError, match=rf"smoothing is {smoothing}; it should be at least 0 and"):
+        SmoothedCrossEntropy(smoothing)
+
+
+def test_losses_that_classify():
+    found = {name for name, loss in LOSSES.items() if objectives.classifies(loss)}
+    assert found == {"cross_entropy", "negative_probability"}
+    assert objectives.classifies(SmoothedCrossEntropy(0.2))
+    assert not objectives.classifies(lambda logits, labels: logits.sum(-1))
+
+
+def _created(loss):
+    sections = ConfigDict({"main": configuration.objective("main", "label", loss)})
+    return objective_sections.create(sections, {}, {}, {})["main"]
+
+
+def test_a_loss_with_settings_is_chosen_by_a_section():
+    assert _created("cross_entropy").loss is cross_entropy
+    section = configuration.loss("smoothed_cross_entropy")
+    assert section.to_dict() == {"name": "smoothed_cross_entropy", "smoothing": 0.1}
+    assert _created(section).loss == SmoothedCrossEntropy(0.1)
+    described = configuration.loss("smoothed_cross_entropy", smoothing=0.3)
+    assert _created(described).loss == SmoothedCrossEntropy(0.3)
+    config = configuration.default()
+    config.objectives.main = configuration.objective("main", "label", section)
+    changed = configuration.override(config, ["--config.objectives.main.loss.smoothing=0.2"])
+    found = objective_sections.create(changed.objectives, {}, {}, {})["main"]
+    assert found.loss == SmoothedCrossEntropy(0.2)
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        ({"name": "cross_entropy"}, r"no loss 'cross_entropy'. Did you mean 'smoothed_cross_ent"),
+        ({"name": "smoothed_cross_entropy", "share": 0.1}, r"no setting 'share'"),
+        ({"name": "smoothed_cross_entropy", "smoothing": "a"}, r"smoothing is 'a', a str; it shou"),
+        ({"name": "smoothed_cross_entropy", "smoothing": 1.5}, r"label smoothing is 1.5"),
+        ({"smoothing": 0.1}, r"A loss needs a 'name'; it has only \['smoothing'\]"),
+        ("smoothed_cross_entropy", r"no loss 'smoothed_cross_entropy'"),
+    ],
+)
+def test_a_bad_section_of_a_loss_is_refused(loss, message):
+    section = {"output": "main", "target": "label", "loss": loss}
+    with pytest.raises(ValueError, match=message):
+        objective_sections.create(ConfigDict({"main": section}), {}, {}, {})
+    with pytest.raises(ValueError, match=r"no loss 'smothed_cross_entropy'. Did you mean 'smooth"):
+        configuration.loss("smothed_cross_entropy")
+    with pytest.raises(ValueError, match=r"has no setting 'smoothin'. Did you mean 'smoothing'"):
+        configuration.loss("smoothed_cross_entropy", smoothin=0.2)

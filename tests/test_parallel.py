@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sire_jax import parallel
 from sire_jax.metrics import Average
 from sire_jax.parallel import NEVER
-from sire_jax.step import TrainState
+from sire_jax.step import TrainState, make_predict
 
 # Each new size is a compilation.
 few = settings(max_examples=12, deadline=None)
@@ -46,7 +46,7 @@ def test_a_batch_is_split_over_the_devices(devices):
         assert np.array_equal(np.concatenate(shards), values)
 
 
-def _measure(params, model_state, batch, mask):
+def _measure(params, model_state, batch, mask, fitted):
     values = batch["value"] * params + model_state
     return {"value": Average.of(values, mask), "square": Average.of(values**2, mask)}
 
@@ -60,7 +60,7 @@ def _lookup(arrays, examples):
 def test_sums_over_batches_are_those_of_one_big_batch(number, batch_size, shape):
     arrays = jnp.arange(100.0) - 30
     examples = jnp.asarray(np.random.default_rng(number).integers(0, 100, (number, *shape)))
-    found = parallel.over_batches(_measure, _lookup, batch_size)(2.0, 1.0, arrays, examples)
+    found = parallel.over_batches(_measure, _lookup, batch_size)(2.0, 1.0, {}, arrays, examples)
     values = 2 * (np.asarray(examples) - 30.0) + 1
     count = values.size
     assert found["value"].total == values.sum()
@@ -71,17 +71,51 @@ def test_sums_over_batches_are_those_of_one_big_batch(number, batch_size, shape)
 def test_what_fills_up_the_last_batch_does_not_count():
     arrays = jnp.array([jnp.inf, 1.0, 2.0])
     run = parallel.over_batches(_measure, _lookup, 2)
-    found = run(1.0, 0.0, arrays, jnp.array([0, 1, 2]))
+    found = run(1.0, 0.0, {}, arrays, jnp.array([0, 1, 2]))
     assert (float(found["value"].total), float(found["value"].count)) == (np.inf, 3)
     measured = []
 
-    def measure(params, model_state, batch, mask):
+    def measure(params, model_state, batch, mask, fitted):
         measured.append(mask.shape)
         return {"mask": Average(mask.sum(), (mask * batch["value"]).sum())}
 
-    found = parallel.over_batches(measure, _lookup, 2)(0.0, 0.0, arrays, jnp.array([1, 2, 2]))
+    found = parallel.over_batches(measure, _lookup, 2)(0.0, 0.0, {}, arrays, jnp.array([1, 2, 2]))
     assert set(measured) == {(2,)}
     assert (float(found["mask"].total), float(found["mask"].count)) == (3, 5)
+
+
+def _predict(params, model_state, batch):
+    return {"twice": params * batch["value"], "row": batch["value"][:, None] + model_state}, batch
+
+
+@few
+@given(st.integers(1, 9), st.sampled_from([1, 2, 4, 11]), st.sampled_from([(), (2,)]))
+def test_predictions_are_collected_in_the_order_of_the_examples(number, batch_size, shape):
+    arrays = jnp.arange(100.0) - 30
+    examples = np.random.default_rng(number).integers(0, 100, (number, *shape))
+    run = parallel.collected(_predict, _lookup, batch_size)
+    found, batch = run(2.0, jnp.ones((1,) * (2 + len(shape))), arrays, jnp.asarray(examples))
+    assert np.array_equal(batch["value"], examples - 30.0)
+    assert np.array_equal(found["twice"], 2 * (examples - 30.0))
+    assert np.array_equal(found["row"], examples[:, None] - 29.0)
+
+
+def test_the_named_outputs_are_predicted_in_evaluation():
+    seen = []
+
+    def apply(variables, image, *, train):
+        seen.append(train)
+        x = variables["params"] * image
+        return {"main": x + variables["state"], "a": -x, "b": x * 0}
+
+    batch = {"image": jnp.array([1.0, 2.0]), "label": jnp.array([4, 3]), "group": jnp.array([0, 1])}
+    outputs, labels = make_predict(apply, ["a", "main"])(3.0, {"state": 1.0}, batch)
+    assert {name: each.tolist() for name, each in outputs.items()} == {
+        "a": [-3, -6],
+        "main": [4, 7],
+    }
+    assert labels.tolist() == [4, 3]
+    assert seen == [False]
 
 
 def _run(shared, own, key):

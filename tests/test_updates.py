@@ -238,6 +238,7 @@ def test_a_number_stays_one_and_a_linear_schedule_is_linear():
 SECTIONS = {
     "constant": ({"value": 0.5}, [0.5, 0.5, 0.5]),
     "piecewise": ({"init_value": 1.0, "boundaries": (2, 3), "scale": 0.5}, [1, 0.5, 0.25]),
+    "triangular": ({"peak_value": 1.0, "peak": 2.0, "end": 4.0}, [0, 1, 0]),
     "linear": ({"init_value": 1.0, "end_value": 0.0, "transition_steps": 4}, [1, 0.5, 0]),
     "cosine": ({"init_value": 1.0, "decay_steps": 4}, [1, 0.5, 0]),
     "exponential": (

@@ -14,6 +14,7 @@ from jax import Array
 from jax.scipy.ndimage import map_coordinates
 
 from sire_jax.data.tasks import ordered
+from sire_jax.names import nearest
 
 Batch = dict[str, Array]
 Augmentation = Callable[[Array, Batch], Batch]
@@ -75,28 +76,47 @@ class Flip:
         return {**batch, "image": jnp.where(chosen, image[..., ::-1, :], image)}
 
 
+# What NumPy calls them.
+_BORDERS = {"zeros": "constant", "reflection": "reflect"}
+
+
 @dataclass(frozen=True)
 class Crop:
-    """Shifts images by whole pixels; what comes in from outside is 0.
+    """Shifts images by whole pixels.
 
     Attributes:
         padding: The largest shift in each direction, in pixels.
+        border: What comes in from outside: ``"zeros"``, or ``"reflection"``, the image mirrored at
+            its outermost pixels.
     """
 
     padding: int = 4
+    border: str = "zeros"
 
     def __post_init__(self) -> None:
         if self.padding < 0:
             raise ValueError(f"crop: padding is {self.padding}; it should be at least 0.")
+        if self.border not in _BORDERS:
+            raise ValueError(f"crop: border is '{self.border}'.{nearest(self.border, _BORDERS)}")
 
     def __call__(self, key: Array, batch: Batch) -> Batch:
-        """Crops ``image`` at random out of itself with a border of zeros."""
-        return {**batch, "image": _each_image(self._crop, key, batch["image"])}
+        """Crops ``image`` at random out of itself with its border.
+
+        Raises:
+            ValueError: If an image is too small to be reflected that far.
+        """
+        image = batch["image"]
+        if self.border == "reflection" and self.padding >= min(image.shape[-3:-1]):
+            raise ValueError(
+                f"crop: padding is {self.padding}, but images of {image.shape[-3]} x"
+                f" {image.shape[-2]} can be reflected by at most {min(image.shape[-3:-1]) - 1}."
+            )
+        return {**batch, "image": _each_image(self._crop, key, image)}
 
     def _crop(self, key: Array, image: Array) -> Array:
         pad = self.padding
         start = jax.random.randint(key, (2,), 0, 2 * pad + 1)
-        padded = jnp.pad(image, ((pad, pad), (pad, pad), (0, 0)))
+        padded = jnp.pad(image, ((pad, pad), (pad, pad), (0, 0)), mode=_BORDERS[self.border])
         return jax.lax.dynamic_slice(padded, (start[0], start[1], 0), image.shape)
 
 

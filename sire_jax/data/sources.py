@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,18 @@ class Dataset:
         train: Training images.
         test: Test images.
         classes: For each kind of label the number of classes.
+        names: For each kind of label the names of its classes; of kinds without names "0", "1", ….
     """
 
     train: Source
     test: Source
     classes: Mapping[str, int]
+    names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        numbers = {kind: map(str, range(number)) for kind, number in self.classes.items()}
+        names = {kind: tuple(self.names.get(kind, each)) for kind, each in numbers.items()}
+        object.__setattr__(self, "names", names)
 
 
 @dataclass(frozen=True)
@@ -119,7 +126,8 @@ def _draw(dataset: Dataset, selection: Selection) -> Dataset:
         return dataset
     drawn = draw_classes(dataset.classes["label"], number, selection.draw_seed)
     parts = [_of_classes(source, drawn) for source in (dataset.train, dataset.test)]
-    return Dataset(parts[0], parts[1], classes={"label": number})
+    names = tuple(dataset.names["label"][i] for i in drawn)
+    return Dataset(parts[0], parts[1], {"label": number}, {"label": names})
 
 
 def _of_classes(source: Source, drawn: np.ndarray) -> Source:
@@ -233,8 +241,9 @@ def _digits(selection: Selection) -> Dataset:
 def _tfds(name: str, directory: Path, cache: str, selection: Selection) -> Dataset:
     prepared = _prepared(name, directory)
     stored = _cache_file(prepared, cache, selection)
-    if stored is not None and stored.exists():
-        return _read(stored)
+    dataset = None if stored is None or not stored.exists() else _read(stored)
+    if dataset is not None:
+        return dataset
     dataset = _decode(prepared, selection)
     if stored is not None:
         # Without a copy the next start only takes longer.
@@ -282,7 +291,7 @@ def _decode(prepared: Path, selection: Selection) -> Dataset:
         _decode_splits(builder, splits, list(classes), drawn)
         for splits in (selection.train_splits, (selection.test_split,))
     )
-    return Dataset(train, test, classes=classes)
+    return Dataset(train, test, classes, {kind: features[kind].names for kind in classes})
 
 
 def _decode_splits(
@@ -329,7 +338,8 @@ def _cache_file(prepared: Path, cache: str, selection: Selection) -> Path | None
 
 
 def _write(path: Path, dataset: Dataset) -> None:
-    arrays = {"classes": np.array(json.dumps(dict(dataset.classes)))}
+    described = {"classes": dataset.classes, "names": dataset.names}
+    arrays = {key: np.array(json.dumps(dict(value))) for key, value in described.items()}
     for split, source in (("train", dataset.train), ("test", dataset.test)):
         arrays[f"{split}/image"] = source.image
         arrays |= {f"{split}/labels/{kind}": values for kind, values in source.labels.items()}
@@ -340,11 +350,14 @@ def _write(path: Path, dataset: Dataset) -> None:
     partial.replace(path)
 
 
-def _read(path: Path) -> Dataset:
+def _read(path: Path) -> Dataset | None:
+    """Reads a decoded copy; None of one without names, which former versions wrote."""
     with np.load(path, allow_pickle=False) as arrays:
-        classes = json.loads(str(arrays["classes"]))
+        if "names" not in arrays:
+            return None
+        classes, names = (json.loads(str(arrays[key])) for key in ("classes", "names"))
         train, test = (
             Source(arrays[f"{split}/image"], {k: arrays[f"{split}/labels/{k}"] for k in classes})
             for split in ("train", "test")
         )
-    return Dataset(train, test, classes=classes)
+    return Dataset(train, test, classes, names)

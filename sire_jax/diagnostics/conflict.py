@@ -119,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="print the cosines as JSON")
     known, overrides = parser.parse_known_args(arguments)
     with command.readable_errors():
-        command.check_picture(known.out)
+        command.check_directory(known.out)
         cosines = measure(Trained.load(known.workdir, overrides))
         draw(cosines).savefig(known.out, dpi=130)
     if known.json:

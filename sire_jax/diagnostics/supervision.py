@@ -233,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="print the ratios as JSON")
     known, overrides = parser.parse_known_args(arguments)
     with command.readable_errors():
-        command.check_picture(known.out)
+        command.check_directory(known.out)
         measured = {}
         for title, path in titles(known.workdir).items():
             trained = Trained.load(path, overrides)

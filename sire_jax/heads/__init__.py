@@ -6,7 +6,9 @@ A head is a Flax module with an ``endpoints`` attribute, the names of the featur
 with, in order: ``head(*features, train=…)``. It knows nothing else of the backbone.
 """
 
+from sire_jax.heads.branch import branch
 from sire_jax.heads.classifier import Classifier, ConvolutionalClassifier
+from sire_jax.heads.combination import Combination
 from sire_jax.heads.decoder import decoders
 from sire_jax.heads.exits import exits
 from sire_jax.heads.identity import Identity
@@ -17,4 +19,7 @@ HEADS = {
     "decoders": decoders,
     "exits": exits,
     "identity": Identity,
+    "branch": branch,
+    # Last: it may be attached to those before it.
+    "combination": Combination,
 }

@@ -23,6 +23,13 @@ from sire_jax.runs import Runs
 PyTree = Any
 
 
+def classified(parts: Experiment, output: str) -> list[str]:
+    """Returns the targets, one label an example, that an output is trained to classify."""
+    chosen = [o.target for o in parts.objectives.values() if o.output == output]
+    flat = [target for target in chosen if parts.batch[target].ndim == 1]
+    return [t for t in flat if is_classification(parts.outputs[output], parts.batch[t])]
+
+
 def find_exits(parts: Experiment) -> tuple[list[str], str]:
     """Finds the outputs at which images can leave.
 
@@ -36,16 +43,11 @@ def find_exits(parts: Experiment) -> tuple[list[str], str]:
     Raises:
         ValueError: If the main output classifies nothing, or there is no other such output.
     """
-
-    def targets(output: str) -> list[str]:
-        chosen = [o.target for o in parts.objectives.values() if o.output == output]
-        flat = [target for target in chosen if parts.batch[target].ndim == 1]
-        return [t for t in flat if is_classification(parts.outputs[output], parts.batch[t])]
-
-    if not targets(MAIN):
+    targets = classified(parts, MAIN)
+    if not targets:
         raise ValueError("The main output has no objective on labels, so that no image can leave.")
-    target = targets(MAIN)[0]
-    names = [name for name in parts.output_names() if target in targets(name)]
+    target = targets[0]
+    names = [name for name in parts.output_names() if target in classified(parts, name)]
     image = jax.ShapeDtypeStruct((1, *parts.batch["image"].shape[1:]), jnp.float32)
     alone = [{name} for name in names]
     counted = traced.multiply_adds_together(parts.apply, alone, parts.variables, image)

@@ -82,10 +82,17 @@ def effective_joint(
             own = _per_leaf(reached, lambda n: _inverse(weights[n[0]]) if len(n) == 1 else one)
             gradient = jax.tree.map(scale, own, gradient)
         if optimizer.weight_decay:
-            penalty = jnp.asarray(optimizer.weight_decay, jnp.float32)
-            decay = _per_leaf(reached, lambda n: sum((share[name] for name in n), 0 * penalty))
+            zero = jnp.zeros((), jnp.float32)
+            times = _per_leaf(reached, lambda n: sum((share[name] for name in n), zero))
+            penalty = jax.tree.unflatten(
+                jax.tree.structure(params), optimizer.weight_decay.by_leaf(params)
+            )
             gradient = jax.tree.map(
-                lambda g, d, p: g + scale(penalty * d, p), gradient, decay, params
+                lambda g, d, t, p: g + scale(jnp.float32(d) * t, p),
+                gradient,
+                penalty,
+                times,
+                params,
             )
         step, new_state = masked.update(gradient, state, params)
         moved = reached.move(params, step)

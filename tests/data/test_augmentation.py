@@ -97,6 +97,51 @@ def test_crop_takes_a_window_of_the_padded_image():
     assert sum(a != b for a, b in zip(found[::2], found[1::2], strict=True)) > 70
 
 
+@pytest.mark.parametrize(("border", "mode"), [("zeros", "constant"), ("reflection", "reflect")])
+@pytest.mark.parametrize("padding", [0, 1, 3])
+def test_every_crop_is_a_window_of_what_numpy_pads(border, mode, padding, monkeypatch):
+    image = np.asarray(jax.random.uniform(jax.random.key(0), (4, 5, 2))) + 1
+    padded = np.pad(image, ((padding, padding), (padding, padding), (0, 0)), mode)
+    windows = np.array(list(np.ndindex(2 * padding + 1, 2 * padding + 1)))
+    # Each offset in turn, in place of random ones.
+    start = jnp.asarray(windows, jnp.int32)
+    monkeypatch.setattr(jax.random, "randint", lambda key, *_: start[key])
+    crop = jax.jit(jax.vmap(Crop(padding, border)._crop, (0, None)))
+    found = np.asarray(crop(jnp.arange(len(start)), jnp.asarray(image)))
+    for (i, j), each in zip(windows, found, strict=True):
+        np.testing.assert_array_equal(each, padded[i : i + 4, j : j + 5])
+
+
+def test_reflected_crops_move_in_all_directions_and_bring_no_zeros():
+    images = jax.random.uniform(jax.random.key(0), (100, 2, 3, 4, 2)) + 1
+    cropped = np.asarray(_apply(Crop(2, "reflection"), {"image": images})["image"])
+    assert cropped.min() >= 1
+    found = set()
+    for image, crop in zip(
+        np.asarray(images).reshape(-1, 3, 4, 2), cropped.reshape(-1, 3, 4, 2), strict=True
+    ):
+        padded = np.pad(image, ((2, 2), (2, 2), (0, 0)), "reflect")
+        here = [w for w in np.ndindex(5, 5) if np.array_equal(padded[w[0] :, w[1] :][:3, :4], crop)]
+        assert here
+        found |= set(here)
+    assert found == set(np.ndindex(5, 5))
+
+
+def test_bad_crops_are_refused():
+    with pytest.raises(ValueError, match=r"crop: padding is -1; it should be at least 0"):
+        Crop(-1)
+    message = r"crop: border is 'reflect'. Did you mean 'reflection'\? Known: reflection, zeros"
+    with pytest.raises(ValueError, match=message):
+        Crop(4, "reflect")
+    image = {"image": jnp.ones((2, 3, 4, 1))}
+    _apply(Crop(2, "reflection"), image)
+    message = r"padding is 3, but images of 3 x 4 can be reflected by at most 2"
+    with pytest.raises(ValueError, match=message):
+        Crop(3, "reflection")(jax.random.key(0), image)
+    # Zeros may be as many as one likes.
+    assert Crop(5)(jax.random.key(0), image)["image"].shape == (2, 3, 4, 1)
+
+
 def test_affine_of_zero_amounts_changes_nothing():
     batch = _pairs(20, 5)
     moved = _apply(Affine(0.0, 0.0, 0.0), batch)

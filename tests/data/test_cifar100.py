@@ -56,6 +56,9 @@ def test_cifar_100_has_its_published_mean_and_coarse_labels(cifar):
     pairs = np.unique(np.stack([fine, coarse], 1), axis=0)
     assert len(pairs) == 100
     assert np.bincount(pairs[:, 1]).tolist() == [5] * 20
+    names = [dataset.names[kind] for kind in ("label", "coarse_label")]
+    fish = [names[0][i] for i, j in pairs if names[1][j] == "fish"]
+    assert fish == ["aquarium_fish", "flatfish", "ray", "shark", "trout"]
 
 
 def test_a_config_that_says_another_number_of_images_is_refused(cifar):

@@ -33,6 +33,7 @@ def test_digits_are_split_by_class_into_two_thirds_and_one_third(digits):
     assert bundled.sum() == 1797
     assert (np.abs(test - bundled / 3) <= 1).all()
     assert digits.classes == {"label": 10}
+    assert digits.names == {"label": tuple("0123456789")}
 
 
 def test_digits_are_the_bundled_images_each_in_one_part(digits):
@@ -59,6 +60,7 @@ def test_digits_are_the_same_at_every_load(digits):
 
 def _assert_equal(a, b):
     assert a.classes == b.classes
+    assert a.names == b.names
     for one, other in ((a.train, b.train), (a.test, b.test)):
         assert one.image.dtype == other.image.dtype
         assert np.array_equal(one.image, other.image)
@@ -129,6 +131,7 @@ def test_more_classes_than_there_are_or_one_are_refused(number):
 def test_digits_of_drawn_classes_are_numbered_anew(digits):
     drawn = sources.load("digits", "", selection=Selection(draw_classes=4))
     assert drawn.classes == {"label": 4}
+    assert drawn.names == {"label": tuple(map(str, FOUR_OF_TEN))}
     for source, whole in ((drawn.train, digits.train), (drawn.test, digits.test)):
         label = whole.labels["label"]
         kept = [i for i in range(len(label)) if label[i] in FOUR_OF_TEN]
@@ -239,7 +242,7 @@ def _prepare(root, splits, label="label", shape=(4, 6, 1)):
                 features = {
                     "image": tfds.features.Image(shape=shape),
                     label: tfds.features.ClassLabel(num_classes=3),
-                    "parity": tfds.features.ClassLabel(num_classes=2),
+                    "parity": tfds.features.ClassLabel(names=["even", "odd"]),
                     "place": tfds.features.Scalar(np.int64),
                 }
                 return tfds.core.DatasetInfo(
@@ -271,6 +274,7 @@ def no_decoding(monkeypatch):
 
 def _check_tiny(dataset):
     assert dataset.classes == {"label": 3, "parity": 2}
+    assert dataset.names == {"label": ("0", "1", "2"), "parity": ("even", "odd")}
     for source, number in ((dataset.train, 8), (dataset.test, 4)):
         assert source.image.dtype == np.uint8
         assert source.image.shape == (number, 4, 6, 1)
@@ -295,6 +299,23 @@ def test_a_cached_set_is_not_decoded_again(prepared, tmp_path, request):
     assert len(list((tmp_path / "cache").iterdir())) == 1
     with pytest.raises(AssertionError, match="the set was decoded"):
         sources.load("tfds:tiny", str(prepared))
+
+
+def test_a_copy_without_names_is_made_again(prepared, tmp_path, request):
+    sources.load("tfds:tiny", str(prepared), str(tmp_path))
+    (copy,) = tmp_path.iterdir()
+    with np.load(copy) as arrays:
+        # As former versions have written it.
+        former = {key: arrays[key] for key in arrays if key != "names"}
+    np.savez(copy, **former)
+    _check_tiny(sources.load("tfds:tiny", str(prepared), str(tmp_path)))
+    request.getfixturevalue("no_decoding")
+    _check_tiny(sources.load("tfds:tiny", str(prepared), str(tmp_path)))
+    assert list(tmp_path.iterdir()) == [copy]
+
+
+def test_classes_without_names_are_numbered():
+    assert _dataset(classes=3).names == {"label": ("0", "1", "2")}
 
 
 def test_a_set_that_was_prepared_again_is_decoded_again(prepared, tmp_path, request):
@@ -414,6 +435,7 @@ def test_only_images_of_drawn_classes_are_decoded(prepared, monkeypatch):
     drawn = sources.draw_classes(3, 2, 0).tolist()
     dataset = sources.load("tfds:tiny", str(prepared), selection=Selection(draw_classes=2))
     assert dataset.classes == {"label": 2}
+    assert dataset.names == {"label": tuple(map(str, drawn))}
     for source, number in ((dataset.train, 8), (dataset.test, 4)):
         places = source.image[:, 0, 0, 0] // 10
         assert sorted(places.tolist()) == [i for i in range(number) if i % 3 in drawn]

@@ -321,7 +321,8 @@ def test_a_linear_optimizer_is_its_chain():
     bare = optimizers.LinearOptimizer(optax.sgd(0.5))
     step, _ = bare.update(jnp.ones(2), bare.init(start), start)
     assert step.tolist() == [-0.5, -0.5]
-    assert (made.weight_decay, bare.weight_decay) == (0.25, 0.0)
+    assert made.weight_decay == optimizers.WeightDecay(0.25, 0.25)
+    assert not bare.weight_decay
 
 
 def _distances(rates, decay, steps, **settings):

@@ -1,0 +1,198 @@
+"""Blocks of the branches that SSAL attaches; any block of a plan can be one, too."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+
+from sire_jax.backbones.blocks import Unit, check_odd, check_widths
+from sire_jax.convolution import convolve_line
+from sire_jax.layers import BatchNorm, SqueezeExcitation, he_normal
+from sire_jax.pooling import local_mean
+
+
+@dataclass(frozen=True)
+class ExpandedInception:
+    """Four paths of convolutions with batch norm and ReLU, concatenated; the size is kept.
+
+    1 x 1; 1 x 1, then 1 x 3 beside 3 x 1; two of 1 x 1, then 1 x 3 beside 3 x 1; 3 x 3 average
+    pooling, then 3 x 1 (after Szegedy et al., *Rethinking the Inception Architecture*, 2016, Fig.
+    7; widths as released with Palacio et al.).
+
+    Attributes:
+        width: Output channels of all convolutions but two.
+        reduced: Those of the third path's first convolution.
+        pooled: Those of the convolution behind the pool.
+    """
+
+    width: int = 128
+    reduced: int = 160
+    pooled: int = 108
+    stride: ClassVar[int] = 1
+    layers: ClassVar[int] = 3
+
+    def __post_init__(self) -> None:
+        check_widths("ExpandedInception", self.width, self.reduced, self.pooled)
+
+    def channels(self, inputs: int) -> int:
+        """Returns the sum of the widths of the paths."""
+        return 5 * self.width + self.pooled
+
+    def encoder(self, name: str) -> nn.Module:
+        """Returns the block's module."""
+        return _ExpandedInception(self.width, self.reduced, self.pooled, name=name)
+
+
+class _ExpandedInception(nn.Module):
+    width: int
+    reduced: int
+    pooled: int
+
+    @nn.compact
+    def __call__(self, x: Array, before: Array, *, train: bool) -> Array:
+        def unit(x: Array, width: int, name: str) -> Array:
+            return nn.relu(Unit(width, 1, name=name)(x, train=train))
+
+        def line(x: Array, width: int, axis: int, name: str) -> Array:
+            return nn.relu(_LineUnit(width, 3, axis, name=name)(x, train=train))
+
+        second = unit(x, self.width, "second")
+        third = unit(unit(x, self.reduced, "third_1"), self.width, "third_2")
+        paths = [unit(x, self.width, "first")]
+        for name, start in (("second", second), ("third", third)):
+            paths.append(line(start, self.width, 2, f"{name}_row"))
+            paths.append(line(start, self.width, 1, f"{name}_column"))
+        paths.append(line(local_mean(x, 3), self.pooled, 1, "pooled"))
+        return jnp.concatenate(paths, -1)
+
+
+class _LineUnit(nn.Module):
+    """A convolution along an axis, and batch norm."""
+
+    features: int
+    kernel_size: int
+    axis: int
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool) -> Array:
+        shape = (self.kernel_size, x.shape[-1], self.features)
+        kernel = self.param("kernel", he_normal, shape)
+        y = convolve_line(x, kernel.astype(x.dtype), self.axis)
+        return BatchNorm(name="norm")(y, train=train)
+
+
+@dataclass(frozen=True)
+class AveragePool:
+    """Average pooling of windows around each pixel, which keeps the size.
+
+    Attributes:
+        size: Side of the windows, in pixels, odd; what is outside the image does not count.
+    """
+
+    size: int = 3
+    stride: ClassVar[int] = 1
+    layers: ClassVar[int] = 0
+
+    def __post_init__(self) -> None:
+        check_odd("AveragePool", self.size)
+
+    def channels(self, inputs: int) -> int:
+        """Returns ``inputs``."""
+        return inputs
+
+    def encoder(self, name: str) -> nn.Module:
+        """Returns the block's module."""
+        return _AveragePool(self.size, name=name)
+
+
+class _AveragePool(nn.Module):
+    size: int
+
+    def __call__(self, x: Array, before: Array, *, train: bool) -> Array:
+        return local_mean(x, self.size)
+
+
+@dataclass(frozen=True)
+class Recalibration:
+    """Squeeze-and-excitation: channels are scaled by what the whole image shows of them.
+
+    Attributes:
+        reduction: By how much the layer between is narrower than the features
+            (``layers.SqueezeExcitation``).
+    """
+
+    reduction: int = 16
+    stride: ClassVar[int] = 1
+    layers: ClassVar[int] = 2
+
+    def channels(self, inputs: int) -> int:
+        """Returns ``inputs``."""
+        return inputs
+
+    def encoder(self, name: str) -> nn.Module:
+        """Returns the block's module."""
+        return _Recalibration(self.reduction, name=name)
+
+
+class _Recalibration(nn.Module):
+    reduction: int
+
+    @nn.compact
+    def __call__(self, x: Array, before: Array, *, train: bool) -> Array:
+        return SqueezeExcitation(self.reduction, name="squeeze")(x)
+
+
+@dataclass(frozen=True)
+class GlobalPool:
+    """The mean over all pixels: ``[b, h, w, c]`` becomes ``[b, c]``."""
+
+    stride: ClassVar[int] = 1
+    layers: ClassVar[int] = 0
+
+    def channels(self, inputs: int) -> int:
+        """Returns ``inputs``."""
+        return inputs
+
+    def encoder(self, name: str) -> nn.Module:
+        """Returns the block's module."""
+        return _GlobalPool(name=name)
+
+
+class _GlobalPool(nn.Module):
+    def __call__(self, x: Array, before: Array, *, train: bool) -> Array:
+        return x.mean(tuple(range(1, x.ndim - 1)))
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A dense layer with ReLU, of pooled features.
+
+    Attributes:
+        width: Number of units.
+    """
+
+    width: int
+    stride: ClassVar[int] = 1
+    layers: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        check_widths("Dense", self.width)
+
+    def channels(self, inputs: int) -> int:
+        """Returns ``width``."""
+        return self.width
+
+    def encoder(self, name: str) -> nn.Module:
+        """Returns the block's module."""
+        return _Dense(self.width, name=name)
+
+
+class _Dense(nn.Module):
+    width: int
+
+    @nn.compact
+    def __call__(self, x: Array, before: Array, *, train: bool) -> Array:
+        dense = nn.Dense(self.width, kernel_init=he_normal, dtype=x.dtype, name="dense")
+        return nn.relu(dense(x))

@@ -1,0 +1,169 @@
+"""Confusion matrices: how often a network takes one label for another; of a run or from a file."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from sire_jax import parallel
+from sire_jax.evaluate import kept_weights
+from sire_jax.inference.exits import classified
+from sire_jax.metrics import class_logits
+from sire_jax.names import listed
+from sire_jax.networks import MAIN
+from sire_jax.runs import Runs
+
+PyTree = Any
+
+
+def check_confusion(confusion: np.ndarray, names: Sequence[str] | None = None) -> None:
+    """Checks a confusion matrix.
+
+    Args:
+        confusion: ``[classes, classes]``, a row for each true label, a column for each prediction.
+        names: The names of the labels; default: their numbers.
+
+    Raises:
+        ValueError: If it is not square, not finite, negative somewhere, or a row is empty.
+    """
+    if confusion.ndim != 2 or confusion.shape[0] != confusion.shape[1] or not confusion.size:
+        raise ValueError(
+            f"The confusion matrix has the shape {confusion.shape}; it should be square, with a row"
+            " for each true label and a column for each prediction."
+        )
+    names = [str(i) for i in range(len(confusion))] if names is None else names
+    if len(names) != len(confusion):
+        raise ValueError(
+            f"There are {len(names)} names of classes for the {len(confusion)} labels of the"
+            " confusion matrix; there should be one for each."
+        )
+    wrong = ~(np.isfinite(confusion) & (confusion >= 0))
+    if wrong.any():
+        row, column = np.argwhere(wrong)[0]
+        raise ValueError(
+            f"The confusion matrix holds {wrong.sum()} values that are no counts: the first is"
+            f" {confusion[row, column]}, in the row of '{names[row]}' and the column of"
+            f" '{names[column]}'; they should be finite and at least 0."
+        )
+    empty = [names[i] for i in np.flatnonzero(confusion.sum(1) == 0).tolist()]
+    if empty:
+        raise ValueError(
+            f"The confusion matrix has empty rows: {listed(empty)}; each label should have been"
+            " classified at least once."
+        )
+
+
+def read(path: str | Path) -> np.ndarray:
+    """Reads a confusion matrix.
+
+    Args:
+        path: A ``.npy`` file, or a ``.csv`` file with a row a line, of numbers alone.
+
+    Returns:
+        ``[classes, classes]``, float64, not yet checked.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it holds something else.
+    """
+    path = Path(path).expanduser()
+    readers = {".npy": _read_npy, ".csv": _read_csv}
+    if path.suffix not in readers:
+        raise ValueError(f"--matrix is {path}; it should be a file .npy or .csv.")
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path} with a confusion matrix.")
+    try:
+        return readers[path.suffix](path)
+    except ValueError as error:
+        raise ValueError(f"{path} holds no matrix of numbers: {error}.") from None
+
+
+def _read_npy(path: Path) -> np.ndarray:
+    with path.open("rb") as file:
+        found = np.lib.format.read_array(file, allow_pickle=False)
+    if found.dtype.kind not in "iuf":
+        raise ValueError(f"its values are {found.dtype}")
+    return found.astype(np.float64)
+
+
+def _read_csv(path: Path) -> np.ndarray:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    rows = [[float(cell) for cell in line.split(",")] for line in lines if line.strip()]
+    lengths = sorted({len(row) for row in rows})
+    if len(lengths) > 1:
+        raise ValueError(f"its rows have {lengths[0]} to {lengths[-1]} numbers")
+    return np.array(rows, np.float64)
+
+
+def names_of(runs: Runs) -> tuple[str, ...]:
+    """Returns the names of the labels that a run's main output classifies.
+
+    Raises:
+        ValueError: If it classifies none.
+    """
+    target = _target(runs)
+    # Of pairs, the targets have other classes than the images' labels.
+    count = runs.parts.task.classes(runs.config.data.classes)[target]
+    names = runs.names.get(target, ())
+    return names if len(names) == count else tuple(str(i) for i in range(count))
+
+
+def _target(runs: Runs) -> str:
+    targets = [t for t in classified(runs.parts, MAIN) if t not in runs.parts.groups]
+    if not targets:
+        raise ValueError("The main output has no objective on labels; there is nothing to group.")
+    return targets[0]
+
+
+def of_run(runs: Runs, workdir: str | Path, split: str) -> np.ndarray:
+    """Counts what the main output of a run takes its images for.
+
+    Args:
+        runs: The programs and data of the run.
+        workdir: Its directory.
+        split: ``"train"``, ``"validation"`` or ``"test"``.
+
+    Returns:
+        ``[classes, classes]``, counts, a row for each true label: the sum over the seeds, each with
+        its own weights and examples.
+
+    Raises:
+        ValueError: If the split has fewer images than there are labels.
+        FileNotFoundError: If there is no checkpoint.
+    """
+    target, names = _target(runs), names_of(runs)
+    _check_examples(split, runs.examples[split].shape[1], len(names))
+
+    def measure(
+        params: PyTree, model_state: PyTree, batch: PyTree, mask: Array, fitted: PyTree
+    ) -> Array:
+        variables = {"params": params, **model_state}
+        outputs: Any = runs.parts.network.apply(variables, batch["image"], aux=False)
+        predicted = class_logits(outputs[MAIN]).argmax(-1)
+        none = jnp.zeros((len(names), len(names)), jnp.float32)
+        return none.at[batch[target], predicted].add(mask)
+
+    config = runs.config
+    counted = parallel.over_batches(measure, runs.parts.lookup_central, config.evaluate_batch_size)
+    program = jax.jit(parallel.over_seeds(counted, (3,), config.seeds_at_once))
+    kept = kept_weights(runs, workdir)
+    each = program(kept.params, kept.model_state, {}, runs.arrays, runs.examples[split])
+    return np.asarray(each, np.float64).sum(0)
+
+
+def _check_examples(split: str, images: int, classes: int) -> None:
+    if not images:
+        raise ValueError(
+            f"The run has no {split} images to count confusions on; train with"
+            " --config.data.task.validation_per_class=50, or choose others deliberately with"
+            " --split=train or --split=test."
+        )
+    if images < classes:
+        raise ValueError(
+            f"The run has {images} {split} images for {classes} classes; each class should have one"
+            " at least, better 50."
+        )

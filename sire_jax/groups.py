@@ -1,0 +1,294 @@
+"""Labels in groups, and the file of such groupings, which a person can read and edit."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+from ml_collections import ConfigDict
+
+from sire_jax.names import listed, nearest
+
+SHAPE = (
+    '{"made": "how", "classes": ["apple", "oak", "pear"], "groups": {"2": [["apple", "pear"],'
+    ' ["oak"]]}}'
+)
+
+# Of a section of config.data.groups.
+_KEYS = {"file", "groups", "classes", "assignment"}
+
+
+@dataclass(frozen=True)
+class Groups:
+    """A partition of labels into groups.
+
+    Attributes:
+        classes: The names of all labels, in the order of the labels.
+        assignment: The group of each label, in 0..k - 1; no group is empty.
+
+    Raises:
+        ValueError: If a name stands twice, a label has no group or a group has no label.
+    """
+
+    classes: tuple[str, ...]
+    assignment: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        _check_names(self.classes, "The names of labels")
+        if len(self.assignment) != len(self.classes):
+            raise ValueError(
+                f"There are {len(self.classes)} labels, but {len(self.assignment)} assignments to a"
+                " group; each label should have one."
+            )
+        used = set(self.assignment)
+        if not used or used != set(range(len(used))):
+            raise ValueError(
+                f"Labels are in the groups {sorted(used)}; groups should be numbered 0, 1, … and"
+                " each should have a label."
+            )
+
+    @property
+    def number(self) -> int:
+        """The number of groups."""
+        return len(set(self.assignment))
+
+    def of(self, labels: Array) -> Array:
+        """Returns the groups of labels, int32 of their shape."""
+        return jnp.asarray(self.assignment, jnp.int32)[labels]
+
+    def labels(self) -> tuple[tuple[str, ...], ...]:
+        """Returns the names of the labels of each group, in the order of the labels."""
+        members: list[list[str]] = [[] for _ in range(self.number)]
+        for name, group in zip(self.classes, self.assignment, strict=True):
+            members[group].append(name)
+        return tuple(tuple(each) for each in members)
+
+
+def save(path: str | Path, groupings: Mapping[int, Groups], made: str) -> None:
+    """Writes groupings of the same labels, one group a line.
+
+    Args:
+        path: The file, JSON.
+        groupings: Groupings by their number of groups.
+        made: How they were made, for who reads the file.
+
+    Raises:
+        ValueError: If there are none, their labels differ, or a number is not that of the groups.
+    """
+    if not groupings:
+        raise ValueError(f"There are no groupings to write to {path}; give at least one.")
+    classes = next(iter(groupings.values())).classes
+    for number, groups in groupings.items():
+        if groups.number != number:
+            raise ValueError(f"The grouping {number} has {groups.number} groups, not {number}.")
+        if groups.classes != classes:
+            raise ValueError(
+                f"The grouping {number} has other labels, or in another order, than the first;"
+                " a file holds groupings of the same labels."
+            )
+    blocks = [f'    "{n}": [\n{_lines(groupings[n])}\n    ]' for n in sorted(groupings)]
+    lines = [
+        "{",
+        f'  "made": {_text(made)},',
+        f'  "classes": {_text(classes)},',
+        '  "groups": {',
+        ",\n".join(blocks),
+        "  }",
+        "}",
+    ]
+    text = "\n".join(lines) + "\n"
+    Path(path).expanduser().write_text(text, encoding="utf-8")
+
+
+def from_section(name: str, section: Mapping[str, Any]) -> Groups:
+    """Returns the groups of a section of ``config.data.groups``.
+
+    Args:
+        name: What the target is called, for messages.
+        section: ``{"file", "groups", "classes", "assignment"}``; the file counts only where there
+            is no assignment.
+
+    Raises:
+        ValueError: If the section names no file, or the file does not hold such groups.
+        FileNotFoundError: If there is no such file.
+    """
+    check_section(name, section)
+    where = f"config.data.groups.{name}"
+    if section["assignment"]:
+        given = Groups(tuple(section["classes"]), tuple(section["assignment"]))
+        if given.number != section["groups"]:
+            raise ValueError(
+                f"{where}.groups is {section['groups']}, but its assignment has {given.number}."
+            )
+        return given
+    if not section["file"]:
+        raise ValueError(
+            f"{where} names no file of groups; make one with 'python -m sire_jax.grouping' and give"
+            f" it by --{where}.file=FILE."
+        )
+    known = load(section["file"])
+    if section["groups"] not in known:
+        raise ValueError(
+            f"{where}.groups is {section['groups']}, but {section['file']} has the numbers of"
+            f" groups {', '.join(map(str, known))}."
+        )
+    return known[section["groups"]]
+
+
+def check_section(name: str, section: Any) -> None:
+    """Checks that a section of ``config.data.groups`` has the keys of one.
+
+    Args:
+        name: What the target is called, for messages.
+        section: The section.
+
+    Raises:
+        ValueError: If it is none, or has other keys.
+    """
+    if not isinstance(section, Mapping | ConfigDict) or set(section) != _KEYS:
+        given = sorted(section) if isinstance(section, Mapping | ConfigDict) else section
+        raise ValueError(
+            f"config.data.groups.{name} is {given}; it should be a section with the keys"
+            f" {sorted(_KEYS)}, as configuration.grouping(FILE, GROUPS) returns it."
+        )
+
+
+def check_names(what: str, groups: Groups, classes: Sequence[str]) -> None:
+    """Checks that the labels of groups are those of a data set, in its order.
+
+    Args:
+        what: Where the groups come from, for messages.
+        groups: The groups.
+        classes: The names of the data set's labels.
+
+    Raises:
+        ValueError: If they are not; missing and unknown ones are named.
+    """
+    _check_same(f"The labels of {what} are not those of the data:", groups.classes, classes)
+    if groups.classes != tuple(classes):
+        first = next(a for a, b in zip(groups.classes, classes, strict=True) if a != b)
+        raise ValueError(
+            f"The labels of {what} are in another order than those of the data, from '{first}' on;"
+            " put the file's 'classes' in the data's order."
+        )
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _lines(groups: Groups) -> str:
+    return ",\n".join(f"      {_text(each)}" for each in groups.labels())
+
+
+def load(path: str | Path, classes: Sequence[str] | None = None) -> dict[int, Groups]:
+    """Reads groupings, also after someone has edited them: groups may have any size but 0.
+
+    Args:
+        path: The file that ``save`` wrote.
+        classes: The names of the data set's labels, in their order; default: as in the file.
+
+    Returns:
+        Groupings by their number of groups, of labels in the order of ``classes``; the groups have
+        the order of the file.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not such a file, or a grouping does not have each label once.
+    """
+    found = _read(Path(path).expanduser())
+    names = tuple(found["classes"])
+    _check_names(names, f"The classes of {path}")
+    if classes is not None:
+        _check_same(f"The classes of {path} are not those of the data:", names, classes)
+        names = tuple(classes)
+    return {
+        _number(path, key, groups): _grouping(f"The grouping '{key}' of {path}", groups, names)
+        for key, groups in found["groups"].items()
+    }
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"There is no file of groups {path}. Make one with\n"
+            f"  python -m sire_jax.grouping --workdir=DIR --groups=20 --out={path}"
+        )
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
+    except ValueError as error:
+        raise ValueError(f"{path} can't be read as JSON: {error}.") from None
+    if not _is_structure(found):
+        raise ValueError(f"{path} is no file of groups; it should look like {SHAPE}.")
+    return dict(found)
+
+
+def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Makes a mapping; ``json`` itself would drop the first of two groupings with one number."""
+    doubled = _doubled(key for key, _ in pairs)
+    if doubled:
+        raise ValueError(f"the key '{doubled[0]}' stands twice")
+    return dict(pairs)
+
+
+def _is_structure(found: Any) -> bool:
+    if not isinstance(found, dict) or not isinstance(found.get("groups"), dict):
+        return False
+    groupings = found["groups"].values()
+    if not groupings or not all(isinstance(groups, list) for groups in groupings):
+        return False
+    lists = [found.get("classes"), *(each for groups in groupings for each in groups)]
+    return all(isinstance(x, list) and all(isinstance(name, str) for name in x) for x in lists)
+
+
+def _number(path: str | Path, key: str, groups: Sequence[Sequence[str]]) -> int:
+    if key != str(len(groups)):
+        raise ValueError(
+            f"The grouping '{key}' of {path} has {len(groups)} groups; it should be named after"
+            f" their number, '{len(groups)}', or have as many as its name says."
+        )
+    return len(groups)
+
+
+def _grouping(what: str, groups: Sequence[Sequence[str]], classes: tuple[str, ...]) -> Groups:
+    if not all(groups):
+        raise ValueError(
+            f"{what} has an empty group, the {list(map(bool, groups)).index(False) + 1}. of"
+            f" {len(groups)}; give it a label or remove it."
+        )
+    doubled = _doubled(name for group in groups for name in group)
+    if doubled:
+        raise ValueError(f"{what} has labels twice: {listed(doubled)}; each should stand once.")
+    group_of = {name: i for i, group in enumerate(groups) for name in group}
+    _check_same(f"{what} does not have each label once:", list(group_of), classes)
+    return Groups(classes, tuple(group_of[name] for name in classes))
+
+
+def _check_names(names: Sequence[str], what: str) -> None:
+    doubled = _doubled(names)
+    if doubled:
+        raise ValueError(f"{what} are not distinct: {listed(doubled)} stand more than once.")
+
+
+def _check_same(what: str, given: Sequence[str], classes: Sequence[str]) -> None:
+    """Checks that names are those of all labels, in any order."""
+    missing = _without(classes, given)
+    unknown = _without(given, classes)
+    problems = [f" {listed(missing)} missing."] if missing else []
+    if unknown:
+        problems.append(f" {listed(unknown)} unknown.{nearest(unknown[0], classes)}")
+    if problems:
+        raise ValueError(what + "".join(problems))
+
+
+def _without(names: Sequence[str], others: Sequence[str]) -> list[str]:
+    dropped = set(others)
+    return [name for name in names if name not in dropped]
+
+
+def _doubled(names: Iterable[str]) -> list[str]:
+    return [name for name, count in Counter(names).items() if count > 1]

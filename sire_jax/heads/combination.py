@@ -1,0 +1,33 @@
+"""A classifier of several outputs or features together."""
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+
+from sire_jax.layers import he_normal, uniform_fan_in
+
+
+class Combination(nn.Module):
+    """Concatenates features and outputs, and classifies them by dense layers.
+
+    Attached to ``"pooled"`` and branches without a loss of their own it is *GapCatNoSSAL*; to
+    ``"main"`` and a branch, with 2,048 hidden units, *CatFCNoSSAL* (Palacio et al., Section 4.3).
+
+    Attributes:
+        endpoints: What it concatenates: endpoints, ``"main"``, or heads.
+        classes: Number of classes.
+        hidden: Widths of dense layers with ReLU before the last one.
+    """
+
+    endpoints: tuple[str, ...]
+    classes: int
+    hidden: tuple[int, ...] = ()
+
+    @nn.compact
+    def __call__(self, *features: Array, train: bool = False) -> Array:
+        """Maps each ``[b, …, c]``, averaged over what is between, to logits ``[b, classes]``."""
+        pooled = [x.mean(tuple(range(1, x.ndim - 1))).astype(jnp.float32) for x in features]
+        x = jnp.concatenate(pooled, -1)
+        for i, width in enumerate(self.hidden, start=1):
+            x = nn.relu(nn.Dense(width, kernel_init=he_normal, name=f"hidden_{i}")(x))
+        return nn.Dense(self.classes, kernel_init=uniform_fan_in, name="output")(x)
