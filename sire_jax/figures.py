@@ -115,19 +115,20 @@ def curves(directory: str | Path) -> Path | None:
     return path
 
 
-def compare(directories: Mapping[str, str | Path], metric: str, split: str, path: Path) -> None:
-    """Draws one metric of several runs in one picture.
+def compare(runs: Mapping[str, tuple[str | Path, str]], split: str, path: Path) -> None:
+    """Draws a metric of several runs in one picture.
 
     Args:
-        directories: Workdirs by the text of their legend.
-        metric: Such as ``"main/top_1"``.
+        runs: Workdirs and metrics, such as ``"main/top_1"``, by the text of their legend; all
+            metrics of a kind.
         split: Such as ``"test"``.
         path: The picture to write.
     """
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.subplots()
-    colours = _colours(len(directories))
-    for (label, directory), colour in zip(directories.items(), colours, strict=True):
+    metric = ""
+    colours = _colours(len(runs))
+    for (label, (directory, metric)), colour in zip(runs.items(), colours, strict=True):
         epochs, values = series(read_metrics(directory), split, metric)
         if len(epochs):
             band(axes, epochs, values, label, colour)
@@ -136,4 +137,34 @@ def compare(directories: Mapping[str, str | Path], metric: str, split: str, path
     axes.set_title(_DASHES, fontsize=8)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def sweep(points: Sequence[Mapping[str, Any]], about: Mapping[str, Any], path: Path) -> None:
+    """Draws what a table measures against what it varies: Figs. 2 and 3 of Palacio et al.
+
+    Args:
+        points: ``{"x": number, "series": text, "<column>": [value of each run]}`` each.
+        about: ``{"x": label of the axis, "columns": {column: title of its panel}}``.
+        path: The picture to write.
+    """
+    figure = Figure(figsize=(4.6 * len(about["columns"]), 3.8), layout="constrained")
+    panels = figure.subplots(1, len(about["columns"]), squeeze=False)[0]
+    names = list(dict.fromkeys(point["series"] for point in points))
+    for axes, (column, title) in zip(panels, about["columns"].items(), strict=True):
+        for name, colour in zip(names, _colours(len(names)), strict=True):
+            line = sorted((p["x"], p[column]) for p in points if p["series"] == name and p[column])
+            if not line:
+                continue
+            places = [x for x, _ in line]
+            means = [np.mean(values) for _, values in line]
+            errors = [np.std(values, ddof=1) if len(values) > 1 else 0.0 for _, values in line]
+            axes.errorbar(places, means, errors, marker="o", capsize=3, color=colour, label=name)
+        axes.set_xticks(sorted({point["x"] for point in points}))
+        axes.set_xlabel(about["x"])
+        axes.set_title(title, fontsize=9)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("accuracy (%)")
+    panels[0].legend(frameon=False, fontsize=8)
+    figure.suptitle("mean over runs, plus and minus one standard deviation", fontsize=8)
     figure.savefig(path, dpi=130)

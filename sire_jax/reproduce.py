@@ -100,10 +100,11 @@ def compare(
 
     Args:
         row: The row of the table.
-        table: The table. A column is a metric of a split, ``{"split", "metric"}``, as an error in
-            percent if it has ``"error_percent": true``; ``{"parameters": true}``, in millions; or
-            ``{"relative_time": ID}``, the time of a training step over that of the row ID (the
-            paper's: of the whole training). It may have a ``"format"`` of its numbers.
+        table: The table. A column is a metric of a split, ``{"split", "metric"}``, in percent if it
+            has ``"percent": true``, as an error in percent with ``"error_percent": true``;
+            ``{"parameters": true}``, in millions; or ``{"relative_time": ID}``, the time of a
+            training step over that of the row ID (the paper's: of the whole training). It may have
+            a ``"format"`` of its numbers.
         results: Final measurements of the row's run.
         parameters: The row's number of parameters.
         reference: The row that times are relative to and its measurements, if it has been trained.
@@ -124,6 +125,8 @@ def compare(
             runs = results["splits"][kind["split"]].get(kind["metric"])
             if runs is not None and kind.get("error_percent"):
                 runs = [100 * (1 - each) for each in runs]
+            elif runs is not None and kind.get("percent"):
+                runs = [100 * each for each in runs]
             line[column] = _figure(row.get(column), runs)
     return {**line, "seconds": results["seconds"]}
 
@@ -210,7 +213,8 @@ def reproduce(
     Args:
         table: The table.
         rows: Its rows to train; others are shown if they have been trained.
-        workdir: Where the rows' workdirs are, and ``table.json``, ``table.md``, ``table.png``.
+        workdir: Where the rows' workdirs are, and ``table.json``, ``table.md``, ``table.png``; of a
+            table that varies something ``sweep.png``, too.
         configs: The directory of the configs.
         option: One of the table's options, such as ``as_released``.
         overrides: ``--config.a.b=value`` each, for all rows.
@@ -225,7 +229,9 @@ def reproduce(
         raise ValueError(
             f"The table has no option '{option}'.{names.nearest(option, table['options'])}"
         )
-    lines, directories = [], {}
+    lines: list[dict[str, Any]] = []
+    points: list[dict[str, Any]] = []
+    drawn: dict[str, tuple[Path, str]] = {}
     references = {kind.get("relative_time") for kind in table["columns"].values()}
     counts = any("parameters" in kind for kind in table["columns"].values())
     reference = None
@@ -235,7 +241,7 @@ def reproduce(
         results = _trained(config, directory)
         if results is None and row not in rows:
             continue
-        directories[row["name"]] = directory
+        drawn[row["name"]] = directory, row.get("curve", table["curves"]["metric"])
         results = results or train(config, str(directory))
         if identity(row) in references:
             reference = row, results
@@ -253,12 +259,19 @@ def reproduce(
             "rows": lines,
         }
         (workdir / "table.json").write_text(json.dumps(details, indent=1) + "\n")
-        figures.compare(directories, **table["curves"], path=workdir / "table.png")
+        figures.compare(drawn, table["curves"]["split"], workdir / "table.png")
+        if "sweep" in table:
+            runs = {column: lines[-1][column]["runs"] for column in table["sweep"]["columns"]}
+            points.append({"x": row["x"], "series": row["series"], **runs})
+            figures.sweep(points, table["sweep"], workdir / "sweep.png")
     return lines
 
 
 def _parameters(config: ConfigDict) -> int:
-    return traced.size(experiment.build(config).variables["params"])
+    """Counts the parameters that some loss reaches: what is not trained is not of the network."""
+    parts = experiment.build(config)
+    reached = jax.tree.map(lambda *each: any(each), *parts.reach.values())
+    return traced.size(parts.variables["params"], reached)
 
 
 def _trained(config: ConfigDict, directory: Path) -> dict[str, Any] | None:

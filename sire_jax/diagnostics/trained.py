@@ -11,6 +11,7 @@ from jax import Array
 from sire_jax.data.augmentation import Batch
 from sire_jax.evaluate import kept_weights, open_run
 from sire_jax.experiment import Experiment
+from sire_jax.step import Best, TrainState
 
 PyTree = Any
 
@@ -56,6 +57,12 @@ class Trained:
         order = runs.examples["train"][0][: runs.config.batch_size]
         batch = runs.parts.lookup_central(runs.arrays, order)
         return cls(runs.parts, step, params, model_state, batch)
+
+    @staticmethod
+    def first(kept: TrainState | Best) -> dict[str, PyTree]:
+        """Returns all variables of the network of the first seed."""
+        params, model_state = jax.tree.map(lambda x: x[0], (kept.params, kept.model_state))
+        return {"params": params, **model_state}
 
     @property
     def variables(self) -> dict[str, PyTree]:

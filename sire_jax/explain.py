@@ -1,0 +1,164 @@
+"""Explains the prediction of one image: ``python -m sire_jax.explain --workdir=DIR --image=FILE``.
+
+Prints the class, and for each branch the group of labels that it chose, with its probability and
+whether it contains the class; draws where in the image each of them is found.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from sire_jax import command
+from sire_jax.data.sources import Source
+from sire_jax.data.tasks import Images
+from sire_jax.diagnostics.activation_maps import draw, titles
+from sire_jax.diagnostics.activation_maps import explain as explained_images
+from sire_jax.diagnostics.trained import Trained
+from sire_jax.evaluate import kept_weights, open_run
+from sire_jax.runs import Runs
+
+# What Pillow calls images of so many channels.
+_MODES = {1: "L", 3: "RGB"}
+
+
+def read_image(path: str | Path, shape: Sequence[int]) -> tuple[np.ndarray, str]:
+    """Reads an image as a network sees it before it is scaled.
+
+    Args:
+        path: A file that Pillow reads, such as PNG or JPEG.
+        shape: ``(height, width, channels)`` of the network's images.
+
+    Returns:
+        The image, uint8 of that shape, and what was done to it, "" if nothing: an image of another
+        size is cropped to the same proportions around its centre, and resized.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no image, is cut off, or has another number of channels.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no image {path}.")
+    try:
+        with Image.open(path) as opened:
+            image = ImageOps.exif_transpose(opened)
+    except UnidentifiedImageError:
+        raise ValueError(f"{path} is not an image; give a PNG or JPEG file, for example.") from None
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"The image {path} is too large: {error}") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"The image {path} is damaged or cut off: {error}.") from None
+    height, width, channels = shape
+    if image.mode == "P":
+        image = image.convert(_MODES.get(channels, "RGB"))
+    if image.mode != _MODES.get(channels):
+        raise ValueError(
+            f"{path} has {len(image.getbands())} channels ({image.mode}), but the network sees"
+            f" images of {channels} ({_MODES.get(channels, 'not a kind of file')}); convert it"
+            " first."
+        )
+    note = ""
+    if image.size != (width, height):
+        note = f"cropped and resized from {image.size[0]} x {image.size[1]} pixels"
+        image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+    return np.asarray(image, np.uint8).reshape(height, width, channels), note
+
+
+def explain(
+    workdir: str | Path,
+    image: str | Path,
+    out: str | Path,
+    overrides: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Explains what a run's first network predicts of an image.
+
+    Args:
+        workdir: The run.
+        image: The image's file.
+        out: The picture of the maps.
+        overrides: ``--config.data.dir=DIR`` and the like, where the data have moved.
+
+    Returns:
+        ``{"class", "probability", "rule", "branches": {name: {"labels", "probability",
+        "contains"}}, "resized"}``.
+
+    Raises:
+        FileNotFoundError: If there is no image, no run, no checkpoint or no data.
+        ValueError: If the image can't be read, or an output has no map.
+    """
+    run = open_run(workdir, overrides)
+    if not isinstance(run.parts.task, Images):
+        raise ValueError("Only runs on single images can be explained; this one is on pairs.")
+    pixels, note = read_image(image, run.config.data.shape)
+    variables = Trained.first(kept_weights(run, workdir))
+    batch = _batch(run, pixels)
+    (found,) = explained_images(run.parts, variables, batch)
+    groups = run.parts.branches()
+    texts = titles(found, groups, run.names["label"])
+    row = {name: (each, texts[name]) for name, each in found.maps.items()}
+    draw(np.asarray(batch), [row], [Path(image).name], run.config.data).savefig(out, dpi=150)
+    label = run.names["label"][found.label]
+    labels = {name: groups[name].labels()[group] for name, group in found.groups.items()}
+    return {
+        "class": label,
+        "probability": found.probability,
+        "rule": found.rule,
+        "branches": {
+            name: {
+                "labels": list(each),
+                "probability": found.group_probability[name],
+                "contains": label in each,
+            }
+            for name, each in labels.items()
+        },
+        "resized": note,
+    }
+
+
+def _batch(run: Runs, pixels: np.ndarray) -> Any:
+    """Returns a batch of one image as the network sees it."""
+    labels = {kind: np.zeros(1, np.int32) for kind in run.config.data.classes}
+    arrays = run.parts.task.prepare(Source(pixels[None], labels))
+    placed = {key: jnp.asarray(values) for key, values in arrays.items()}
+    return run.parts.lookup_central(placed, jnp.zeros(1, jnp.int32))["image"]
+
+
+def report(found: Mapping[str, Any]) -> str:
+    """Writes an explanation as lines of text."""
+    lines = [f"{found['class']}  (probability {found['probability']:.3f} by '{found['rule']}')"]
+    for name, each in found["branches"].items():
+        contains = "contains" if each["contains"] else "does NOT contain"
+        lines.append(
+            f"  {name}: {', '.join(each['labels'])}\n"
+            f"    probability {each['probability']:.3f}; {contains} {found['class']}"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the program with command line arguments."""
+    parser = command.parser(__doc__)
+    parser.add_argument("--workdir", required=True, help="directory of the run")
+    parser.add_argument("--image", required=True, help="the image, a PNG or JPEG file")
+    parser.add_argument("--out", default="explanation.png", help="the picture of the maps")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    known, overrides = parser.parse_known_args(arguments)
+    with command.readable_errors():
+        command.check_directory(known.out)
+        found = explain(known.workdir, known.image, known.out, overrides)
+    if known.json:
+        print(json.dumps(found))
+        return
+    if found["resized"]:
+        print(f"{known.image} was {found['resized']}.")
+    print(report(found))
+    print(f"{known.out}: where each output finds its class")
+
+
+if __name__ == "__main__":
+    main()
