@@ -5,7 +5,8 @@ Auxiliary Models for Deep Neural Networks*.
 
 ``configs/ssal.py:resnet50`` and so on; options behind commas, ``configs/ssal.py:resnet18,1``:
 
-    resnet18             ResNet18, two branches (Tables 1 and 2, Fig. 2)
+    resnet18             ResNet18, two branches (Tables 1 and 2, Fig. 2); position 1 is after its
+                         first stage of residual blocks, the endpoint "stage_2"
     resnet50             ResNet50, three branches (Tables 1 and 3, Fig. 3)
     wrn28_10             WRN-28-10, three (Tables 1 and 3, Fig. 3)
     se_wrn16_8           SE-WRN-16-8, three (Table 3)
@@ -205,7 +206,8 @@ def get_config(variant: str = "resnet18") -> ConfigDict:
     if combined is None:
         config.objectives.main = objective("main", "label", kind)
     for i, (position, number, layers) in enumerate(branches, start=1):
-        branch = head("branch", position=position, classes=number, layers=layers, width=scale)
+        place = {"position": str(position), "classes": number}
+        branch = head("branch", **place, layers=layers, width=scale)
         config.heads[f"branch_{i}"] = branch
         if combined in (None, "cat_fc_ssal"):
             config.data.groups[f"groups_{i}"] = grouping(groups, number)

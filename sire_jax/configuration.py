@@ -79,6 +79,9 @@ def default() -> ConfigDict:
     )
 
 
+# Characters of a value in a message.
+_LONG = 100
+
 # Keys that change how a run is carried out, not what it computes: a run goes on under other values.
 _FREE = {
     "devices",
@@ -327,7 +330,14 @@ def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
     keys = sorted((a.keys() | b.keys()) - _FREE)
     absent = "(absent)"
     changed = [key for key in keys if a.get(key, absent) != b.get(key, absent)]
-    return [f"{key}: {a.get(key, absent)!r} -> {b.get(key, absent)!r}" for key in changed]
+    return [
+        f"{key}: {_short(a.get(key, absent))} -> {_short(b.get(key, absent))}" for key in changed
+    ]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONG else f"{text[: _LONG - 1]}…"
 
 
 def repository_configs() -> Path:

@@ -348,8 +348,9 @@ def _of_matrix(
     """Returns the confusion matrix of a file or a run, and the names of its labels."""
     if known.matrix is not None:
         found = confusion.read(known.matrix)
-        check_confusion(found)
-        return found, _names(known.classes, len(found))
+        given = _names(known.classes, len(found))
+        check_confusion(found, given)
+        return found, given
     runs = open_run(known.workdir, overrides)
     names = confusion.names_of(runs)
     for number in known.groups:

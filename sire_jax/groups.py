@@ -261,10 +261,8 @@ def _grouping(what: str, groups: Sequence[Sequence[str]], classes: tuple[str, ..
             f" {len(groups)}; give it a label or remove it."
         )
     doubled = _doubled(name for group in groups for name in group)
-    if doubled:
-        raise ValueError(f"{what} has labels twice: {listed(doubled)}; each should stand once.")
     group_of = {name: i for i, group in enumerate(groups) for name in group}
-    _check_same(f"{what} does not have each label once:", list(group_of), classes)
+    _check_same(f"{what} does not have each label once:", list(group_of), classes, doubled)
     return Groups(classes, tuple(group_of[name] for name in classes))
 
 
@@ -274,11 +272,14 @@ def _check_names(names: Sequence[str], what: str) -> None:
         raise ValueError(f"{what} are not distinct: {listed(doubled)} stand more than once.")
 
 
-def _check_same(what: str, given: Sequence[str], classes: Sequence[str]) -> None:
-    """Checks that names are those of all labels, in any order."""
+def _check_same(
+    what: str, given: Sequence[str], classes: Sequence[str], doubled: Sequence[str] = ()
+) -> None:
+    """Checks that names are those of all labels, in any order, and that none stands twice."""
     missing = _without(classes, given)
     unknown = _without(given, classes)
     problems = [f" {listed(missing)} missing."] if missing else []
+    problems += [f" {listed(doubled)} more than once."] if doubled else []
     if unknown:
         problems.append(f" {listed(unknown)} unknown.{nearest(unknown[0], classes)}")
     if problems:

@@ -127,8 +127,13 @@ FRUIT, TREES = ["apple", "pear"], ["oak", "pine", "rose"]
     [
         (_file([FRUIT, TREES[1:]]), "'2' of .* does not have each label once: 'oak' missing.$"),
         (_file([FRUIT, [*TREES, "aple"]]), "'aple' unknown. Did you mean 'apple'. Known: apple, o"),
-        (_file([FRUIT, [*TREES, "pear"]]), "has labels twice: 'pear'; each should stand once"),
-        (_file([FRUIT, ["oak", "oak", "pine", "rose"]]), "has labels twice: 'oak'"),
+        (_file([FRUIT, [*TREES, "pear"]]), "each label once: 'pear' more than once.$"),
+        (_file([FRUIT, ["oak", "oak", "pine", "rose"]]), "'oak' more than once.$"),
+        # All that is wrong at once.
+        (
+            _file([[*FRUIT, "pear"], [*TREES[1:], "elm"]]),
+            "'oak' missing. 'pear' more than once. 'elm' unknown",
+        ),
         (_file([FRUIT, [*TREES], []]), "'2' of .* has 3 groups; .* number, '3', or have as many"),
         (_file([FRUIT + TREES, []]), "has an empty group, the 2. of 2; give it a label or remove"),
         (_file([FRUIT, TREES], key="two"), "'two' of .* has 2 groups"),

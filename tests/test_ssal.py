@@ -225,7 +225,7 @@ def _shrunk(variant, file):
         if target in config.data.groups:
             config.data.groups[target] = configuration.grouping(file, head.classes)
         # A network of this depth has one block a stage, and so no middles.
-        head.position = 2
+        head.position = "2"
     return configuration.with_groups(config)
 
 

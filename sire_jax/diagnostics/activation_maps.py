@@ -209,7 +209,7 @@ def titles(
 
 
 def _main_title(explained: Explained, names: Sequence[str]) -> str:
-    return f"{explained.probability:.0%}\n{names[explained.label]}"
+    return f"{explained.probability:.0%} by '{explained.rule}'\n{names[explained.label]}"
 
 
 def draw(

@@ -124,7 +124,8 @@ def branch(
     Args:
         plan: The backbone's plan (in a config, that of its backbone).
         position: Where it is attached: a position between the macro-blocks of the backbone, 1 being
-            the first (Palacio et al., Fig. 4), or the name of an endpoint.
+            the first (Palacio et al., Fig. 4), or the name of an endpoint. In a config ``"1"``, so
+            that either can be chosen by an override.
         classes: Number of groups.
         layers: Sections of ``LAYERS``, ``{"name": "convolution", "width": 128, "kernel_size": 5}``
             and so on; or the name of some that were released, such as ``"resnet_1"``.
@@ -150,10 +151,13 @@ def _widened(block: Any, multiple: float) -> Any:
 
 
 def _endpoint(plan: Plan | None, position: int | str) -> str:
+    if isinstance(position, str) and position.isdigit():
+        position = int(position)
     if isinstance(position, str):
         if plan is not None and position not in plan.names():
             raise ValueError(
-                f"A branch is at '{position}', which the backbone does not have."
+                f"A branch is at '{position}', which the backbone does not have; it has the"
+                f" positions 1 to {len(plan.positions)}, and endpoints."
                 f"{nearest(position, plan.names())}"
             )
         return position
