@@ -74,7 +74,10 @@ DIGITS = objective("digits", "digit", "cross_entropy")
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"heads.digits.endpoints": ("digit",)}, "'digits'.*endpoint 'digit'.*Known: digits"),
+        (
+            {"heads.digits.endpoints": ("digit",)},
+            "'digits' is attached to 'digit', which is neither.*Known: digits",
+        ),
         ({"heads.digits.name": "identiy"}, "no head 'identiy'. Did you mean 'identity'"),
         ({"heads.digits.classes": 10}, "head 'identity' has no setting 'classes'"),
         ({"backbone": {}}, "A backbone needs a 'name'"),

@@ -11,9 +11,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from planned import shape, shapes_of
 
-from sire_jax import configuration, experiment, figures, groups, reproduce, traced, validation
+from sire_jax import (
+    configuration,
+    experiment,
+    figures,
+    groups,
+    registry,
+    reproduce,
+    traced,
+    validation,
+)
+from sire_jax.backbones import BACKBONES
 from sire_jax.data import sources
+from sire_jax.networks import Network
 
 CONFIGS = configuration.repository_configs()
 TABLES = ("ssal_1", "ssal_2", "ssal_3")
@@ -31,14 +43,10 @@ def _load(variant, *overrides):
 
 @functools.cache
 def _variables(variant):
-    """Shapes, with groups of any kind where the user has to make them."""
     config = _load(variant)
-    classes = tuple(map(str, range(config.data.classes.label)))
-    for section in config.data.groups.values():
-        if not section.assignment:
-            assignment = tuple(i % section.groups for i in range(len(classes)))
-            section.update(classes=classes, assignment=assignment)
-    return experiment.forward(config).variables
+    backbone = registry.create(BACKBONES, config.backbone, "backbone")
+    heads, _ = experiment._heads(config, backbone.plan)
+    return shapes_of(Network(backbone, heads), shape(2, *config.data.shape))
 
 
 def _size(variant, *parts):
