@@ -21,7 +21,7 @@ from sire_jax import (
     validation,
 )
 from sire_jax.backbones import BACKBONES
-from sire_jax.data import augmentation, crops, sources, tasks
+from sire_jax.data import augmentation, batches, crops, sources, tasks
 from sire_jax.data.augmentation import AUGMENTATIONS, RandomCrop
 from sire_jax.fitted_prediction import PREDICTIONS, is_fitted
 from sire_jax.groups import Groups, check_names, from_section
@@ -74,21 +74,23 @@ class Forward:
 
     def lookup(self, arrays: tasks.Arrays, examples: Array) -> dict[str, Array]:
         """Makes a batch of examples, with scaled images (see ``tasks``); ``augment`` crops them."""
-        return _lookup(self.task, self.config.data, self.groups, arrays, examples)
+        return batches.lookup(self.task, self.config.data, self.groups, arrays, examples)
 
     def lookup_cropped(self, arrays: tasks.Arrays, examples: Array) -> dict[str, Array]:
         """Makes a batch for ``measure``, with the central crop or all ten, ``[b, 10, …]``."""
         data = self.config.data
-        return _crop(self.lookup(arrays, examples), data.crop, data.ten_crop)
+        return batches.crop(self.lookup(arrays, examples), data.crop, data.ten_crop)
 
     def lookup_central(self, arrays: tasks.Arrays, examples: Array) -> dict[str, Array]:
         """Makes a batch as the network sees it, with the central crop, ``[b, …]``."""
-        return _crop(self.lookup(arrays, examples), self.config.data.crop)
+        return batches.crop(self.lookup(arrays, examples), self.config.data.crop)
 
     def apply(self, variables: PyTree, image: Array, aux: bool = True) -> dict[str, Array]:
         """Applies the network, in evaluation, to images that are neither scaled nor cropped."""
         data = self.config.data
-        prepared = _crop({"image": _prepare(image.astype(jnp.float32), data)}, data.crop)
+        prepared = batches.crop(
+            {"image": batches.prepare(image.astype(jnp.float32), data)}, data.crop
+        )
         outputs: Any = self.network.apply(variables, prepared["image"], aux=aux)
         return outputs
 
@@ -194,47 +196,6 @@ class Experiment(Forward):
         return dataset, draws
 
 
-def _lookup(
-    task: tasks.Task,
-    data: ConfigDict,
-    groups: Mapping[str, Groups],
-    arrays: tasks.Arrays,
-    examples: Array,
-) -> dict[str, Array]:
-    batch = task.batch(arrays, examples)
-    grouped = {name: each.of(batch["label"]) for name, each in groups.items()}
-    return {**batch, **grouped, "image": _prepare(batch["image"].astype(jnp.float32), data)}
-
-
-def _crop(batch: dict[str, Array], side: int, ten: bool = False) -> dict[str, Array]:
-    """Takes the central crop or all ten of the images of a batch; a ``side`` of 0: no crop."""
-    if not side:
-        return batch
-    cropped = crops.ten if ten else crops.central
-    return {**batch, "image": cropped(batch["image"], side)}
-
-
-def _prepare(pixels: Any, data: ConfigDict) -> Any:
-    """Scales pixels ``[…, c]`` and normalizes them: ``(scale x - mean) / std``, float32."""
-    image = pixels * np.float32(data.scale)
-    shape = (1,) * (image.ndim - 1) + (-1,)
-    if data.mean:
-        image = image - np.asarray(data.mean, np.float32).reshape(shape)
-    if data.std:
-        image = image / np.asarray(data.std, np.float32).reshape(shape)
-    return image
-
-
-def image_range(data: ConfigDict) -> tuple[float, float]:
-    """Returns the smallest and the largest value of an image whose pixels are in 0..255.
-
-    Args:
-        data: The section ``config.data``.
-    """
-    extremes = _prepare(np.array([[0.0], [255.0]], np.float32).repeat(data.shape[-1], 1), data)
-    return float(extremes.min()), float(extremes.max())
-
-
 def _example_batch(
     task: tasks.Task, config: ConfigDict, groups: Mapping[str, Groups]
 ) -> dict[str, Any]:
@@ -248,10 +209,12 @@ def _example_batch(
     arrays = {key: jnp.asarray(values) for key, values in task.prepare(blank).items()}
     examples = jnp.zeros((2, 2) if isinstance(task, tasks.Pairs) else (2,), jnp.int32)
     checks.groups(groups, task.classes(config.data.classes)["label"], task.batch(arrays, examples))
-    batch = jax.eval_shape(lambda a, e: _lookup(task, config.data, groups, a, e), arrays, examples)
+    batch = jax.eval_shape(
+        lambda a, e: batches.lookup(task, config.data, groups, a, e), arrays, examples
+    )
     side = config.data.crop
     checks.crop(side, config.data.ten_crop, batch["image"].shape)
-    return jax.eval_shape(lambda whole: _crop(whole, side), batch)
+    return jax.eval_shape(lambda whole: batches.crop(whole, side), batch)
 
 
 def _section(
@@ -395,7 +358,7 @@ def build(config: ConfigDict) -> Experiment:
     checks.augmentations(augmentations, batch)
     if config.data.crop:
         augmentations = {"data.crop": RandomCrop(config.data.crop), **augmentations}
-    checks.ranges(network.heads, chosen, *image_range(config.data))
+    checks.ranges(network.heads, chosen, *batches.image_range(config.data))
     if config.data.ten_crop:
         checks.averages(outputs, batch)
     if "validation" in config.evaluate_splits:

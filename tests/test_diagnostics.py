@@ -12,8 +12,9 @@ from ml_collections import ConfigDict
 from planned import normal, random_like
 
 from sire_jax import configuration, experiment, train, workdir
+from sire_jax.data import batches
+from sire_jax.data.batches import image_range
 from sire_jax.diagnostics import gradient_flow, reconstructions
-from sire_jax.experiment import image_range
 from sire_jax.step import TrainState
 
 pytestmark = pytest.mark.optax_dtypes
@@ -150,7 +151,7 @@ def test_pixels_undo_what_the_network_sees():
     raw = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3)).astype(np.float32)
     for scale in (1 / 255, 1.0):
         config.data.scale = scale
-        seen = experiment._prepare(raw, config.data)
+        seen = batches.prepare(raw, config.data)
         expected = (raw * scale - np.array([0.1, 0.2, 0.3])) / np.array([0.5, 1.0, 2.0])
         np.testing.assert_allclose(seen, expected, rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(reconstructions.pixels(seen, config.data), raw / 255, atol=1e-5)

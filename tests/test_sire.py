@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from planned import random_like
 
 from sire_jax import configuration, experiment, objective_sections, optimizers, reproduce
-from sire_jax.experiment import image_range
+from sire_jax.data.batches import image_range
 from sire_jax.step import TrainState
 
 CONFIGS = configuration.repository_configs()

@@ -1,0 +1,65 @@
+"""Batches as a network sees them: examples looked up, with targets, scaled and cropped."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from ml_collections import ConfigDict
+
+from sire_jax.data import crops, tasks
+from sire_jax.groups import Groups
+
+
+def lookup(
+    task: tasks.Task,
+    data: ConfigDict,
+    groups: Mapping[str, Groups],
+    arrays: tasks.Arrays,
+    examples: Array,
+) -> dict[str, Array]:
+    """Looks examples up.
+
+    Args:
+        task: What an example is.
+        data: The section ``config.data``.
+        groups: Groups of the labels, by the target that they are.
+        arrays: The source on the device.
+        examples: Indices ``[b]`` or ``[b, 2]``.
+
+    Returns:
+        The task's batch with scaled and normalized images, and the group of each label.
+    """
+    batch = task.batch(arrays, examples)
+    grouped = {name: each.of(batch["label"]) for name, each in groups.items()}
+    return {**batch, **grouped, "image": prepare(batch["image"].astype(jnp.float32), data)}
+
+
+def crop(batch: dict[str, Array], side: int, ten: bool = False) -> dict[str, Array]:
+    """Takes the central crop or all ten of the images of a batch; a ``side`` of 0: no crop."""
+    if not side:
+        return batch
+    cropped = crops.ten if ten else crops.central
+    return {**batch, "image": cropped(batch["image"], side)}
+
+
+def prepare(pixels: Any, data: ConfigDict) -> Any:
+    """Scales pixels ``[…, c]`` and normalizes them: ``(scale x - mean) / std``, float32."""
+    image = pixels * np.float32(data.scale)
+    shape = (1,) * (image.ndim - 1) + (-1,)
+    if data.mean:
+        image = image - np.asarray(data.mean, np.float32).reshape(shape)
+    if data.std:
+        image = image / np.asarray(data.std, np.float32).reshape(shape)
+    return image
+
+
+def image_range(data: ConfigDict) -> tuple[float, float]:
+    """Returns the smallest and the largest value of an image whose pixels are in 0..255.
+
+    Args:
+        data: The section ``config.data``.
+    """
+    extremes = prepare(np.array([[0.0], [255.0]], np.float32).repeat(data.shape[-1], 1), data)
+    return float(extremes.min()), float(extremes.max())
