@@ -89,7 +89,8 @@ def explain(
 
     Raises:
         FileNotFoundError: If there is no image, no run, no checkpoint or no data.
-        ValueError: If the image can't be read, or an output has no map.
+        ValueError: If the image can't be read, the run is on pairs, or the main output has no
+            objective on the labels.
     """
     run = open_run(workdir, overrides)
     if not isinstance(run.parts.task, Images):

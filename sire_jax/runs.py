@@ -25,7 +25,7 @@ class Runs:
         parts: The parts of the run.
 
     Attributes:
-        names: The names of the labels.
+        names: For each kind of label, of the images, the names of its classes.
 
     Raises:
         ValueError: If the data or the devices are not what the config says.
@@ -38,7 +38,6 @@ class Runs:
         self.mesh = parallel.data_mesh(config.devices, config.batch_size)
         self.everywhere = NamedSharding(self.mesh, PartitionSpec())
         dataset, draws = parts.load()
-        # For each kind of label, of the images, the names of its classes.
         self.names = dataset.names
         # Training and test images in one array, so that one program measures all splits of a size.
         halves = [parts.task.prepare(source) for source in (dataset.train, dataset.test)]

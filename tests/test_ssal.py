@@ -24,7 +24,6 @@ from sire_jax import (
     validation,
 )
 from sire_jax.backbones import BACKBONES
-from sire_jax.data import sources
 from sire_jax.networks import Network
 
 CONFIGS = configuration.repository_configs()
@@ -310,7 +309,7 @@ def test_the_groups_of_cifar_100_are_of_its_classes(criterion):
     if not list(Path(directory or "/nowhere").glob("cifar100/**/label.labels.txt")):
         pytest.skip("TFDS_DATA_DIR names no directory with cifar100")
     (listed,) = Path(directory).glob("cifar100/**/label.labels.txt")
-    names = [n for n in listed.read_text().splitlines() if "coarse" not in listed.stem and n]
+    names = listed.read_text().split()
     found = groups.load(CONFIGS / "groups" / f"cifar100_{criterion}.json", names)
     assert list(found) == [2, 4, 10, 20, 33, 50]
     assert all(each.classes == tuple(names) for each in found.values())
@@ -320,8 +319,3 @@ def test_the_file_of_groups_tells_nothing_of_the_machine_that_made_it():
     for path in (CONFIGS / "groups").glob("*.json"):
         made = json.loads(path.read_text())["made"]
         assert made.startswith("validation images of auxnet/resnet-20,cifar100, criterion")
-
-
-def test_digits_have_names(tmp_path):
-    dataset = sources.load("digits", "")
-    assert dataset.names["label"] == tuple("0123456789")

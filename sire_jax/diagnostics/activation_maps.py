@@ -89,25 +89,21 @@ def activation_maps(
     Raises:
         ValueError: If an output has no map.
     """
-    maps = {}
-    for output, classes in chosen.items():
-        module, layer = layer_of(parts, output)
-        features = _features(parts, variables, image, (module, layer))
+    return {k: _map(parts, variables, image, k, classes) for k, classes in chosen.items()}
 
-        def logits(
-            offset: Array,
-            classes: Array = classes,
-            output: str = output,
-            module: str = module,
-            layer: str = layer,
-        ) -> Array:
-            shifted = {**variables, OFFSETS: {module: {layer: offset}}}
-            outputs: Any = parts.network.apply(shifted, image)
-            return jnp.take_along_axis(outputs[output], classes[:, None], -1).sum()
 
-        gradient = jax.grad(logits)(jnp.zeros_like(features))
-        maps[output] = (gradient.sum((1, 2), keepdims=True) * features).sum(-1)
-    return maps
+def _map(parts: Experiment, variables: PyTree, image: Array, output: str, classes: Array) -> Array:
+    module, layer = layer_of(parts, output)
+    features = _features(parts, variables, image, (module, layer))
+
+    def logits(offset: Array) -> Array:
+        shifted = {**variables, OFFSETS: {module: {layer: offset}}}
+        outputs: Any = parts.network.apply(shifted, image)
+        return jnp.take_along_axis(outputs[output], classes[:, None], -1).sum()
+
+    # An offset for all places of a channel at once: its gradient is their sum.
+    weights = jax.grad(logits)(jnp.zeros_like(features[:, :1, :1]))
+    return (weights * features).sum(-1)
 
 
 def _features(parts: Experiment, variables: PyTree, image: Array, layer: Layer) -> Array:
