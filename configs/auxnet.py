@@ -23,8 +23,9 @@ those of He et al. (2016) with activation after the shortcut, so that exits have
 their own; the step of joint backpropagation, divided as below Eq. 4; the mean and deviation that
 images are normalized with (of SVHN none); the learning rate's drops at 40% and 60% on ImageNet.
 
-ImageNet has to be prepared with images of 256 x 256, of which 224 are cropped at random, without
-changes of scale or colour. All images are kept in memory: all of ImageNet takes 250 GB. A draw of
+ImageNet is streamed: training sees random parts of random scales, without changes of colour;
+evaluation averages ten crops of 224 pixels, of the central 256 x 256. It may also be image folders:
+``--config.data.name=folder:imagenet --config.data.dir=DIR --config.data.test_split=val``. A draw of
 100 classes has about 128,000 images; a run says what ``--config.data.images`` should be.
 """
 
@@ -199,8 +200,9 @@ def _imagenet(config: ConfigDict, name: str, data: str) -> tuple[tuple[int, ...]
     """Sets data, augmentation and trunk for ImageNet or 100 of its classes."""
     depth, layers = configuration.variant(_IMAGENET, name)
     about = _DATA[data]
-    config.data.update(name=about["name"], shape=(256, 256, 3), images=about["images"])
-    config.data.update(test_split="validation", crop=224, ten_crop=True)
+    configuration.stream(config)
+    config.data.update(name=about["name"], images=about["images"])
+    config.data.update(test_split="validation", ten_crop=True)
     config.data.classes = ConfigDict({"label": about["classes"]})
     if data == "imagenet100":
         config.data.draw_classes = 100

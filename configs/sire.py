@@ -2,8 +2,7 @@
 
 ``configs/sire.py:cnn``, ``vgg16``, ``vgg19``, ``resnet34``, ``resnet50``, ``googlenet``; each also
 with ``_base``, the bare network; and each but ``cnn`` with ``_imagenet`` (ahead of ``_base``):
-224 x 224 pixels and 1000 classes, the sizes of Table 4. Those are for ``inspect``: to train, a data
-set has to fit in memory.
+224 x 224 pixels and 1000 classes, the sizes of Table 4; their images are streamed.
 
 The three parts of SIRe are settings::
 
@@ -81,7 +80,8 @@ def get_config(variant: str = "cnn") -> ConfigDict:
     config.name = f"sire/{variant}"
     config.data.task = configuration.task("images", validation_per_class=50)
     if imagenet:
-        config.data.update(name="tfds:imagenet2012", shape=(224, 224, 3), images=1_281_167)
+        configuration.stream(config)
+        config.data.update(name="tfds:imagenet2012", images=1_281_167)
         config.data.test_split = "validation"  # those of "test" have no labels
         config.data.classes = ConfigDict({"label": classes})
     else:

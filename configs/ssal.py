@@ -38,6 +38,10 @@ use: ``--config.heads.branch_1.position=3``, ``--config.predictions.joint.eta=0.
 ``--config.optimizer.weight_decay=1e-4`` (of the WRNs ``….weight_decay.heads=1e-4``),
 ``--config.epochs=10`` (a shorter run).
 
+Tiny-ImageNet is the folder ``tiny-imagenet-200`` as it is distributed, in
+``--config.data.dir=DIR``; it fits in memory, and can be streamed, too:
+``--config.data.feed=stream``. ImageNet is streamed.
+
 Neither paper nor release says, and this file decides: the weights, weight decay and learning rate
 of ResNet18 and of the SE-WRN (those of ResNet50 and of the WRN); weight decay of ResNets and
 DenseNets, 5e-4; the peak of the learning rate at 40% of the run (told of Table 2 alone); where the
@@ -266,17 +270,16 @@ def _data(config: ConfigDict, name: str, options: list[str], recipe: dict[str, A
         config.data.task.validation_per_class = 50
         config.evaluate_splits = ("validation", "test")
     if name == "imagenet_resnet50":
-        config.data.update(
-            name="tfds:imagenet2012", shape=(256, 256, 3), images=1_281_167, crop=224
-        )
+        configuration.stream(config)
+        config.data.update(name="tfds:imagenet2012", images=1_281_167)
         config.data.test_split = "validation"
         config.data.classes = ConfigDict({"label": 1000})
         config.data.mean, config.data.std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
         return 1000
     config.augmentation.crop = augmentation("crop", padding=5, border="reflection")
     if "tiny" in options:
-        config.data.update(name="tfds:tiny_imagenet", shape=(64, 64, 3), images=100_000)
-        config.data.test_split = "validation"
+        config.data.update(name="folder:tiny-imagenet-200", shape=(64, 64, 3), images=100_000)
+        config.data.test_split = "val"
         config.data.classes = ConfigDict({"label": 200})
         return 200
     config.data.update(name="tfds:cifar100", shape=(32, 32, 3), images=50_000)

@@ -1,54 +1,404 @@
-"""Checkpoints of a run, the one place that knows orbax."""
+"""Checkpoints of a run, the one place that knows orbax.
 
+A checkpoint counts only once all of it is on the disk and a manifest of it, written last, says so;
+older ones are removed only after that. One that differs from its manifest in a single bit is never
+restored: the newest intact one is, bit for bit, and a warning says what is wrong with the others.
+
+The directory has ``<step>/``, which is what orbax wrote and ``manifest``, and ``newest``, the step
+saved last. Nothing in it is ever unpickled.
+"""
+
+import concurrent.futures
+import contextlib
+import errno
+import hashlib
+import itertools
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
+from sire_jax import distributed, manifest, packing
+from sire_jax.packing import ArrayType
+
 PyTree = Any
+T = TypeVar("T")
+
+_NEWEST = "newest"
+# What a killed process leaves beside the steps: a removal or a write of orbax's, half done.
+_LEFTOVERS = (".removing-*", "*.orbax-checkpoint-tmp*")
+# Written by orbax into each of its directories.
+_ORBAX = "_CHECKPOINT_METADATA"
+# The name of what orbax stores, and the bytes of it that are read and written at a time.
+_BYTES, _CHUNK = "bytes", 2**26
+# Bytes that a checkpoint needs beside those of its arrays.
+_ROOM = 2**18
+
+
+class CheckpointError(OSError):
+    """A checkpoint could not be written or read; the message says why, and which one is left."""
 
 
 class Checkpoints:
-    """The newest checkpoints in a directory; writes in the background.
+    """The newest checkpoints in a directory; written in the background.
+
+    Several processes share the directory and call ``latest``, ``save``, ``wait``, ``restore`` and
+    ``notes`` together. Process 0 verifies, writes, cleans up and warns; all use what it found, and
+    what fails in one is raised in all.
 
     Args:
-        directory: Where they are; made if need be.
-        keep: How many are kept.
+        directory: Where they are; made by the first ``save``.
+        keep: How many intact ones are kept, at least 1.
+
+    Raises:
+        ValueError: If ``keep`` is out of range.
     """
 
     def __init__(self, directory: str | Path, keep: int = 2):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep)
-        self._manager = ocp.CheckpointManager(Path(directory).resolve(), options=options)
+        if keep < 1:
+            raise ValueError(f"Can't keep {keep} checkpoints; it should be at least 1.")
+        self._directory = Path(directory).resolve()
+        self._keep = keep
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._writing: concurrent.futures.Future | None = None
+        # {step: (state of its directory, what is wrong with it)}: read again only if it changes.
+        self._verified: dict[int, tuple[Any, str | None]] = {}
+        self._told: set[str] = set()
 
     def latest(self) -> int | None:
-        """Returns the step of the newest checkpoint, ``None`` if there is none."""
-        return self._manager.latest_step()
+        """Returns the step of the newest intact checkpoint, ``None`` if there is none.
 
-    def save(self, step: int, tree: PyTree) -> None:
-        """Starts to save a tree of arrays and random keys, unless that step is saved already."""
-        if self.latest() != step:
-            self._manager.save(step, args=ocp.args.StandardSave(tree))
+        Waits until what is being written is, and warns of each newer one that is damaged or gone.
+        """
+        return _on_first(self._latest)
+
+    def save(self, step: int, tree: PyTree, notes: Mapping[str, Any] | None = None) -> None:
+        """Copies a tree and starts to write it, unless that step is saved and intact already.
+
+        Waits until the one before is written.
+
+        Args:
+            step: The step, at least 0, after that of the newest intact checkpoint.
+            tree: Arrays and random keys; they may be donated as soon as this returns. Several
+                processes give global arrays.
+            notes: What JSON can hold, kept beside the tree.
+
+        Raises:
+            CheckpointError: If the one before could not be written; this one is not begun then.
+            ValueError: If there is a later one, or ``step`` is negative.
+        """
+        if step < 0:
+            raise ValueError(f"Can't save step {step}; it should be at least 0.")
+        newest = _on_first(self._settle)
+        if newest is not None and newest >= step:
+            if newest == step:
+                return
+            raise ValueError(
+                f"Can't save step {step}: {self._directory} has a checkpoint of step {newest}."
+            )
+        arrays, noted = packing.flatten(tree), json.loads(json.dumps(dict(notes or {})))
+        types = {path: ArrayType.of(each) for path, each in arrays.items()}
+        packed = packing.pack(arrays.values())
+        if jax.process_index() == 0:
+            self._writing = self._thread.submit(self._write, step, packed, types, noted, newest)
+
+    def check(self) -> None:
+        """Raises if a background save has failed; never waits.
+
+        Of several processes none raises here, as they would part: the next ``save`` or ``wait``
+        does, in all of them.
+
+        Raises:
+            CheckpointError: Once for each failure.
+        """
+        if jax.process_count() == 1:
+            self._raise_failure()
+
+    def wait(self) -> None:
+        """Waits until all is written.
+
+        Raises:
+            CheckpointError: If it could not be.
+        """
+        _on_first(self._settle)
 
     def restore(self, like: PyTree) -> PyTree:
-        """Restores the newest checkpoint.
+        """Restores the newest intact checkpoint.
 
         Args:
             like: A tree of arrays or shapes as it was saved.
 
         Returns:
-            The saved tree, bit for bit.
+            The saved tree, bit for bit, placed like the arrays of ``like``.
 
         Raises:
-            FileNotFoundError: If there is no checkpoint.
+            FileNotFoundError: If there is no intact checkpoint.
+            ValueError: If the checkpoint has other arrays, shapes or dtypes than ``like``.
+            CheckpointError: If it can't be read.
         """
-        step = self.latest()
-        if step is None:
-            raise FileNotFoundError(f"There is no checkpoint in {self._manager.directory}.")
-        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        return self._manager.restore(step, args=ocp.args.StandardRestore(shapes))
+        step, seal = _on_first(self._found)
+        return _in_all(lambda: self._read(step, seal, like))
+
+    def notes(self) -> dict[str, Any]:
+        """Returns the notes saved with the newest intact checkpoint.
+
+        Raises:
+            FileNotFoundError: If there is no intact checkpoint.
+        """
+        return _on_first(lambda: dict(manifest.read(self._path(self._found()[0])).notes))
 
     def close(self) -> None:
-        """Waits until all is written."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Waits until all that this process writes is written; it alone raises.
+
+        Raises:
+            CheckpointError: If it could not be.
+        """
+        self._thread.shutdown()
+        self._raise_failure()
+
+    def _path(self, step: int) -> Path:
+        return self._directory / str(step)
+
+    def _raise_failure(self) -> None:
+        if self._writing is not None and self._writing.done():
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    # ---- Find; process 0 does.
+
+    def _latest(self) -> int | None:
+        if self._writing is not None:
+            concurrent.futures.wait([self._writing])
+        newest, wrong = self._find()
+        used = "there is no other" if newest is None else f"checkpoint {newest} is used"
+        for what in wrong:
+            if what not in self._told:
+                self._told.add(what)
+                warnings.warn(f"{what}; {used}.", stacklevel=2)
+        return newest
+
+    def _settle(self) -> int | None:
+        newest = self._latest()
+        self._raise_failure()
+        return newest
+
+    def _found(self) -> tuple[int, str | None]:
+        """Returns the newest intact step and the seal of its manifest."""
+        newest = self._latest()
+        if newest is None:
+            raise FileNotFoundError(f"There is no checkpoint in {self._directory}.")
+        return newest, manifest.seal(self._path(newest))
+
+    def _find(self) -> tuple[int | None, list[str]]:
+        """Returns the newest intact step, and what is wrong with those after it."""
+        steps, wrong, newest = self._steps(), [], None
+        for step in steps:
+            damage = self._damage(step)
+            if damage is None:
+                newest = step
+                break
+            wrong.append(f"Checkpoint {step} in {self._directory} {damage}")
+        try:
+            saved = int(manifest.read_sealed(self._directory / _NEWEST)["step"])
+            if saved not in steps and (newest is None or saved > newest):
+                wrong.append(f"Checkpoint {saved} in {self._directory} is missing altogether")
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+            reason = error if isinstance(error, ValueError) else _reason(error)
+            wrong.append(f"'{_NEWEST}' in {self._directory}, the step saved last, {reason}")
+        return newest, wrong
+
+    def _steps(self) -> list[int]:
+        """Lists what is named like a step, newest first."""
+        if not self._directory.is_dir():
+            return []
+        names = [path.name for path in self._directory.iterdir()]
+        return sorted((int(n) for n in names if re.fullmatch("0|[1-9][0-9]*", n)), reverse=True)
+
+    def _damage(self, step: int) -> str | None:
+        try:
+            state = manifest.state(self._path(step))
+            if step not in self._verified or self._verified[step][0] != state:
+                self._verified[step] = state, manifest.damage(self._path(step), step)
+            return self._verified[step][1]
+        except OSError as error:
+            return f"can't be read ({_reason(error)})"
+
+    # ---- Write; process 0 does, in the background.
+
+    def _write(
+        self,
+        step: int,
+        packed: np.ndarray,
+        types: Mapping[str, ArrayType],
+        notes: Mapping[str, Any],
+        newest: int | None,
+    ) -> None:
+        path = self._path(step)
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            self._remove([*self._leftovers(), path])
+            _check_room(self._directory, packed.nbytes)
+            _write_bytes(path, packed)
+            manifest.write(path, step, types, _digest(packed), notes)
+            manifest.write_sealed(self._directory / _NEWEST, {"step": step})
+            self._verified[step] = manifest.state(path), None
+        except Exception as error:
+            with contextlib.suppress(OSError):
+                self._remove([*self._leftovers(), path])
+            left = "there is no other" if newest is None else f"checkpoint {newest} remains"
+            raise CheckpointError(
+                f"Checkpoint {step} could not be saved in {self._directory}: {_reason(error)};"
+                f" {left}."
+            ) from error
+        # What can't be removed now is tried again after the next save.
+        with contextlib.suppress(OSError):
+            self._remove_old()
+
+    def _leftovers(self) -> Iterable[Path]:
+        return itertools.chain.from_iterable(map(self._directory.glob, _LEFTOVERS))
+
+    def _remove_old(self) -> None:
+        """Removes checkpoints but the newest intact ones; not what never was a checkpoint."""
+        kept = 0
+        for step in self._steps():
+            if kept < self._keep and self._damage(step) is None:
+                kept += 1
+            elif any((self._path(step) / name).exists() for name in (manifest.MANIFEST, _ORBAX)):
+                self._remove([self._path(step)])
+
+    def _remove(self, paths: Iterable[Path]) -> None:
+        for path in paths:
+            if not path.is_dir() or path.is_symlink():
+                path.unlink(missing_ok=True)
+                continue
+            # Renamed first: a process killed in between leaves no half of a checkpoint.
+            doomed = path.with_name(f".removing-{path.name.removeprefix('.removing-')}")
+            path.replace(doomed)
+            shutil.rmtree(doomed)
+
+    # ---- Read; every process does.
+
+    def _read(self, step: int, seal: str | None, like: PyTree) -> PyTree:
+        path, name = self._path(step), f"Checkpoint {step} in {self._directory}"
+        if manifest.seal(path) != seal:
+            raise CheckpointError(
+                f"{name} is not what process 0 finds there; all processes should share the"
+                " directory."
+            )
+        saved, wanted = manifest.read(path), packing.flatten(like)
+        types = {path: ArrayType.of(each) for path, each in wanted.items()}
+        _check_same_types(name, saved.arrays, types)
+        try:
+            packed = _read_bytes(path, packing.size(wanted.values()))
+        except Exception as error:
+            raise CheckpointError(f"{name} can't be read: {_reason(error)}.") from error
+        if _digest(packed) != saved.sha256:
+            raise CheckpointError(f"{name} can't be read: it differs from what was saved.")
+        in_order = {p: wanted[p] for p in saved.arrays}
+        arrays = dict(zip(in_order, packing.unpack(packed, in_order.values()), strict=True))
+        return jax.tree.unflatten(jax.tree.structure(like), [arrays[p] for p in wanted])
+
+
+def _check_same_types(
+    name: str, saved: Mapping[str, ArrayType], wanted: Mapping[str, ArrayType]
+) -> None:
+    for path in (*wanted, *saved):
+        found, asked = saved.get(path, "missing"), wanted.get(path, "not asked for")
+        if found != asked:
+            raise ValueError(
+                f"{name} does not fit: {path} is {found} in it, but {asked} here. It is of another"
+                " network, optimizer or config."
+            )
+
+
+# ---- orbax, in one process at a time: none waits for another within it.
+#
+# It is given the bytes of all arrays as one array. Hundreds of small ones take four times as long,
+# and fail in as many threads, with a traceback each.
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    own = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
+    # Numbers hardly compress, and trying takes half of the time.
+    handler = ocp.PyTreeCheckpointHandler(use_compression=False, multiprocessing_options=alone)
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
+
+
+def _write_bytes(path: Path, packed: np.ndarray) -> None:
+    chunks = {_BYTES: ocp.SaveArgs(chunk_byte_size=_CHUNK)}
+    with _checkpointer() as checkpointer:
+        checkpointer.save(path, args=ocp.args.PyTreeSave({_BYTES: packed}, save_args=chunks))
+
+
+def _read_bytes(path: Path, size: int) -> np.ndarray:
+    as_numpy = {_BYTES: ocp.RestoreArgs(restore_type=np.ndarray)}
+    with _checkpointer() as checkpointer:
+        args = ocp.args.PyTreeRestore({_BYTES: 0}, restore_args=as_numpy)
+        packed = checkpointer.restore(path, args=args)[_BYTES]
+    if packed.dtype != np.uint8 or packed.shape != (size,):
+        raise ValueError(f"it holds {packed.dtype}{list(packed.shape)}, not uint8[{size}]")
+    return packed
+
+
+def _digest(packed: np.ndarray) -> str:
+    return hashlib.sha256(packed.data).hexdigest()
+
+
+def _check_room(directory: Path, size: int) -> None:
+    """Raises where orbax would fail midway, with less to say."""
+    free = shutil.disk_usage(directory).free
+    if free < size + _ROOM:
+        raise OSError(
+            errno.ENOSPC,
+            f"{os.strerror(errno.ENOSPC)} ({free / 1e6:.1f} MB of {(size + _ROOM) / 1e6:.1f} MB)",
+        )
+
+
+def _reason(error: BaseException) -> str:
+    """Says in a few words why something failed."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = str(error)
+    system = re.search(r"os_error_code='(\d+)'", text)
+    if system:
+        return os.strerror(int(system[1]))
+    return f"{type(error).__name__}: {text.partition(' [tensorstore_spec')[0][:300]}"
+
+
+# ---- Several processes.
+
+
+def _on_first(work: Callable[[], T]) -> T:
+    """Returns to every process, through JSON, what work in process 0 returns."""
+    return _exchange(_in_all(lambda: work() if jax.process_index() == 0 else None))[0]
+
+
+def _in_all(work: Callable[[], T]) -> T:
+    """Works in every process; what fails in one is raised in all, so that none goes on alone."""
+    failure = None
+    try:
+        result = work()
+    except Exception as error:
+        failure = error
+    messages = _exchange(failure and (str(failure) or type(failure).__name__))
+    if failure is not None:
+        raise failure
+    for process, message in enumerate(messages):
+        if message is not None:
+            raise CheckpointError(f"Process {process}: {message}")
+    return result
+
+
+def _exchange(value: Any) -> list[Any]:
+    return [json.loads(each) for each in distributed.exchange(json.dumps(value))]

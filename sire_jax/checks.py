@@ -8,10 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sire_jax import objectives
+from sire_jax import objectives, optimizers, registry
 from sire_jax.groups import Groups
 from sire_jax.metrics import is_classification
+from sire_jax.names import nearest
 from sire_jax.networks import MAIN
+
+_UNITS = ("step", "epoch", "run")
 
 
 def names(
@@ -156,6 +159,17 @@ def averages(outputs: Mapping[str, Any], batch: Mapping[str, Any]) -> None:
                 f"config.data.ten_crop averages logits, but the output '{name}', {output}, does not"
                 " classify. Set it to False, or leave the output's head out."
             )
+
+
+def number_or_schedule(where: str, value: Any) -> None:
+    """Checks a setting of a config that is a number or the section of a schedule."""
+    if not registry.is_section(value):
+        optimizers.number_or_schedule(value, f"value of {where}")
+        return
+    unit = value.get("unit", "step")
+    if unit not in _UNITS:
+        raise ValueError(f"{where}.unit is {unit!r}.{nearest(str(unit), _UNITS)}")
+    registry.check(optimizers.SCHEDULES, value, "schedule", where, optional=("unit",))
 
 
 def schedule(name: str, weight: optax.Schedule, steps: int) -> None:

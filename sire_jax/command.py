@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# Exit statuses: an error that its message explains, as argparse has it; ended by Ctrl-C.
-EXPLAINED, INTERRUPTED = 2, 130
+# Exit statuses: an error that its message explains, as argparse has it; ended by Ctrl-C; another
+# process was lost, and ended by the system after saving: the same command goes on.
+EXPLAINED, INTERRUPTED, PEER, AGAIN = 2, 130, 75, 85
 
 
 def parser(documentation: str | None) -> argparse.ArgumentParser:

@@ -14,7 +14,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from sire_jax import groups, names, registry
+from sire_jax import groups, names, registry, untrusted
 from sire_jax.backbones import BACKBONES
 from sire_jax.data.augmentation import AUGMENTATIONS
 from sire_jax.data.tasks import TASKS
@@ -36,13 +36,18 @@ def default() -> ConfigDict:
             "seed": 0,
             "seeds": 1,
             "seeds_at_once": 0,  # vectorized together; 0: all on an accelerator, 1 on a CPU
-            "devices": 0,  # that share a batch; 0: all
+            "parallel": "jit",  # over a mesh of devices; or "pmap"
+            "devices": 0,  # of all processes together; 0: all
+            "devices_share": "batch",  # that of each run; or the "runs", whose batches stay whole
+            "batch_norm": "batch",  # statistics over the whole batch; or each "device", with pmap
             "epochs": 1,
             "batch_size": 100,
-            "steps_per_call": 100,  # steps of one call of the compiled program, within an epoch
+            # At most so many steps of one call of the compiled program, within an epoch.
+            "steps_per_call": 100,
             "data": {
                 "name": "digits",
                 "dir": "~/tensorflow_datasets",
+                "feed": "device",  # all images on the device; or a "stream" of batches from disk
                 "cache": "~/.cache/sire_jax",  # decoded images; "" for none
                 "train_splits": ("train",),  # that make the training images
                 "test_split": "test",
@@ -54,6 +59,11 @@ def default() -> ConfigDict:
                 "images": 0,  # that training has, which schedules in epochs need; 0: unknown
                 "crop": 0,  # side of the square that the network sees of an image; 0: all of it
                 "ten_crop": False,  # measures by the mean logits of ten crops, not by the central
+                "resize": 0,  # what the shorter side of images is scaled to, as they are read
+                "random_resized_crop": False,  # in training, of streamed images, to `crop`
+                "workers": 0,  # processes that read and decode a stream; 0: threads of this one
+                "threads": 8,  # of each of these processes
+                "damaged": "raise",  # on an image that can't be decoded; or "skip" and count it
                 "scale": 1 / 255,  # what pixels are multiplied by
                 "mean": (),  # what is then subtracted from each channel, if anything
                 "std": (),  # what it is then divided by
@@ -72,6 +82,11 @@ def default() -> ConfigDict:
             "evaluate_splits": ("train", "test"),
             "evaluate_batch_size": 1000,
             "checkpoint_every": 10,  # epochs; and at the end and when interrupted
+            "checkpoint_steps": 0,  # further checkpoints, after every so many steps; 0: none
+            "checkpoints_kept": 2,  # the newest
+            # Where compiled programs are kept for the next start; "" for nowhere.
+            "compilation_cache": "~/.cache/sire_jax/compiled",
+            "peer_timeout": 15.0,  # seconds without a sign of a process, or of its next step
             "chance_after": 10,  # epochs after which a run at chance level says so; 0: never
             "gradient_flow_every": 0,  # epochs between measurements of gradients; 0: none
             "tensorboard": False,
@@ -87,6 +102,12 @@ _FREE = {
     "devices",
     "steps_per_call",
     "checkpoint_every",
+    "checkpoint_steps",
+    "checkpoints_kept",
+    "compilation_cache",
+    "peer_timeout",
+    "data.workers",
+    "data.threads",
     "chance_after",
     "gradient_flow_every",
     "tensorboard",
@@ -123,6 +144,21 @@ def prediction(name: str, **settings: Any) -> ConfigDict:
 def optimizer(name: str, **settings: Any) -> ConfigDict:
     """Describes an optimizer; see ``registry.describe``."""
     return registry.describe(OPTIMIZERS, name, "optimizer", **settings)
+
+
+def stream(config: ConfigDict, resize: int = 256, crop: int = 224) -> None:
+    """Sets a config for photographs of all sizes that are read from disk while it trains.
+
+    Training sees random parts of random sizes; evaluation the central square of images whose
+    shorter side has been scaled (Szegedy et al., 2015, Section 6; He et al., 2016).
+
+    Args:
+        config: The config.
+        resize: What the shorter side is scaled to for evaluation, in pixels.
+        crop: Side of what the network sees, in pixels.
+    """
+    config.data.update(feed="stream", shape=(resize, resize, 3), resize=resize, crop=crop)
+    config.data.random_resized_crop = True
 
 
 def grouping(file: str | Path, groups: int) -> ConfigDict:
@@ -209,6 +245,8 @@ def load(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
         config = get_config(chosen) if chosen else get_config()
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    if not isinstance(config, ConfigDict):
+        raise ValueError(f"{path}: get_config returned {config!r}; it should return a ConfigDict.")
     return with_groups(override(config, overrides))
 
 
@@ -226,7 +264,10 @@ def with_groups(config: ConfigDict) -> ConfigDict:
         ValueError: If a section is none, or a file does not hold such groups.
     """
     config = config.copy_and_resolve_references()
-    for name, section in config.data.groups.items():
+    data = config.get("data")
+    found = data.get("groups") if isinstance(data, ConfigDict) else None
+    # Whether these are sections `experiment.build` checks.
+    for name, section in found.items() if isinstance(found, ConfigDict) else ():
         groups.check_section(name, section)
         if not section.assignment and Path(section.file).expanduser().is_file():
             read = groups.from_section(name, section)
@@ -258,7 +299,7 @@ def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=arguments)
     try:
         values(arguments)
-    except (TypeError, ValueError, flags.Error) as error:
+    except (TypeError, ValueError, RecursionError, MemoryError, flags.Error) as error:
         raise ValueError(f"An override has a value of a wrong type: {error}") from error
     return values.config
 
@@ -269,6 +310,8 @@ def _switch(config: ConfigDict, overrides: Sequence[str]) -> None:
         start = f"--config.{key}.name="
         chosen = [a.removeprefix(start) for a in overrides if a.startswith(start)]
         section = config.get(key)
+        if not isinstance(section, ConfigDict):
+            continue
         if not chosen or chosen[-1] not in parts or chosen[-1] == section.get("name"):
             continue
         new = registry.describe(parts, chosen[-1], what)
@@ -286,6 +329,10 @@ def _check_override(config: ConfigDict, argument: str) -> None:
             known = section.keys() if isinstance(section, ConfigDict) else ()
             raise ValueError(f"{where} has no key '{key}'.{names.nearest(key, known)}")
         section, where = section[key], f"{where}.{key}"
+    if section is None:
+        raise ValueError(
+            f"{where} is None, of no type that an override could have; change it in a config file."
+        )
 
 
 # Sections of one part, with its registry, what it is called, and what the program supplies.
@@ -302,15 +349,49 @@ def to_json(config: ConfigDict) -> str:
     return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
 
 
-def from_json(text: str) -> ConfigDict:
-    """Reads what ``to_json`` wrote."""
+def from_json(text: str, source: str = "The config") -> ConfigDict:
+    """Reads what ``to_json`` wrote.
+
+    Args:
+        text: The JSON.
+        source: Where it comes from, for messages.
+
+    Returns:
+        The config, not yet checked.
+
+    Raises:
+        ValueError: If it is no such JSON.
+    """
 
     def tuples(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: tuples(each) for key, each in value.items()}
         return tuple(tuples(each) for each in value) if isinstance(value, list) else value
 
-    return ConfigDict(tuples(json.loads(text)))
+    found = untrusted.parse_json(text, source)
+    if not isinstance(found, dict):
+        raise ValueError(f"{source} holds no config; it should be a JSON object.")
+    try:
+        return ConfigDict(tuples(found))
+    # Of keys with a dot, or that a ConfigDict keeps for itself.
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{source} holds no config: {error}") from None
+
+
+def completed(config: ConfigDict) -> ConfigDict:
+    """Returns a config with the settings that a former version did not have.
+
+    Args:
+        config: A config that was stored; it is left as it is.
+
+    Returns:
+        The same with the defaults of what is missing, which are what that version did.
+    """
+    config, known = config.copy_and_resolve_references(), default()
+    for section, defaults in ((config, known), (config.get("data"), known.data)):
+        if isinstance(section, ConfigDict):
+            section.update({k: v for k, v in defaults.items() if k not in section})
+    return config
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

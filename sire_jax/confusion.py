@@ -4,12 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from sire_jax import parallel
 from sire_jax.evaluate import kept_weights
 from sire_jax.inference.exits import classified
 from sire_jax.metrics import class_logits
@@ -78,7 +76,8 @@ def read(path: str | Path) -> np.ndarray:
         raise FileNotFoundError(f"There is no file {path} with a confusion matrix.")
     try:
         return readers[path.suffix](path)
-    except ValueError as error:
+    # There is no end to what a header, damaged or made so, makes NumPy raise.
+    except Exception as error:
         raise ValueError(f"{path} holds no matrix of numbers: {error}.") from None
 
 
@@ -147,11 +146,9 @@ def of_run(runs: Runs, workdir: str | Path, split: str) -> np.ndarray:
         none = jnp.zeros((len(names), len(names)), jnp.float32)
         return none.at[batch[target], predicted].add(mask)
 
-    config = runs.config
-    counted = parallel.over_batches(measure, runs.parts.lookup_central, config.evaluate_batch_size)
-    program = jax.jit(parallel.over_seeds(counted, (3,), config.seeds_at_once))
     kept = kept_weights(runs, workdir)
-    each = program(kept.params, kept.model_state, {}, runs.arrays, runs.examples[split])
+    total = runs.totals(measure, runs.parts.ready_central)
+    each = total(kept.params, kept.model_state, {}, split)
     return np.asarray(each, np.float64).sum(0)
 
 

@@ -15,6 +15,7 @@ from sire_jax import command, configuration, experiment, tables
 from sire_jax.checkpoint import Checkpoints
 from sire_jax.runs import Runs
 from sire_jax.step import Best, TrainState
+from sire_jax.streamed_runs import open_runs
 from sire_jax.workdir import CHECKPOINTS, read_config
 
 METRICS = ("top_1", "top_5", "loss")
@@ -35,7 +36,7 @@ def restore(runs: Runs, checkpoints: Path) -> tuple[TrainState, Best | None]:
     """
     manager = Checkpoints(checkpoints)
     try:
-        state, _, best, _ = manager.restore(runs.checkpoint_tree())
+        state, _, best, _ = manager.restore(runs.checkpoint_shapes())
     finally:
         manager.close()
     return state, best
@@ -79,7 +80,7 @@ def open_run(workdir: str | Path, overrides: Sequence[str] = ()) -> Runs:
     changed = [each for each in changed if not each.startswith(("data.ten_crop:", "predictions."))]
     if changed:
         raise ValueError(f"An override would change the run: {'; '.join(changed)}.")
-    return Runs(experiment.build(config))
+    return open_runs(experiment.build(config))
 
 
 def evaluate(

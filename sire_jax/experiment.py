@@ -18,11 +18,13 @@ from sire_jax import (
     optimizers,
     prediction,
     registry,
+    untrusted,
     validation,
 )
 from sire_jax.backbones import BACKBONES
-from sire_jax.data import augmentation, batches, crops, sources, tasks
+from sire_jax.data import augmentation, batches, crops, records, sources, tasks
 from sire_jax.data.augmentation import AUGMENTATIONS, RandomCrop
+from sire_jax.data.dataset import Dataset, Selection, Source
 from sire_jax.fitted_prediction import PREDICTIONS, is_fitted
 from sire_jax.groups import Groups, check_names, from_section
 from sire_jax.heads import HEADS
@@ -32,6 +34,7 @@ from sire_jax.step import (
     Apply,
     Measure,
     Predict,
+    Shared,
     Step,
     TrainState,
     find_reach,
@@ -72,18 +75,30 @@ class Forward:
         """Returns the names of the outputs: the main one, then the heads (a config sorts them)."""
         return [MAIN, *self.network.heads]
 
-    def lookup(self, arrays: tasks.Arrays, examples: Array) -> dict[str, Array]:
-        """Makes a batch of examples, with scaled images (see ``tasks``); ``augment`` crops them."""
-        return batches.lookup(self.task, self.config.data, self.groups, arrays, examples)
+    def ready(self, batch: Mapping[str, Array]) -> dict[str, Array]:
+        """Makes a batch of the task's, with scaled images; ``augment`` crops them."""
+        return batches.ready(self.config.data, self.groups, batch)
 
-    def lookup_cropped(self, arrays: tasks.Arrays, examples: Array) -> dict[str, Array]:
+    def ready_cropped(self, batch: Mapping[str, Array]) -> dict[str, Array]:
         """Makes a batch for ``measure``, with the central crop or all ten, ``[b, 10, …]``."""
         data = self.config.data
-        return batches.crop(self.lookup(arrays, examples), data.crop, data.ten_crop)
+        return batches.crop(self.ready(batch), data.crop, data.ten_crop)
+
+    def ready_central(self, batch: Mapping[str, Array]) -> dict[str, Array]:
+        """Makes a batch as the network sees it, with the central crop, ``[b, …]``."""
+        return batches.crop(self.ready(batch), self.config.data.crop)
+
+    def lookup(self, arrays: tasks.Arrays, examples: Array) -> dict[str, Array]:
+        """Makes a batch of examples (see ``tasks``), with scaled images."""
+        return self.ready(self.task.batch(arrays, examples))
+
+    def lookup_cropped(self, arrays: tasks.Arrays, examples: Array) -> dict[str, Array]:
+        """Makes a batch of examples for ``measure``."""
+        return self.ready_cropped(self.task.batch(arrays, examples))
 
     def lookup_central(self, arrays: tasks.Arrays, examples: Array) -> dict[str, Array]:
-        """Makes a batch as the network sees it, with the central crop, ``[b, …]``."""
-        return batches.crop(self.lookup(arrays, examples), self.config.data.crop)
+        """Makes a batch of examples as the network sees it."""
+        return self.ready_central(self.task.batch(arrays, examples))
 
     def apply(self, variables: PyTree, image: Array, aux: bool = True) -> dict[str, Array]:
         """Applies the network, in evaluation, to images that are neither scaled nor cropped."""
@@ -128,9 +143,10 @@ class Experiment(Forward):
         variables = self.network.init(jax.random.fold_in(key, INITIAL), image)
         return TrainState.start(key, variables, self.rule)
 
-    def step(self) -> Step:
-        """Returns the training step."""
-        return make_step(self.network.apply, self.objectives, self.rule, self.augment)
+    def step(self, axis: str | None = None) -> Step:
+        """Returns the training step; under ``pmap``, ``axis`` names the devices that share it."""
+        shared = Shared(axis, self.config.batch_norm == "batch") if axis else None
+        return make_step(self.network.apply, self.objectives, self.rule, self.augment, shared)
 
     def measure(self) -> Measure:
         """Returns the measurement of a batch that ``lookup_cropped`` made."""
@@ -145,26 +161,38 @@ class Experiment(Forward):
         apply = self.network.apply
         return crops.averaged(apply) if self.config.data.ten_crop else apply
 
-    def load(self) -> tuple[sources.Dataset, list[tasks.Draw]]:
-        """Loads the data and draws the examples of every run.
+    def _decoded(self) -> Dataset[Source]:
+        data = self.config.data
+        dataset = sources.load(
+            data.name, data.dir, data.cache, Selection.of(data), data.resize, data.shape[-1]
+        )
+        if dataset.train.image.shape[1:] != tuple(data.shape):
+            raise ValueError(
+                f"config.data.shape is {tuple(data.shape)}, but the images of {data.name} are"
+                f" {dataset.train.image.shape[1:]}."
+            )
+        return dataset
+
+    def _streamed(self) -> Dataset[records.Records]:
+        data = self.config.data
+        return records.open_records(
+            data.name, data.dir, data.cache, Selection.of(data), data.shape[-1]
+        )
+
+    def load(self) -> tuple[Dataset[Any], list[tasks.Draw]]:
+        """Loads the data, or opens those that are streamed, and draws the examples of every run.
 
         Raises:
             ValueError: If the data are not what the config says, or too few.
             FileNotFoundError: If the data set is not prepared.
         """
         data = self.config.data
-        selection = sources.Selection.of(data)
-        dataset = sources.load(data.name, data.dir, data.cache, selection)
-        if dataset.train.image.shape[1:] != tuple(data.shape):
-            raise ValueError(
-                f"config.data.shape is {tuple(data.shape)}, but the images of {data.name} are"
-                f" {dataset.train.image.shape[1:]}."
-            )
+        dataset = self._streamed() if data.feed == "stream" else self._decoded()
         drawn = data.draw_classes > 0
-        if data.images not in (0, len(dataset.train.image)):
+        if data.images not in (0, len(dataset.train)):
             raise ValueError(
                 f"config.data.images is {data.images}, but {data.name} has"
-                f" {len(dataset.train.image)} training images{' of these classes' * drawn}."
+                f" {len(dataset.train)} training images{' of these classes' * drawn}."
             )
         for kind, classes in data.classes.items():
             if dataset.classes.get(kind) != classes:
@@ -205,12 +233,12 @@ def _example_batch(
         ValueError: If crops don't fit the images.
     """
     labels = {kind: np.zeros(1, np.int32) for kind in config.data.classes}
-    blank = sources.Source(np.zeros((1, *config.data.shape), np.uint8), labels)
+    blank = Source(np.zeros((1, *config.data.shape), np.uint8), labels)
     arrays = {key: jnp.asarray(values) for key, values in task.prepare(blank).items()}
     examples = jnp.zeros((2, 2) if isinstance(task, tasks.Pairs) else (2,), jnp.int32)
     checks.groups(groups, task.classes(config.data.classes)["label"], task.batch(arrays, examples))
     batch = jax.eval_shape(
-        lambda a, e: batches.lookup(task, config.data, groups, a, e), arrays, examples
+        lambda a, e: batches.ready(config.data, groups, task.batch(a, e)), arrays, examples
     )
     side = config.data.crop
     checks.crop(side, config.data.ten_crop, batch["image"].shape)
@@ -221,7 +249,10 @@ def _section(
     config: ConfigDict, key: str, parts: Mapping[str, Any], what: str, **supplied: Any
 ) -> dict[str, Any]:
     """Makes all parts of a section, in the order of their registry, those of one's own last."""
-    made = {k: registry.create(parts, each, what, **supplied) for k, each in config[key].items()}
+    made = {}
+    for name, section in config[key].items():
+        with registry.located(f"config.{key}.{name}"):
+            made[name] = registry.create(parts, section, what, **supplied)
     known = list(parts)
     place = {
         k: known.index(s.name) if s.name in known else len(known) for k, s in config[key].items()
@@ -312,13 +343,22 @@ def forward(config: ConfigDict) -> Forward:
     """
     validation.validate(config)
     task = registry.create(tasks.TASKS, config.data.task, "task")
-    backbone = registry.create(BACKBONES, config.backbone, "backbone")
+    with registry.located("config.backbone"):
+        backbone = registry.create(BACKBONES, config.backbone, "backbone")
     heads, families = _heads(config, getattr(backbone, "plan", None))
     network = Network(backbone, heads)
     groups = {k: from_section(k, each) for k, each in config.data.groups.items()}
     batch = _example_batch(task, config, groups)
-    variables = jax.eval_shape(network.init, jax.random.key(0), batch["image"])
-    outputs = jax.eval_shape(network.apply, variables, batch["image"])
+    try:
+        variables = jax.eval_shape(network.init, jax.random.key(0), batch["image"])
+        outputs = jax.eval_shape(network.apply, variables, batch["image"])
+    except (ArithmeticError, TypeError) as error:
+        if untrusted.has_names(config):
+            raise  # A mistake in code of one's own is shown whole.
+        raise ValueError(
+            f"The network can't be applied to images {batch['image'].shape[1:]} with the settings"
+            f" of its backbone and heads: {str(error).rstrip('.')}."
+        ) from error
     return Forward(config, task, network, families, groups, batch, variables, outputs)
 
 
@@ -356,7 +396,7 @@ def build(config: ConfigDict) -> Experiment:
     classes = parts.task.classes(config.data.classes)
     checks.widths(classes | {k: g.number for k, g in parts.groups.items()}, chosen, outputs)
     checks.augmentations(augmentations, batch)
-    if config.data.crop:
+    if config.data.crop and not config.data.random_resized_crop:
         augmentations = {"data.crop": RandomCrop(config.data.crop), **augmentations}
     checks.ranges(network.heads, chosen, *batches.image_range(config.data))
     if config.data.ten_crop:

@@ -9,8 +9,6 @@
 """
 
 import re
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
 
-from sire_jax import command, configuration, experiment, traced
+from sire_jax import command, configuration, experiment, traced, untrusted
 from sire_jax.data.sources import Source
 from sire_jax.evaluate import kept_weights, open_run
 from sire_jax.experiment import Experiment, Forward
@@ -219,16 +217,11 @@ def save(
     partial.replace(path)
 
 
-# What reading a damaged archive raises.
-_DAMAGED: tuple[type[Exception], ...] = (OSError, ValueError, EOFError, KeyError)
-_DAMAGED += (NotImplementedError, zipfile.BadZipFile, zlib.error)
-
-
 def load(path: str | Path) -> Exported:
     """Loads what ``save`` wrote.
 
-    A part that the config names as ``package.module:Class`` is imported, as it was for training:
-    load files from those you trust.
+    Nothing in the file is executed, whoever made it: a part that its config names as
+    ``package.module:Class`` is refused, unless ``SIRE_JAX_TRUST=package`` is in the environment.
 
     Args:
         path: The file.
@@ -238,24 +231,19 @@ def load(path: str | Path) -> Exported:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is damaged, or not such a file.
+        ValueError: If it is damaged, or not such a file, or names code that is not allowed.
     """
     path = Path(path).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path}.")
-    try:
-        if not zipfile.is_zipfile(path):
-            raise ValueError("it is no npz archive")
-        with np.load(path, allow_pickle=False) as arrays:
-            found = {key: arrays[key] for key in arrays.files}
-    except _DAMAGED as error:
-        raise ValueError(f"{path} is damaged, or was not exported by sire_jax: {error}.") from error
+    found = untrusted.read_arrays(path)
     kind, config, output = (str(found.pop(key, "")) for key in ("format", "config", "output"))
     if kind != FORMAT:
         raise ValueError(f"{path} was not exported by sire_jax: it has no format '{FORMAT}'.")
+    described = configuration.from_json(config, f"The config of {path}")
+    untrusted.check_names(described, path)
     try:
-        return Exported(configuration.from_json(config), output, found)
-    except ValueError as error:
+        return Exported(configuration.completed(described), output, found)
+    # A config can be made so that building from it fails in more ways than are foreseen.
+    except Exception as error:
         raise ValueError(f"{path} can't be used: {error}") from error
 
 

@@ -362,7 +362,7 @@ def _source(known: argparse.Namespace) -> str:
     """Says what was counted, without a directory of whose machine it was."""
     if known.matrix is not None:
         return f"the confusion matrix {Path(known.matrix).name}"
-    return f"{known.split} images of {read_config(known.workdir).name}"
+    return f"{known.split} images of {read_config(known.workdir, building=False).name}"
 
 
 def _names(path: str | None, classes: int) -> list[str]:

@@ -9,8 +9,8 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
-from ml_collections import ConfigDict
 
+from sire_jax import registry, untrusted
 from sire_jax.names import listed, nearest
 
 SHAPE = (
@@ -18,8 +18,8 @@ SHAPE = (
     ' ["oak"]]}}'
 )
 
-# Of a section of config.data.groups.
-_KEYS = {"file", "groups", "classes", "assignment"}
+# Of a section of config.data.groups, with values of the type that each should have.
+_KEYS: dict[str, Any] = {"file": "", "groups": 20, "classes": ("apple",), "assignment": (0,)}
 
 
 @dataclass(frozen=True)
@@ -140,21 +140,24 @@ def from_section(name: str, section: Mapping[str, Any]) -> Groups:
 
 
 def check_section(name: str, section: Any) -> None:
-    """Checks that a section of ``config.data.groups`` has the keys of one.
+    """Checks that a section of ``config.data.groups`` has the keys and types of one.
 
     Args:
         name: What the target is called, for messages.
         section: The section.
 
     Raises:
-        ValueError: If it is none, or has other keys.
+        ValueError: If it is none, or has other keys or values of other types.
     """
-    if not isinstance(section, Mapping | ConfigDict) or set(section) != _KEYS:
-        given = sorted(section) if isinstance(section, Mapping | ConfigDict) else section
+    where = f"config.data.groups.{name}"
+    if not registry.is_section(section) or set(section) != set(_KEYS):
+        given = sorted(section) if registry.is_section(section) else section
         raise ValueError(
-            f"config.data.groups.{name} is {given}; it should be a section with the keys"
+            f"{where} is {given}; it should be a section with the keys"
             f" {sorted(_KEYS)}, as configuration.grouping(FILE, GROUPS) returns it."
         )
+    for key, like in _KEYS.items():
+        registry.check_type(f"{where}.{key}", section[key], like)
 
 
 def check_names(what: str, groups: Groups, classes: Sequence[str]) -> None:
@@ -218,21 +221,10 @@ def _read(path: Path) -> dict[str, Any]:
             f"There is no file of groups {path}. Make one with\n"
             f"  python -m sire_jax.grouping --workdir=DIR --groups=20 --out={path}"
         )
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
-    except ValueError as error:
-        raise ValueError(f"{path} can't be read as JSON: {error}.") from None
+    found = untrusted.read_json(path)
     if not _is_structure(found):
         raise ValueError(f"{path} is no file of groups; it should look like {SHAPE}.")
     return dict(found)
-
-
-def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """Makes a mapping; ``json`` itself would drop the first of two groupings with one number."""
-    doubled = _doubled(key for key, _ in pairs)
-    if doubled:
-        raise ValueError(f"the key '{doubled[0]}' stands twice")
-    return dict(pairs)
 
 
 def _is_structure(found: Any) -> bool:

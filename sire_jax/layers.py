@@ -1,7 +1,9 @@
 """Layers whose training step is fast on a CPU, inside loops and under ``vmap`` as outside."""
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from functools import partial
 
 import jax
@@ -49,10 +51,23 @@ class Conv(nn.Module):
     kernel_init: Initializer = uniform_fan_in
     images_last: bool = False
 
+    def __post_init__(self) -> None:
+        if self.features < 1 or self.padding < 0:
+            raise ValueError(
+                f"A convolution has a width of {self.features} and padding {self.padding}; they"
+                " should be at least 1 and at least 0."
+            )
+        super().__post_init__()
+
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Maps ``[b, h, w, c]`` to ``[b, h', w', features]``, or likewise with images last."""
         _check_floating(x)
+        if min(x.shape[1:3]) + 2 * self.padding < self.kernel_size:
+            raise ValueError(
+                f"Features of {x.shape[1]} x {x.shape[2]} are too small for a kernel of"
+                f" {self.kernel_size} x {self.kernel_size}; take larger images, or more padding."
+            )
         axis = 0 if self.images_last else -1
         shape = (self.kernel_size, self.kernel_size, x.shape[axis], self.features)
         kernel = self.param("kernel", self.kernel_init, shape).astype(x.dtype)
@@ -151,13 +166,18 @@ def _broadcast(vector: Array, x: Array, axis: int) -> Array:
     return vector.reshape(shape)
 
 
+def _average(values: Array, devices: str | None) -> Array:
+    """Averages over devices that have as many examples each."""
+    return values if devices is None else lax.pmean(values, devices)
+
+
 def _other_axes(x: Array, axis: int) -> tuple[int, ...]:
     return tuple(i for i in range(x.ndim) if i != axis % x.ndim)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def normalize(
-    x: Array, scale: Array, bias: Array, axis: int, epsilon: float
+    x: Array, scale: Array, bias: Array, axis: int, epsilon: float, devices: str | None = None
 ) -> tuple[Array, Array, Array]:
     """Normalizes over all axes but one, with a gradient in two sums and one pass.
 
@@ -171,21 +191,22 @@ def normalize(
         bias: ``[c]``.
         axis: The axis of ``x`` that has the c channels.
         epsilon: Added to the variance.
+        devices: An axis of devices whose parts of ``x`` are normalized together, if any.
 
     Returns:
         ``y`` like ``x``; the mean and the (biased) variance, ``[c]``, for running averages only:
         no gradient flows through these two.
     """
-    return _normalize_forward(x, scale, bias, axis, epsilon)[0]
+    return _normalize_forward(x, scale, bias, axis, epsilon, devices)[0]
 
 
 def _normalize_forward(
-    x: Array, scale: Array, bias: Array, axis: int, epsilon: float
+    x: Array, scale: Array, bias: Array, axis: int, epsilon: float, devices: str | None
 ) -> tuple[tuple[Array, Array, Array], tuple[Array, ...]]:
     axes = _other_axes(x, axis)
     wide = x.astype(at_least_float32(x.dtype))
-    mean = wide.mean(axes)
-    variance = jnp.maximum((wide * wide).mean(axes) - mean * mean, 0.0)
+    mean = _average(wide.mean(axes), devices)
+    variance = jnp.maximum(_average((wide * wide).mean(axes), devices) - mean * mean, 0.0)
     inverse = lax.rsqrt(variance + epsilon)
     slope = scale * inverse
     offset = bias - mean * slope
@@ -194,7 +215,11 @@ def _normalize_forward(
 
 
 def _normalize_backward(
-    axis: int, epsilon: float, saved: tuple[Array, ...], cotangents: tuple[Array, ...]
+    axis: int,
+    epsilon: float,
+    devices: str | None,
+    saved: tuple[Array, ...],
+    cotangents: tuple[Array, ...],
 ) -> tuple[Array, Array, Array]:
     # dx = scale inverse (dy - mean(dy) - normalized mean(dy normalized)) written as a dy + b x + c,
     # two sums and one pass, where the derived gradient takes several.
@@ -207,13 +232,32 @@ def _normalize_backward(
     dbias = dy.sum(axes)
     dscale = inverse * ((dy * x).sum(axes) - mean * dbias)
     a = scale * inverse
-    b = -a * dscale * inverse / count
-    c = -a * dbias / count - b * mean
+    b = -a * _average(dscale, devices) * inverse / count
+    c = -a * _average(dbias, devices) / count - b * mean
     dx = _broadcast(a, x, axis) * dy + _broadcast(b, x, axis) * x + _broadcast(c, x, axis)
     return dx.astype(dtype), dscale, dbias
 
 
 normalize.defvjp(_normalize_forward, _normalize_backward)
+
+
+# The axis of devices that share a batch, where a program sees one device's part of it (pmap).
+_BATCH_AXIS: ContextVar[str | None] = ContextVar("batch axis", default=None)
+
+
+@contextlib.contextmanager
+def batch_over(axis: str | None) -> Iterator[None]:
+    """Takes batch statistics over an axis of devices, too, in what is traced in this block.
+
+    Args:
+        axis: Name of the axis, as ``jax.pmap`` has it; ``None`` for each device's own statistics.
+            Under ``jit`` there is no need: an array is the whole batch, wherever it lies.
+    """
+    token = _BATCH_AXIS.set(axis)
+    try:
+        yield
+    finally:
+        _BATCH_AXIS.reset(token)
 
 
 class BatchNorm(nn.Module):
@@ -244,7 +288,9 @@ class BatchNorm(nn.Module):
             offset = bias - mean.value * slope
             y = x.astype(at_least_float32(x.dtype)) * _broadcast(slope, x, self.axis)
             return (y + _broadcast(offset, x, self.axis)).astype(x.dtype)
-        y, batch_mean, batch_variance = normalize(x, scale, bias, self.axis, self.epsilon)
+        y, batch_mean, batch_variance = normalize(
+            x, scale, bias, self.axis, self.epsilon, _BATCH_AXIS.get()
+        )
         if not self.is_initializing():
             keep = self.momentum
             mean.value = keep * mean.value + (1 - keep) * lax.stop_gradient(batch_mean)

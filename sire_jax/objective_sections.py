@@ -4,8 +4,6 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from sire_jax import checks, objectives, optimizers, registry
 
 
@@ -25,7 +23,53 @@ def depths(heads: Mapping[str, Any], plan: Any) -> dict[str, int]:
 
 
 def _is_by_depth(weight: Any) -> bool:
-    return isinstance(weight, Mapping | ConfigDict) and weight.get("name") == "depth"
+    return registry.is_section(weight) and weight.get("name") == "depth"
+
+
+def check(name: str, section: Any) -> None:
+    """Checks the keys and types of an objective, as far as no other part is needed.
+
+    Args:
+        name: Its name.
+        section: Its section of ``config.objectives``.
+
+    Raises:
+        ValueError: If it is no section, a key or a part does not exist or is missing, or a value is
+            of a wrong type; the message has the path.
+    """
+    where = f"config.objectives.{name}"
+    _check_keys(name, section)
+    if registry.is_section(section["loss"]):
+        with_settings = objectives.LOSSES_WITH_SETTINGS
+        registry.check(with_settings, section["loss"], "loss", f"{where}.loss")
+    else:
+        registry.choose(objectives.LOSSES, section["loss"], "loss", f"{where}.loss")
+    if _is_by_depth(section.get("weight")):
+        known = {"depth": objectives.depth_weights}
+        registry.check(known, section["weight"], "weight", f"{where}.weight", ("layers",))
+    else:
+        checks.number_or_schedule(f"{where}.weight", section.get("weight", 1.0))
+    for i, weight in enumerate(section.get("weights", ())):
+        checks.number_or_schedule(f"{where}.weights[{i}]", weight)
+
+
+def _check_keys(name: str, section: Any) -> None:
+    where = f"config.objectives.{name}"
+    if not registry.is_section(section):
+        raise ValueError(
+            f"{where}: The objective '{name}' is {registry.shown(section)}; it should be a section."
+        )
+    weights = section.get("weights", ())
+    if not isinstance(weights, tuple | list):
+        raise ValueError(
+            f"{where}: The weights of the objective '{name}' are {registry.shown(weights)}; they"
+            " should be a number or schedule for each output, such as (0.1, 0.2)."
+        )
+    registry.check_settings(_settings, section, f"objective '{name}'", where)
+
+
+def _settings(output: str, target: str, loss: Any, weight: Any = 1.0, weights: Any = ()) -> None:
+    """Has the settings of a section as its arguments."""
 
 
 def _by_depth(
@@ -64,48 +108,39 @@ def create(
     """
     made: dict[str, objectives.Objective] = {}
     for name, section in sections.items():
-        if not isinstance(section, ConfigDict):
-            raise ValueError(f"The objective '{name}' is {section!r}; it should be a section.")
-        settings = {key: value for key, value in section.items() if key != "weights"}
+        _check_keys(name, section)
         weights = section.get("weights", ())
-        if not isinstance(weights, tuple | list):
-            raise ValueError(
-                f"The weights of the objective '{name}' are {weights!r}; they should be a number or"
-                " schedule for each output, such as (0.1, 0.2)."
-            )
-        family = families.get(section.get("output"))
-        outputs = [section.get("output")] if family is None else family
+        family = families.get(section["output"])
+        outputs = [section["output"]] if family is None else family
         if not weights and _is_by_depth(section.get("weight")):
-            weights = _by_depth(name, section.weight, outputs, depths)
+            weights = _by_depth(name, section["weight"], outputs, depths)
         if weights and len(weights) != len(outputs):
             raise ValueError(
                 f"The objective '{name}' has {len(weights)} weights for {len(outputs)} outputs"
                 f" ({', '.join(map(str, outputs))}); give one for each, or 'weight' for all."
             )
         for i, output in enumerate(outputs):
-            each = {"output": output, "weight": weights[i]} if weights else {"output": output}
+            weight = weights[i] if weights else section.get("weight", 1.0)
             # The objective 'reconstruction' on the family 'decoder' becomes 'reconstruction_1', …
-            own = name if family is None else name + output.removeprefix(section.output)
+            own = name if family is None else name + output.removeprefix(section["output"])
             if own in made:
                 raise ValueError(f"Two objectives have the name '{own}'; rename one of them.")
-            made[own] = _objective(own, {**settings, **each}, units)
+            made[own] = _objective(own, section, output, weight, units)
     return made
 
 
 def _loss(chosen: Any) -> objectives.Loss:
     """Makes a loss from its name, or from a section if it has settings."""
-    if isinstance(chosen, Mapping | ConfigDict):
+    if registry.is_section(chosen):
         return registry.create(objectives.LOSSES_WITH_SETTINGS, chosen, "loss")
     return registry.choose(objectives.LOSSES, chosen, "loss")
 
 
 def _objective(
-    name: str, section: Mapping[str, Any], units: optimizers.Units
+    name: str, section: Mapping[str, Any], output: str, weight: Any, units: optimizers.Units
 ) -> objectives.Objective:
-    described = {"name": name, **section}
-    made = registry.create({name: objectives.Objective}, described, "objective")
-    loss = _loss(made.loss)
-    weight = optimizers.number_or_schedule(made.weight, f"weight of the objective '{name}'", units)
+    loss = _loss(section["loss"])
+    weight = optimizers.number_or_schedule(weight, f"weight of the objective '{name}'", units)
     if callable(weight):
         checks.schedule(name, weight, units.get("run") or 1)
-    return objectives.Objective(made.output, made.target, loss, weight)
+    return objectives.Objective(output, section["target"], loss, weight)

@@ -130,10 +130,18 @@ def number_or_schedule(value: Any, what: str, units: Units | None = None) -> flo
     return float(value)
 
 
+def _check_share(name: str, value: float) -> None:
+    """Checks how much of a mean is kept from step to step."""
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} is {value}; it should be in [0, 1).")
+
+
 def adam(
     learning_rate: Any = 1e-3, weight_decay: Any = 0.0, b1: float = 0.9, b2: float = 0.999
 ) -> optax.GradientTransformation:
     """Adam (Kingma and Ba, 2015), with the L2 penalty in the gradient, as in PyTorch."""
+    _check_share("b1", b1)
+    _check_share("b2", b2)
     rate = number_or_schedule(learning_rate, "learning rate")
     return optax.chain(WeightDecay.of(weight_decay).penalty(), optax.adam(rate, b1=b1, b2=b2))
 
@@ -234,6 +242,7 @@ def sgd(
     nesterov: bool = False,
 ) -> LinearOptimizer:
     """Gradient descent with momentum, with the L2 penalty in the gradient."""
+    _check_share("momentum", momentum)
     rate = number_or_schedule(learning_rate, "learning rate")
     return LinearOptimizer(optax.sgd(rate, momentum, nesterov), weight_decay)
 

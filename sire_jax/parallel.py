@@ -1,10 +1,11 @@
-"""Wrappers around the pure step: loops over steps, runs over seeds, a batch over devices."""
+"""Wrappers around the pure step: loops over steps, runs over seeds, either over devices."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -18,37 +19,137 @@ NEVER = jnp.iinfo(jnp.int32).max
 SHUFFLE, INITIAL = 2**32 - 1, 2**32 - 2
 
 
-def data_mesh(devices: int, batch_size: int) -> Mesh:
-    """Makes the mesh over whose ``"data"`` axis batches are split.
+def device_mesh(devices: int, share: str, batch_size: int, seeds: int) -> Mesh:
+    """Makes the mesh of the devices of all processes that train together.
 
     Args:
         devices: How many devices to use; 0 for all.
-        batch_size: Examples in a batch.
+        share: What they share: the ``"batch"`` of each run, along the axis ``"data"``, or the runs
+            themselves, along the axis ``"runs"``.
+        batch_size: Examples in a batch, over all processes.
+        seeds: Number of runs.
 
     Returns:
-        A mesh with one axis.
+        A mesh with one axis, in the order of the processes.
 
     Raises:
-        ValueError: If there are fewer devices, or the batch can't be split evenly over them.
+        ValueError: If there are fewer devices, several processes should not use all of theirs, or
+            the batch or the runs can't be shared evenly.
     """
-    available = jax.devices()
+    # Those of a process beside each other: what it reads of a batch is then one piece.
+    available = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     if devices > len(available):
         raise ValueError(f"config.devices is {devices}, but JAX finds only {len(available)}.")
     used = available[: devices or len(available)]
-    if batch_size % len(used):
+    processes, number = jax.process_count(), len(used)
+    if number != len(available) and processes > 1:
         raise ValueError(
-            f"config.batch_size is {batch_size}, which {len(used)} devices can't share evenly;"
-            f" take a multiple of {len(used)}, or other config.devices."
+            f"config.devices is {devices}, but the {processes} processes have {len(available)} and"
+            " train on all of theirs; set it to 0, or start fewer processes."
+        )
+    shared = {"batch": ("batch_size", batch_size, "data"), "runs": ("seeds", seeds, "runs")}
+    key, divided, axis = shared[share]
+    if divided % number:
+        raise ValueError(
+            f"config.{key} is {divided}, which {number} devices can't share evenly"
+            f" ({processes} process{'es' * (processes > 1)} x {number // processes}); take a"
+            f" multiple of {number}, or other config.devices{_advice(share, seeds, number)}."
         )
     kind = (jax.sharding.AxisType.Auto,)
-    return jax.make_mesh((len(used),), ("data",), axis_types=kind, devices=used)
+    return jax.make_mesh((number,), (axis,), axis_types=kind, devices=used)
+
+
+def _advice(share: str, seeds: int, devices: int) -> str:
+    possible = share == "batch" and seeds > 1 and seeds % devices == 0
+    return ", or let them share the runs: config.devices_share='runs'" if possible else ""
 
 
 def split_batch(batch: Batch, mesh: Mesh) -> Batch:
-    """Splits every array of a batch over the mesh, along its first axis; a no-op on one device."""
-    if mesh.size == 1:
+    """Splits every array of a batch over the mesh, along its first axis.
+
+    Nothing changes on one device, or where each device has the whole batches of its own runs.
+    """
+    if mesh.size == 1 or "data" not in mesh.axis_names:
         return batch
     return jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, PartitionSpec("data")))
+
+
+def own_part(examples: Array, axis: str) -> Array:
+    """Returns this device's part of examples ``[b, …]``, inside of ``pmap``."""
+    size = len(examples) // jax.lax.axis_size(axis)
+    return jax.lax.dynamic_slice_in_dim(examples, jax.lax.axis_index(axis) * size, size)
+
+
+def over_runs(function: Callable[..., Any], shared: tuple[int, ...], mesh: Mesh) -> Any:
+    """Gives each device runs of its own, where the devices share those.
+
+    Args:
+        function: A function of arrays with a leading axis of runs (``over_seeds``).
+        shared: Positions of the arguments that are the same for all runs.
+        mesh: The devices; where they share batches, the function is returned as it is.
+
+    Returns:
+        The function, which each device computes for its share of the runs.
+    """
+    if "runs" not in mesh.axis_names:
+        return function
+    everyone, own = PartitionSpec(), PartitionSpec("runs")
+
+    def run(*args: Any) -> Any:
+        specs = tuple(everyone if i in shared else own for i in range(len(args)))
+        # Nothing in a run depends on another one: there is nothing for the check to find.
+        mapped = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=own, check_vma=False)
+        return mapped(*args)
+
+    return run
+
+
+def pmapped(
+    function: Callable[..., Any],
+    mesh: Mesh,
+    arguments: int,
+    split: tuple[int, ...] = (),
+    donated: tuple[int, ...] = (),
+) -> Any:
+    """Runs a function on every device with ``jax.pmap``; its results are the same on all.
+
+    Args:
+        function: A function of arrays that averages over the axis ``"data"`` by itself.
+        mesh: The devices.
+        arguments: How many arguments it takes.
+        split: Positions of arguments ``[devices of this process, …]`` of which each device has its
+            own; all others are the same on all devices.
+        donated: Positions of arguments whose memory the results may take.
+
+    Returns:
+        The function; arrays go in and come out as under ``jit``, replicated over the mesh.
+    """
+    devices = mesh.devices.ravel().tolist()
+    local = sum(device.process_index == jax.process_index() for device in devices)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    # pmap insists on an argument that differs: the first.
+    mapped = jax.pmap(
+        lambda _, *given: function(*given),
+        axis_name="data",
+        in_axes=(0, *(0 if i in split else None for i in range(arguments))),
+        out_axes=None,
+        devices=devices,
+        donate_argnums=tuple(i + 1 for i in donated),
+    )
+
+    def run(*args: Any) -> Any:
+        found = mapped(np.arange(local), *args)
+        return jax.tree.map(lambda x: _everywhere(x, everywhere), found)
+
+    return run
+
+
+def _everywhere(x: Array, everywhere: NamedSharding) -> Array:
+    """Says of an array that this process's devices hold that those of the others hold it, too."""
+    if x.sharding.is_equivalent_to(everywhere, x.ndim):
+        return x
+    shards = [shard.data for shard in x.addressable_shards]
+    return jax.make_array_from_single_device_arrays(x.shape, everywhere, shards)
 
 
 def over_steps(
@@ -66,25 +167,54 @@ def over_steps(
         the steps' metrics added, and for each metric the first step whose value was not finite,
         ``NEVER`` if all were. The program is the same for any ``first`` and ``count``.
     """
+    take = one_step(step)
 
     def run(
         state: TrainState, sums: Metrics, arrays: PyTree, order: Array, first: Array, count: Array
     ) -> tuple[TrainState, Metrics, dict[str, Array]]:
         def body(i: Array, carry: Any) -> Any:
-            state, sums, broken = carry
-            at = state.step
-            state, found = step(state, lookup(arrays, order[i]))
-            now = {k: jnp.where(jnp.isfinite(v.total), NEVER, at) for k, v in found.items()}
-            return state, add(sums, found), jax.tree.map(jnp.minimum, broken, now)
+            return take(*carry, lookup(arrays, order[i]))
 
-        broken = {name: jnp.asarray(NEVER, jnp.int32) for name in sums}
-        return jax.lax.fori_loop(first, first + count, body, (state, sums, broken))
+        return jax.lax.fori_loop(first, first + count, body, (state, sums, never_broken(sums)))
 
     return run
 
 
+def one_step(
+    step: Step,
+) -> Callable[..., tuple[TrainState, Metrics, dict[str, Array]]]:
+    """Takes a step and keeps the books.
+
+    Args:
+        step: The training step.
+
+    Returns:
+        A function ``(state, sums, broken, batch)`` that returns the state after the step, ``sums``
+        with the step's metrics added, and ``broken`` with the step's number for each metric that is
+        not finite for the first time.
+    """
+
+    def run(
+        state: TrainState, sums: Metrics, broken: dict[str, Array], batch: Batch
+    ) -> tuple[TrainState, Metrics, dict[str, Array]]:
+        at = state.step
+        state, found = step(state, batch)
+        now = {k: jnp.where(jnp.isfinite(v.total), NEVER, at) for k, v in found.items()}
+        return state, add(sums, found), jax.tree.map(jnp.minimum, broken, now)
+
+    return run
+
+
+def never_broken(sums: Metrics) -> dict[str, Array]:
+    """Returns the books of metrics of which none was not finite yet."""
+    return {name: jnp.full(each.count.shape, NEVER, jnp.int32) for name, each in sums.items()}
+
+
 def over_batches(
-    measure: Callable[..., PyTree], lookup: Callable[[PyTree, Array], Batch], batch_size: int
+    measure: Callable[..., PyTree],
+    lookup: Callable[[PyTree, Array], Batch],
+    batch_size: int,
+    devices: int = 1,
 ) -> Callable[[PyTree, PyTree, Mapping[str, PyTree], PyTree, Array], PyTree]:
     """Measures any number of examples, batch by batch, inside one program.
 
@@ -92,6 +222,7 @@ def over_batches(
         measure: Measures a batch: sums over the examples that its mask, ``[b]``, counts.
         lookup: Maps ``(arrays, examples)`` to a batch.
         batch_size: Examples measured at once.
+        devices: How many devices share a batch: it is enlarged to a multiple of them.
 
     Returns:
         A function ``(params, model_state, fitted, arrays, examples)`` to the sums.
@@ -104,7 +235,7 @@ def over_batches(
         arrays: PyTree,
         examples: Array,
     ) -> PyTree:
-        filled = _in_batches(examples, batch_size)
+        filled = _in_batches(examples, batch_size, devices)
         mask = jnp.arange(filled.shape[0] * filled.shape[1]) < len(examples)
 
         def one(chosen: tuple[Array, Array]) -> PyTree:
@@ -118,7 +249,10 @@ def over_batches(
 
 
 def collected(
-    predict: Predict, lookup: Callable[[PyTree, Array], Batch], batch_size: int
+    predict: Predict,
+    lookup: Callable[[PyTree, Array], Batch],
+    batch_size: int,
+    devices: int = 1,
 ) -> Callable[[PyTree, PyTree, PyTree, Array], Any]:
     """Collects what is predicted of any number of examples, batch by batch, inside one program.
 
@@ -126,22 +260,23 @@ def collected(
         predict: Maps ``(params, model_state, batch)`` to a tree of arrays ``[b, …]``.
         lookup: Maps ``(arrays, examples)`` to a batch.
         batch_size: Examples at once.
+        devices: How many devices share a batch: it is enlarged to a multiple of them.
 
     Returns:
         A function ``(params, model_state, arrays, examples)`` to the tree, ``[n, …]``.
     """
 
     def run(params: PyTree, model_state: PyTree, arrays: PyTree, examples: Array) -> Any:
-        filled = _in_batches(examples, batch_size)
+        filled = _in_batches(examples, batch_size, devices)
         each = jax.lax.map(lambda some: predict(params, model_state, lookup(arrays, some)), filled)
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[: len(examples)], each)
 
     return run
 
 
-def _in_batches(examples: Array, batch_size: int) -> Array:
+def _in_batches(examples: Array, batch_size: int, devices: int) -> Array:
     """Puts examples ``[n, …]`` in batches; the last is filled up with the first example."""
-    size = min(batch_size, len(examples))
+    size = -(-min(batch_size, len(examples)) // devices) * devices
     batches = -(-len(examples) // size)
     missing = batches * size - len(examples)
     filled = jnp.concatenate([examples, jnp.repeat(examples[:1], missing, axis=0)])

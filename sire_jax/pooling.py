@@ -23,7 +23,15 @@ def max_pool(x: Array, size: int = 2, stride: int = 2, padding: tuple[int, int] 
 
     Returns:
         ``[b, h', w', c]`` or likewise, with ``h' = (h + sum(padding) - size) // stride + 1``.
+
+    Raises:
+        ValueError: If the images are smaller than a window.
     """
+    if min(x.shape[1:3]) + sum(padding) < size:
+        raise ValueError(
+            f"Features of {x.shape[1]} x {x.shape[2]} are too small for a max pool of {size} x"
+            f" {size}; take larger images, or more padding."
+        )
     if size == stride == 2 and padding == (0, 0):
         return _halve(x[:, : x.shape[1] // 2 * 2, : x.shape[2] // 2 * 2])
     for axis in (1, 2):

@@ -22,11 +22,13 @@ class Progress:
         steps: Steps of an epoch.
         images: Images of a step, over all runs.
         start: Steps taken already.
+        silent: Whether nothing is shown, as by all processes of a job but one.
     """
 
-    def __init__(self, epochs: int, steps: int, images: int, start: int):
+    def __init__(self, epochs: int, steps: int, images: int, start: int, silent: bool = False):
         self._images, self._epochs, self._steps = images, epochs, steps
-        self._terminal = sys.stderr.isatty()
+        self._silent = silent
+        self._terminal = sys.stderr.isatty() and not silent
         self._bar = tqdm(
             total=epochs * steps,
             initial=start,
@@ -44,6 +46,8 @@ class Progress:
 
     def report(self, step: int, values: Mapping[str, np.ndarray]) -> None:
         """Shows values, means over the runs, and the speed since the last report."""
+        if self._silent:
+            return
         now = time.perf_counter()
         speed = self._taken * self._images / max(now - self._since, 1e-9)
         self._since, self._taken = now, 0
@@ -59,11 +63,31 @@ class Progress:
 
     def say(self, message: str) -> None:
         """Prints a line above the bar."""
-        tqdm.write(message)
+        if not self._silent:
+            tqdm.write(message)
 
     def close(self) -> None:
         """Leaves the bar as it is."""
         self._bar.close()
+
+
+class Pace:
+    """How many steps one call of a program takes, so that a run can be stopped within seconds.
+
+    Args:
+        most: The most steps of a call.
+    """
+
+    def __init__(self, most: int):
+        self.steps, self._most = 1, most
+
+    def note(self, steps: int, seconds: float) -> None:
+        """Notes how long a call took; the first one, which compiles, is followed by a short one."""
+        fitting = int(_SECONDS_OF_A_CALL * steps / max(seconds, 1e-9))
+        self.steps = min(max(fitting, 1), self._most)
+
+
+_SECONDS_OF_A_CALL = 1.0
 
 
 @dataclass
@@ -76,22 +100,32 @@ class Stop:
 
     signal: str = ""
 
+    @property
+    def by_person(self) -> bool:
+        """Whether it was Ctrl-C: a person, not a system that will start the program again."""
+        return self.signal == signal.SIGINT.name
+
 
 @contextmanager
 def stop_on_signals() -> Iterator[Stop]:
-    """Notes Ctrl-C and SIGTERM instead of dying of them; a second one has its usual effect."""
+    """Notes Ctrl-C, SIGTERM and SIGUSR1 instead of dying of them.
+
+    A second Ctrl-C has its usual effect. The others may come several times, as a cluster sends them
+    to a job and to its steps; once one has come they are ignored, until the process ends.
+    """
     stop = Stop()
     before: dict[signal.Signals, Any] = {}
 
     def note(number: int, frame: Any) -> None:
-        stop.signal = signal.Signals(number).name
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        stop.signal = stop.signal or signal.Signals(number).name
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, before[signal.SIGINT])
 
-    for each in (signal.SIGINT, signal.SIGTERM):
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         before[each] = signal.signal(each, note)
     try:
         yield stop
     finally:
         for each, handler in before.items():
-            signal.signal(each, handler)
+            ignored = stop.signal and not stop.by_person and each != signal.SIGINT
+            signal.signal(each, signal.SIG_IGN if ignored else handler)

@@ -6,8 +6,10 @@ settings are their arguments, so a config can name nothing that the code does no
 
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
-from typing import Any, get_origin
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import GenericAlias, NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
 
 from ml_collections import ConfigDict
 
@@ -15,15 +17,18 @@ from sire_jax.names import nearest
 
 # Fields that Flax adds to every module and that a config never sets.
 _FLAX_FIELDS = {"parent", "name"}
+# What is not computed with: whole numbers are int32, others float32.
+_INT_LIMIT, _FLOAT_LIMIT = 2**31, 2.0**128
 
 
-def choose(registry: Mapping[str, Any], name: str, what: str) -> Any:
+def choose(registry: Mapping[str, Any], name: str, what: str, where: str = "") -> Any:
     """Looks a part up by its name.
 
     Args:
         registry: Known parts by name.
         name: A name in ``registry``, or ``package.module:attribute`` for a part of one's own.
         what: What the part is, for the message ("backbone", "loss", …).
+        where: The path of the name in a config, for the message.
 
     Returns:
         The class or function.
@@ -31,17 +36,22 @@ def choose(registry: Mapping[str, Any], name: str, what: str) -> Any:
     Raises:
         ValueError: If there is no such part; the message names the nearest one.
     """
-    if name in registry:
+    start = f"{where}: " if where else ""
+    if isinstance(name, str) and name in registry:
         return registry[name]
     if isinstance(name, str) and ":" in name:
         module, attribute = name.split(":", 1)
         try:
-            if not module or not attribute:
+            if not module or module.startswith(".") or not attribute:
                 raise ValueError("it should be package.module:Name")
-            return getattr(importlib.import_module(module), attribute)
+            found = getattr(importlib.import_module(module), attribute)
+            if not callable(found):
+                raise ValueError("it is no class or function")
+            return found
         except (ImportError, AttributeError, ValueError) as error:
-            raise ValueError(f"The {what} '{name}' can't be imported: {error}.") from error
-    raise ValueError(f"There is no {what} '{name}'.{nearest(str(name), registry)}")
+            raise ValueError(f"{start}The {what} '{name}' can't be imported: {error}.") from error
+    text = name if isinstance(name, str) else shown(name)
+    raise ValueError(f"{start}There is no {what} '{text}'.{nearest(text, registry)}")
 
 
 def settings(part: Callable[..., Any]) -> dict[str, inspect.Parameter]:
@@ -93,32 +103,108 @@ def create(
         ValueError: If the part or a setting does not exist, a setting without a default is missing,
             or a value has another type than the setting's default.
     """
-    if not isinstance(section, Mapping | ConfigDict):
-        raise ValueError(f"A {what} is {section!r}; it should be a section with a 'name'.")
-    if "name" not in section:
-        raise ValueError(f"A {what} needs a 'name'; it has only {sorted(section)}.")
-    given = {key: _plain(value) for key, value in section.items() if key != "name"}
-    part = choose(registry, section["name"], what)
+    part, given = _checked(registry, section, what, supplied)
     wanted = settings(part)
-    known = {k: p for k, p in wanted.items() if k not in supplied}
-    for key, value in given.items():
-        if key not in known:
-            raise ValueError(
-                f"The {what} '{section['name']}' has no setting '{key}'.{nearest(key, known)}"
-            )
-        _check_setting(f"{what} '{section['name']}': {key}", value, known[key])
-    missing = [k for k, p in known.items() if p.default is p.empty and k not in given]
-    if missing:
-        raise ValueError(f"The {what} '{section['name']}' needs a value for {', '.join(missing)}.")
+    given = {key: _as_kind(value, wanted[key].annotation) for key, value in given.items()}
     return part(**given, **{k: value for k, value in supplied.items() if k in wanted})
 
 
-def _check_setting(where: str, value: Any, parameter: inspect.Parameter) -> None:
-    """Checks a setting whose annotation is a plain type; others, such as schedules, check it."""
-    annotation = get_origin(parameter.annotation) or parameter.annotation
-    if annotation in (bool, int, float, str, tuple):
-        default = parameter.default
-        check_type(where, value, annotation() if default is parameter.empty else default)
+def check(
+    registry: Mapping[str, Any],
+    section: Any,
+    what: str,
+    where: str,
+    supplied: Iterable[str] = (),
+    optional: Iterable[str] = (),
+) -> None:
+    """Checks the keys and types of a section as ``create`` does, and makes nothing.
+
+    Args:
+        registry: Known parts by name.
+        section: ``{"name": …, setting: value, …}``.
+        what: What the part is, for messages.
+        where: The path of the section, such as ``"config.backbone"``, for messages.
+        supplied: Names of the arguments that come from the program.
+        optional: Keys that the program reads itself, or supplies where they are missing.
+
+    Raises:
+        ValueError: If the part or a setting does not exist, a setting without a default is missing,
+            or a value is not of the setting's type; the message has the path.
+    """
+    _checked(registry, section, what, supplied, where, optional)
+
+
+def _checked(
+    registry: Mapping[str, Any],
+    section: Any,
+    what: str,
+    supplied: Iterable[str],
+    where: str = "",
+    optional: Iterable[str] = (),
+) -> tuple[Any, dict[str, Any]]:
+    """Checks a section; returns the part that it names, and its settings."""
+    start = f"{where}: " if where else ""
+    if not is_section(section):
+        raise ValueError(
+            f"{start}A {what} is {shown(section)}; it should be a section with a 'name'."
+        )
+    if "name" not in section:
+        raise ValueError(f"{start}A {what} needs a 'name'; it has only {sorted(section)}.")
+    part = choose(registry, section["name"], what, where and f"{where}.name")
+    given = {key: _plain(value) for key, value in section.items() if key != "name"}
+    check_settings(part, given, f"{what} '{section['name']}'", where, supplied, optional)
+    return part, given
+
+
+def check_settings(
+    part: Callable[..., Any],
+    given: Mapping[str, Any],
+    what: str,
+    where: str = "",
+    supplied: Iterable[str] = (),
+    optional: Iterable[str] = (),
+) -> None:
+    """Checks the settings that a config gives to a class or function.
+
+    Args:
+        part: The class or function.
+        given: The settings.
+        what: What the part is, with its name, for messages: ``"backbone 'vgg'"``.
+        where: The path of its section, for messages.
+        supplied: Names of the arguments that come from the program.
+        optional: Keys that the program reads itself, or supplies where they are missing.
+
+    Raises:
+        ValueError: If a setting does not exist, one without a default is missing, or a value is not
+            of the setting's type.
+    """
+    start = f"{where}: " if where else ""
+    known = {k: p for k, p in settings(part).items() if k not in supplied}
+    for key, value in given.items():
+        path = f"{where}.{key}" if where else f"{what}: {key}"
+        if key in known:
+            _check_kind(path, value, known[key].annotation, known[key].default)
+        elif key not in optional:
+            hint = nearest(key, [*known, *optional])
+            raise ValueError(f"{start}The {what} has no setting '{key}'.{hint}")
+    needed = [k for k, p in known.items() if p.default is p.empty and k not in optional]
+    missing = [key for key in needed if key not in given]
+    if missing:
+        raise ValueError(f"{start}The {what} needs a value for {', '.join(missing)}.")
+
+
+@contextmanager
+def located(where: str) -> Iterator[None]:
+    """Puts the path of a section ahead of the messages on what is done with it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def is_section(value: Any) -> bool:
+    """Tells whether a value of a config is a section."""
+    return isinstance(value, Mapping | ConfigDict)
 
 
 def check_type(where: str, value: Any, default: Any) -> None:
@@ -127,20 +213,110 @@ def check_type(where: str, value: Any, default: Any) -> None:
     Args:
         where: What the value is, for the message.
         value: The value.
-        default: The default; ``None`` or an empty parameter allow any value.
+        default: The default; ``None`` or an empty parameter allow any value. The first element of a
+            tuple stands for all, an empty tuple allows any.
 
     Raises:
-        ValueError: If the types differ.
+        ValueError: If the types differ, or a number is not finite or not below 2**31.
     """
     if default is inspect.Parameter.empty or default is None:
         return
-    expected = (int, float) if isinstance(default, float) else type(default)
-    wrong_bool = isinstance(value, bool) != isinstance(default, bool)
-    if wrong_bool or not isinstance(value, expected):
+    kind: Any = type(default)
+    if isinstance(default, tuple) and default:
+        kind = GenericAlias(tuple, (type(default[0]), ...))
+    _check_kind(where, value, kind, default)
+
+
+def _check_kind(where: str, value: Any, kind: Any, default: Any) -> None:
+    _check_numbers(where, value)
+    if not _is_of(value, kind):
+        known = default is not inspect.Parameter.empty and default is not None
+        example = f" like {default!r}" if known else ""
+        of_type = "" if value is None else f", {_described(type(value))}"
         raise ValueError(
-            f"{where} is {value!r}, a {type(value).__name__};"
-            f" it should be a {type(default).__name__} like {default!r}."
+            f"{where} is {shown(value)}{of_type}; it should be {_described(kind)}{example}."
         )
+
+
+def _check_numbers(where: str, value: Any) -> None:
+    """Checks that numbers can be computed with, those of tuples and sections, too."""
+    for key, each in _elements(value):
+        _check_numbers(f"{where}{key}", each)
+    if isinstance(value, float) and not abs(value) < _FLOAT_LIMIT:
+        raise ValueError(f"{where} is {value}; it should be finite, as a float32.")
+    if isinstance(value, int) and abs(value) >= _INT_LIMIT:
+        raise ValueError(f"{where} is {shown(value)}; it should be below 2**31.")
+
+
+def _elements(value: Any) -> Iterator[tuple[str, Any]]:
+    """Yields what a tuple or a section holds, with how a path goes on to it."""
+    if is_section(value):
+        yield from ((f".{key}", each) for key, each in value.items())
+    elif isinstance(value, tuple | list):
+        yield from ((f"[{i}]", each) for i, each in enumerate(value))
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Tells whether a value is of an annotated type, as far as a config can say."""
+    arguments, origin = get_args(kind), get_origin(kind) or kind
+    if origin in (Union, UnionType):
+        return any(_is_of(value, each) for each in _alternatives(arguments))
+    if origin in (bool, int, float):
+        known = (int, float) if origin is float else origin
+        return isinstance(value, known) and isinstance(value, bool) == (origin is bool)
+    if origin in (str, NoneType):
+        return isinstance(value, origin)
+    if origin is tuple and arguments and arguments[-1] is not Ellipsis:
+        whole = isinstance(value, tuple) and len(value) == len(arguments)
+        return whole and all(map(_is_of, value, arguments))
+    if origin in (tuple, Sequence):
+        return isinstance(value, tuple) and all(_is_of(v, k) for v in value for k in arguments[:1])
+    if origin in (dict, Mapping):
+        return is_section(value)
+    if origin is Callable:
+        return callable(value)
+    # Whatever else a part of one's own takes, it checks itself.
+    return True
+
+
+def _alternatives(kinds: Sequence[Any]) -> Sequence[Any]:
+    """Returns the types of a union; of what may be any scalar or array, a number is left."""
+    anything = complex in kinds
+    return [k for k in (float, NoneType) if k in kinds] if anything else kinds
+
+
+def _as_kind(value: Any, kind: Any) -> Any:
+    """Makes a float of a whole number that is given for one, in tuples, too."""
+    if kind is float:
+        return float(value)
+    if get_origin(kind) is tuple and set(get_args(kind)) <= {float, ...}:
+        return tuple(map(float, value))
+    return value
+
+
+def _described(kind: Any) -> str:
+    arguments, origin = get_args(kind), get_origin(kind) or kind
+    if origin in (Union, UnionType):
+        return " or ".join(_described(each) for each in _alternatives(arguments))
+    if origin in (tuple, Sequence):
+        of = f" of {arguments[0].__name__}" if arguments and isinstance(arguments[0], type) else ""
+        return f"a tuple{of}"
+    if origin is NoneType:
+        return "None"
+    if origin is Callable:
+        return "a function"
+    sections = isinstance(origin, type) and issubclass(origin, Mapping | ConfigDict)
+    return "a section" if sections else f"a {getattr(origin, '__name__', origin)}"
+
+
+def shown(value: Any, most: int = 100) -> str:
+    """Writes a value into a message, not all of a very long one."""
+    try:
+        text = repr(value.to_dict() if isinstance(value, ConfigDict) else value)
+    except ValueError:
+        # Of a whole number with thousands of digits.
+        text = "very large"
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def _plain(value: Any) -> Any:

@@ -277,7 +277,7 @@ def _parameters(config: ConfigDict) -> int:
 def _trained(config: ConfigDict, directory: Path) -> dict[str, Any] | None:
     """Returns the final measurements of a row that has been trained with that config, if any."""
     results = read_results(directory)
-    if results and not configuration.differences(read_config(directory), config):
+    if results and not configuration.differences(read_config(directory, building=False), config):
         return results
     return None
 
@@ -311,7 +311,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             lines = reproduce(table, rows, workdir, configs, known.option, overrides)
         except InterruptedRunError as stopped:
             print(stopped, flush=True)
-            sys.exit(command.INTERRUPTED)
+            sys.exit(stopped.status)
     print(f"\n{table['title']}\n\n{_note(overrides)}{markdown(lines, table)}\n")
     seconds = time.perf_counter() - started
     print(f"{seconds:.0f} s; curves: {workdir / 'table.png'}, and in each row's directory")

@@ -1,6 +1,7 @@
 """A number of independent runs: their compiled programs, and their data on the device."""
 
-from collections.abc import Mapping
+import zlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -8,14 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sire_jax import experiment, parallel
+from sire_jax import compilation, distributed, experiment, parallel
 from sire_jax.data import tasks
+from sire_jax.data.augmentation import Batch
+from sire_jax.data.dataset import Dataset, Source
 from sire_jax.diagnostics import gradient_flow
 from sire_jax.fitted_prediction import MOST, is_fitted
 from sire_jax.metrics import Average, Metrics, means
 from sire_jax.step import Best, TrainState
 
 PyTree = Any
+# The state of all runs, sums of the epoch's metrics, the best weights, the seconds spent.
+Checkpoint = tuple[TrainState, Metrics, Best | None, jax.Array]
 
 
 class Runs:
@@ -26,6 +31,9 @@ class Runs:
 
     Attributes:
         names: For each kind of label, of the images, the names of its classes.
+        examples: The examples of each split, as indices into ``arrays``, ``[runs, n, …]``.
+        arrays: All images and labels, on every device.
+        fingerprint: Of the data, which is the same on all processes.
 
     Raises:
         ValueError: If the data or the devices are not what the config says.
@@ -35,98 +43,215 @@ class Runs:
     def __init__(self, parts: experiment.Experiment):
         config = parts.config
         self.config, self.parts = config, parts
-        self.mesh = parallel.data_mesh(config.devices, config.batch_size)
+        compilation.keep(config.compilation_cache)
+        self.mesh = parallel.device_mesh(
+            config.devices, config.devices_share, config.batch_size, config.seeds
+        )
         self.everywhere = NamedSharding(self.mesh, PartitionSpec())
-        dataset, draws = parts.load()
-        self.names = dataset.names
-        # Training and test images in one array, so that one program measures all splits of a size.
-        halves = [parts.task.prepare(source) for source in (dataset.train, dataset.test)]
-        joined = {key: np.concatenate([half[key] for half in halves]) for key in halves[0]}
-        self.arrays = self.place(joined)
-        # {split: [runs, examples, …]}
-        train, validation, test = (np.stack(each) for each in zip(*draws, strict=True))
-        test = test + len(dataset.train.image)
-        self.examples = self.place({"train": train, "validation": validation, "test": test})
-        self.steps_per_epoch = draws[0].train.shape[0] // config.batch_size
+        spread = "runs" in self.mesh.axis_names
+        self.of_runs = (
+            NamedSharding(self.mesh, PartitionSpec("runs")) if spread else self.everywhere
+        )
+        self._load()
         self._compile()
 
+    def _load(self) -> None:
+        with distributed.together("loading the data"):
+            dataset, draws = self.parts.load()
+        self.names = dataset.names
+        self.fingerprint = fingerprint(dataset)
+        # Training and test images in one array, so that one program measures all splits of a size.
+        halves = [self.parts.task.prepare(source) for source in (dataset.train, dataset.test)]
+        self.arrays = self.place(
+            {key: np.concatenate([half[key] for half in halves]) for key in halves[0]}
+        )
+        train, validation, test = (np.stack(each) for each in zip(*draws, strict=True))
+        test = test + len(dataset.train)
+        self.examples = self.place({"train": train, "validation": validation, "test": test})
+        self.steps_per_epoch = draws[0].train.shape[0] // self.config.batch_size
+
     def place(self, tree: PyTree) -> PyTree:
-        """Puts arrays on all devices."""
-        return jax.device_put(tree, self.everywhere)
+        """Puts arrays of the host, which all processes have, on all devices."""
+        if jax.process_count() == 1:
+            return jax.device_put(tree, self.everywhere)
+        return jax.tree.map(
+            lambda x: jax.make_array_from_process_local_data(self.everywhere, np.asarray(x)), tree
+        )
+
+    def program(
+        self, function: Callable[..., Any], shared: tuple[int, ...], result: Any = None, **jit: Any
+    ) -> "Program":
+        """Compiles a function of one run for all of them (``over_seeds``, ``over_runs``).
+
+        Args:
+            function: Any function of arrays.
+            shared: Positions of the arguments that are the same for all runs.
+            result: Where the results are; on all devices by default.
+            **jit: Arguments of ``jax.jit``.
+
+        Returns:
+            The function with a leading axis of runs.
+        """
+        runs = parallel.over_seeds(function, shared, self.config.seeds_at_once)
+        runs = parallel.over_runs(runs, shared, self.mesh)
+        return Program(jax.jit(runs, out_shardings=result or self.everywhere, **jit))
 
     def _compile(self) -> None:
         parts, config = self.parts, self.config
-        at_once = config.seeds_at_once
-
-        def lookup(arrays: tasks.Arrays, examples: jax.Array) -> dict[str, jax.Array]:
-            return parallel.split_batch(parts.lookup(arrays, examples), self.mesh)
-
-        steps = parallel.over_steps(parts.step(), lookup)
-        batches = parallel.over_batches(
-            parts.measure(), parts.lookup_cropped, config.evaluate_batch_size
-        )
         # Runs once: not worth the compiler's seconds of optimization.
-        self._initial = jax.jit(
-            parallel.over_seeds(parts.initial_state, (), at_once),
-            compiler_options={"xla_backend_optimization_level": 0},
+        quick = {"xla_backend_optimization_level": 0}
+        self._initial = self.program(parts.initial_state, (), self.of_runs, compiler_options=quick)
+        best = self.of_runs if "validation" in config.evaluate_splits else None
+        places = (self.of_runs, self.of_runs, best, self.everywhere)
+        self._start = Program(jax.jit(self._first_checkpoint, out_shardings=places))
+        self._no_metrics = Program(jax.jit(self._nothing, out_shardings=self.of_runs))
+        self._means = Program(jax.jit(means, out_shardings=self.everywhere))
+        self._steps = self._step_program()
+        self._measure = self.totals(parts.measure(), parts.ready_cropped)
+        self._predict = self._prediction_program()
+        self._best = Program(
+            jax.jit(jax.vmap(Best.update), donate_argnums=0, out_shardings=self.of_runs)
         )
-        self._steps = jax.jit(parallel.over_seeds(steps, (2, 4, 5), at_once), donate_argnums=(0, 1))
-        self._measure = jax.jit(parallel.over_seeds(batches, (3,), at_once))
-        predict = parallel.collected(
-            parts.predict(), parts.lookup_cropped, config.evaluate_batch_size
-        )
-        self._predict = jax.jit(parallel.over_seeds(predict, (2,), at_once))
-        self._shuffle = jax.jit(
-            parallel.over_seeds(
-                lambda key, examples, epoch: parallel.shuffle(
-                    key, epoch, examples, config.batch_size
+        self._gradients = self._gradient_program()
+
+    # ---- Programs over the examples; those of a stream are in ``streamed_runs``.
+
+    def _lookup(self, ready: Callable[[Batch], Batch]) -> Callable[[PyTree, jax.Array], Batch]:
+        """Returns the function that makes the batch of examples, each device a part of it."""
+
+        def lookup(arrays: tasks.Arrays, examples: jax.Array) -> Batch:
+            return parallel.split_batch(ready(self.parts.task.batch(arrays, examples)), self.mesh)
+
+        return lookup
+
+    def _step_program(self) -> Callable[..., Any]:
+        config, at_once = self.config, self.config.seeds_at_once
+        # Vectorizing over runs comes first: shuffling is no work.
+        self._shuffle = Program(
+            jax.jit(
+                parallel.over_runs(
+                    parallel.over_seeds(self._shuffled, (2,), config.seeds), (2,), self.mesh
                 ),
-                (2,),
-                config.seeds,
+                out_shardings=self.of_runs,
             )
         )
-        self._best = jax.jit(jax.vmap(Best.update), donate_argnums=0)
-        flow = gradient_flow.make_gradient_flow(
+        if config.parallel == "pmap":
+
+            def own(arrays: tasks.Arrays, examples: jax.Array) -> Batch:
+                part = parallel.own_part(examples, "data")
+                return self.parts.ready(self.parts.task.batch(arrays, part))
+
+            steps = parallel.over_steps(self.parts.step("data"), own)
+            runs = parallel.over_seeds(steps, (2, 4, 5), at_once)
+            return Program(parallel.pmapped(runs, self.mesh, 6, donated=(0, 1)))
+        steps = parallel.over_steps(self.parts.step(), self._lookup(self.parts.ready))
+        places = (self.of_runs, self.of_runs, self.everywhere)
+        return self.program(steps, (2, 4, 5), places, donate_argnums=(0, 1))
+
+    def _shuffled(self, key: jax.Array, examples: jax.Array, epoch: jax.Array) -> jax.Array:
+        return parallel.shuffle(key, epoch, examples, self.config.batch_size)
+
+    def totals(
+        self, measure: Callable[..., PyTree], ready: Callable[[Batch], Batch]
+    ) -> Callable[[PyTree, PyTree, Mapping[str, PyTree], str], PyTree]:
+        """Makes the program that measures a split.
+
+        Args:
+            measure: Measures a batch; a function ``(params, model_state, batch, mask, fitted)`` to
+                sums over the examples that the mask counts.
+            ready: Makes a batch as the network sees it of one as the task has it.
+
+        Returns:
+            A function ``(params, model_state, fitted, split)`` to the sums, for each run.
+        """
+        size, devices = self.config.evaluate_batch_size, self._sharing_a_batch()
+        batches = parallel.over_batches(measure, self._lookup(ready), size, devices)
+        program = self.program(batches, (3,))
+
+        def run(params: PyTree, model_state: PyTree, fitted: PyTree, split: str) -> PyTree:
+            return program(params, model_state, fitted, self.arrays, self.examples[split])
+
+        return run
+
+    def _sharing_a_batch(self) -> int:
+        return self.mesh.size if "data" in self.mesh.axis_names else 1
+
+    def _prediction_program(self) -> Callable[[PyTree, PyTree, str, int], Any]:
+        size, devices = self.config.evaluate_batch_size, self._sharing_a_batch()
+        lookup = self._lookup(self.parts.ready_cropped)
+        program = self.program(
+            parallel.collected(self.parts.predict(), lookup, size, devices), (2,)
+        )
+
+        def run(params: PyTree, model_state: PyTree, split: str, every: int) -> Any:
+            some = self.place(np.asarray(self.examples[split])[:, ::every])
+            return program(params, model_state, self.arrays, some)
+
+        return run
+
+    def _gradient_program(self) -> Callable[[TrainState, int], Metrics]:
+        lookup, flow = self._lookup(self.parts.ready), self._flow()
+        program = self.program(
+            lambda state, arrays, order: flow(state, lookup(arrays, order[0])), (1,)
+        )
+        return lambda state, epoch: program(state, self.arrays, self.epoch_order(state, epoch))
+
+    def _flow(self) -> Callable[[TrainState, Batch], Metrics]:
+        parts = self.parts
+        return gradient_flow.make_gradient_flow(
             parts.network.apply, parts.objectives, parts.augment
         )
-        self._gradients = jax.jit(
-            parallel.over_seeds(
-                lambda state, arrays, order: flow(state, lookup(arrays, order[0])), (1,), at_once
-            )
-        )
+
+    # ---- What training and measuring use.
 
     def initial(self) -> TrainState:
         """Returns the initial states of all runs."""
-        seeds = jnp.arange(self.config.seed, self.config.seed + self.config.seeds, dtype=jnp.int32)
-        return self.place(self._initial(seeds))
+        return self._initial(self._seeds())
 
-    def checkpoint_tree(self) -> tuple[TrainState, Metrics, Best | None, jax.Array]:
-        """Returns what a checkpoint holds, before the first step.
+    def _seeds(self) -> np.ndarray:
+        return np.arange(self.config.seed, self.config.seed + self.config.seeds, dtype=np.int32)
 
-        The states of all runs; sums of the epoch's metrics; the best weights so far, if the run
-        validates; the seconds spent.
-        """
-        state = self.initial()
+    def start(self) -> Checkpoint:
+        """Returns what a checkpoint holds, before the first step."""
+        return self._start(self.initial())
+
+    def checkpoint_shapes(self) -> Checkpoint:
+        """Returns the shapes of what a checkpoint holds and its place; nothing is computed."""
+        states = jax.eval_shape(jax.vmap(self.parts.initial_state), self._seeds())
+        *of_runs, seconds = jax.eval_shape(self._first_checkpoint, states)
+
+        def placed(tree: PyTree, place: NamedSharding) -> PyTree:
+            return jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree
+            )
+
+        state, sums, best = placed(of_runs, self.of_runs)
+        return state, sums, best, placed(seconds, self.everywhere)
+
+    def _first_checkpoint(self, state: TrainState) -> Checkpoint:
         validates = "validation" in self.config.evaluate_splits
+        # Copied, as the state is donated.
         best = jax.tree.map(jnp.copy, jax.vmap(Best.start)(state)) if validates else None
-        return state, self.no_metrics(), best, jnp.zeros((), jnp.float32)
+        return state, self._nothing(), best, jnp.zeros((), jnp.float32)
+
+    def _nothing(self) -> Metrics:
+        names = [f"{name}/loss" for name in (*self.parts.objectives, "total")]
+        zeros = (self.config.seeds,), jnp.float32
+        return {k: Average(total=jnp.zeros(*zeros), count=jnp.zeros(*zeros)) for k in names}
 
     def no_metrics(self) -> Metrics:
         """Returns sums of nothing, for the metrics of a step."""
-        names = [f"{name}/loss" for name in (*self.parts.objectives, "total")]
-        nothing = jnp.zeros(self.config.seeds, jnp.float32)
-        # An array each: they are donated.
-        return {k: self.place(Average(total=nothing.copy(), count=nothing.copy())) for k in names}
+        return self._no_metrics()
 
-    def epoch_order(self, state: TrainState, epoch: int) -> jax.Array:
-        """Returns the examples of an epoch, ``[runs, steps, batch, …]``."""
-        return self._shuffle(state.key, self.examples["train"], jnp.asarray(epoch, jnp.int32))
+    def epoch_order(self, state: TrainState, epoch: int) -> Any:
+        """Returns the examples of an epoch, for ``take_steps``: ``[runs, steps, batch, …]``."""
+        return self._shuffle(state.key, self.examples["train"], np.int32(epoch))
 
     def take_steps(
-        self, state: TrainState, sums: Metrics, order: jax.Array, first: int, count: int
+        self, state: TrainState, sums: Metrics, order: Any, first: int, count: int
     ) -> tuple[TrainState, Metrics, dict[str, jax.Array]]:
         """Takes steps in all runs; see ``parallel.over_steps``."""
-        span = (jnp.asarray(first, jnp.int32), jnp.asarray(count, jnp.int32))
+        span = np.int32(first), np.int32(count)
         return self._steps(state, sums, self.arrays, order, *span)
 
     def measure(
@@ -140,32 +265,81 @@ class Runs:
 
         Fitted predictions need what ``fit`` returned; none is measured on what it was fitted to.
         """
-        examples, rules = self.examples[split], self.parts.predictions
+        rules = self.parts.predictions
         others = {k: each for k, each in (fitted or {}).items() if rules[k].split != split}
-        found = self._measure(params, model_state, others, self.arrays, examples)
-        return {name: np.asarray(each) for name, each in means(found).items()}
+        return self.averages(self._measure(params, model_state, others, split))
+
+    def averages(self, metrics: Metrics) -> dict[str, np.ndarray]:
+        """Divides metrics; a value for each run."""
+        return {name: np.asarray(each) for name, each in self._means(metrics).items()}
 
     def fit(self, params: PyTree, model_state: PyTree) -> dict[str, PyTree]:
         """Fits the prediction rules that have parameters; a value for each run."""
         rules = {k: each for k, each in self.parts.predictions.items() if is_fitted(each)}
         predicted = {}
         for split in sorted({each.split for each in rules.values()}):
-            examples = self.examples[split]
-            some = examples[:, :: -(-examples.shape[1] // MOST)]
-            predicted[split] = self._predict(params, model_state, self.arrays, some)
+            every = -(-self.examples[split].shape[1] // MOST)
+            predicted[split] = self._predict(params, model_state, split, every)
         # One by one: a rule searches for as long as its own run needs.
         return {
-            name: jax.jit(lambda given, rule=rule: jax.lax.map(lambda x: rule.fit(*x), given))(
-                predicted[rule.split]
-            )
+            name: Program(
+                jax.jit(lambda given, rule=rule: jax.lax.map(lambda x: rule.fit(*x), given))
+            )(predicted[rule.split])
             for name, rule in rules.items()
         }
 
     def gradients(self, state: TrainState, epoch: int) -> dict[str, np.ndarray]:
         """Measures the gradients of an epoch's first batch; a value for each run."""
-        found = self._gradients(state, self.arrays, self.epoch_order(state, epoch))
-        return {name: np.asarray(each) for name, each in means(found).items()}
+        return self.averages(self._gradients(state, epoch))
 
     def better(self, best: Best, score: np.ndarray, state: TrainState) -> Best:
         """Keeps the weights of the runs whose validation accuracy is the best so far."""
-        return self._best(best, jnp.asarray(score, jnp.float32), state)
+        return self._best(best, np.asarray(score, np.float32), state)
+
+    def newly_skipped(self) -> list[str]:
+        """Returns what is wrong with the damaged images skipped since the last call."""
+        return []
+
+    def number_skipped(self) -> int:
+        """Returns how many damaged images have been skipped, by all processes."""
+        return 0
+
+    def look(self, split: str, number: int, ready: Callable[[Batch], Batch] | None = None) -> Batch:
+        """Returns the first examples of a split of the first run, to look at.
+
+        Args:
+            split: ``"train"``, ``"validation"`` or ``"test"``.
+            number: How many; all if there are fewer.
+            ready: Makes the batch; with the central crops by default.
+        """
+        batch = self.parts.task.batch(self.arrays, self.examples[split][0][:number])
+        return (ready or self.parts.ready_central)(batch)
+
+
+def fingerprint(dataset: Dataset[Any]) -> str:
+    """Describes a data set so that another one has another description; alone, briefly."""
+    counts = f"{len(dataset.train):,} + {len(dataset.test):,} images of {dict(dataset.classes)}"
+    if jax.process_count() == 1 or not isinstance(dataset.train, Source):
+        return counts
+    checksum = 0
+    for source in (dataset.train, dataset.test):
+        for values in (source.image, *(source.labels[kind] for kind in sorted(source.labels))):
+            checksum = zlib.crc32(np.ascontiguousarray(values).data, checksum)
+    return f"{counts}, checksum {checksum:08x}"
+
+
+class Program:
+    """A compiled function. Its first call compiles, on which the other processes have to wait."""
+
+    def __init__(self, function: Callable[..., Any]):
+        self._function, self._compiled = function, False
+
+    def __call__(self, *args: Any) -> Any:
+        """Calls the function; each process of the job has to."""
+        distributed.arrive()
+        if self._compiled:
+            return self._function(*args)
+        with distributed.patience("compiling"):
+            found = jax.block_until_ready(self._function(*args))
+        self._compiled = True
+        return found

@@ -14,6 +14,7 @@ from jax import Array
 from sire_jax import metrics, objectives, prediction, traced
 from sire_jax.data.augmentation import Augmentation, Batch
 from sire_jax.fitted_prediction import is_fitted
+from sire_jax.layers import batch_over
 from sire_jax.metrics import Average, Metrics
 from sire_jax.updates import Losses, UpdateRule
 
@@ -101,8 +102,42 @@ Measure = Callable[..., Metrics]
 Predict = Callable[[PyTree, PyTree, Batch], tuple[dict[str, Array], Array]]
 
 
+@dataclass(frozen=True)
+class Shared:
+    """A batch of which each device has a part, under ``pmap`` or ``shard_map``.
+
+    Attributes:
+        axis: Name of the axis of devices.
+        batch_norm: Whether batch statistics are those of the whole batch, or of each part.
+    """
+
+    axis: str
+    batch_norm: bool = True
+
+    def own(self, key: Array) -> Array:
+        """Returns a random key of this device's own."""
+        return jax.random.fold_in(key, jax.lax.axis_index(self.axis))
+
+    def mean(self, tree: PyTree) -> PyTree:
+        """Averages over the devices."""
+        return jax.lax.pmean(tree, self.axis)
+
+    def averaging(self, params: PyTree) -> PyTree:
+        """Returns the parameters as they are; any gradient by them is averaged over the devices.
+
+        So an update rule sees gradients of the whole batch, whatever it does with them.
+        """
+        same = jax.custom_jvp(lambda p: p)
+        same.defjvp(lambda primals, tangents: (primals[0], self.mean(tangents[0])))
+        return same(params)
+
+
 def make_losses(
-    apply: Apply, chosen: objectives.Objectives, batch: Batch, dropout: Array
+    apply: Apply,
+    chosen: objectives.Objectives,
+    batch: Batch,
+    dropout: Array,
+    shared: Shared | None = None,
 ) -> Losses:
     """Makes the function that an update rule differentiates.
 
@@ -111,22 +146,29 @@ def make_losses(
         chosen: Objectives by name.
         batch: Images and targets.
         dropout: Random key for dropout.
+        shared: Says that the batch is this device's part of one.
 
     Returns:
         A function from ``(params, model_state)`` to ``({name: scalar}, (outputs, new model
-        state))``; a loss is a mean over the batch, without its weight.
+        state))``; a loss is a mean over the whole batch, without its weight, and its gradient is
+        that of this mean.
     """
 
     def losses(params: PyTree, model_state: PyTree) -> Any:
-        outputs, new_model_state = apply(
-            {"params": params, **model_state},
-            batch["image"],
-            train=True,
-            rngs={"dropout": dropout},
-            mutable=list(model_state),
-        )
+        params = shared.averaging(params) if shared else params
+        with batch_over(shared.axis if shared and shared.batch_norm else None):
+            outputs, new_model_state = apply(
+                {"params": params, **model_state},
+                batch["image"],
+                train=True,
+                rngs={"dropout": dropout},
+                mutable=list(model_state),
+            )
         each = objectives.evaluate(chosen, outputs, batch)
-        return {name: values.mean() for name, values in each.items()}, (outputs, new_model_state)
+        named = {name: values.mean() for name, values in each.items()}
+        if shared:
+            named, new_model_state = shared.mean((named, new_model_state))
+        return named, (outputs, new_model_state)
 
     return losses
 
@@ -159,6 +201,7 @@ def make_step(
     chosen: objectives.Objectives,
     rule: UpdateRule,
     augment: Augmentation | None = None,
+    shared: Shared | None = None,
 ) -> Step:
     """Makes the training step.
 
@@ -167,6 +210,7 @@ def make_step(
         chosen: Objectives by name.
         rule: Update rule.
         augment: Changes a batch under a random key; nothing by default.
+        shared: Says that the batch of a step is this device's part of one.
 
     Returns:
         A pure function from ``(state, batch)`` to ``(state, metrics)``; the metrics are
@@ -177,13 +221,16 @@ def make_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         keys = jax.random.split(jax.random.fold_in(state.key, state.step), 3)
         augmenting, dropout, updating = keys
+        if shared:
+            augmenting, dropout = shared.own(augmenting), shared.own(dropout)
         batch = augment(augmenting, batch) if augment else batch
-        losses = make_losses(apply, chosen, batch, dropout)
+        losses = make_losses(apply, chosen, batch, dropout, shared)
         weights = objectives.weights(chosen, state.step)
         updated = rule.update(
             losses, weights, state.params, state.model_state, state.update_state, updating
         )
-        count = jnp.asarray(batch["image"].shape[0], jnp.float32)
+        parts = jax.lax.axis_size(shared.axis) if shared else 1
+        count = jnp.asarray(parts * batch["image"].shape[0], jnp.float32)
         named = {f"{name}/loss": loss for name, loss in updated.losses.items()}
         named["total/loss"] = objectives.weighted_sum(updated.losses, weights)
         new = replace(

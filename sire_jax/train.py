@@ -12,21 +12,41 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from sire_jax import command, configuration, experiment, figures, parallel, tables, traced
+from sire_jax import (
+    command,
+    compilation,
+    configuration,
+    distributed,
+    experiment,
+    figures,
+    parallel,
+    tables,
+    traced,
+)
 from sire_jax.checkpoint import Checkpoints
 from sire_jax.diagnostics import gradient_flow
-from sire_jax.metrics import Metrics, means
+from sire_jax.logs import Logs
+from sire_jax.metrics import Metrics
 from sire_jax.networks import MAIN
-from sire_jax.progress import Progress, Stop, stop_on_signals
-from sire_jax.runs import Runs
+from sire_jax.progress import Pace, Progress, Stop, stop_on_signals
+from sire_jax.runs import Checkpoint, Runs
 from sire_jax.step import Best, TrainState
+from sire_jax.streamed_runs import open_runs
 from sire_jax.workdir import Workdir, read_results
 
 PyTree = Any
 
 
 class InterruptedRunError(Exception):
-    """Somebody stopped the run; it has been saved."""
+    """Somebody stopped the run; it has been saved.
+
+    Attributes:
+        status: The exit status that says who: a person, or a system that starts it again.
+    """
+
+    def __init__(self, message: str, status: int):
+        super().__init__(message)
+        self.status = status
 
 
 class NonFiniteLossError(Exception):
@@ -44,23 +64,35 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
         The final measurements, as in ``results.json``.
 
     Raises:
-        ValueError: If the config, the data or the workdir don't fit; before anything is compiled.
+        ValueError: If the config, the data or the workdir don't fit, or the processes of the job
+            disagree on them; before anything is compiled.
         FileNotFoundError: If the data set is not prepared.
+        OSError: If the workdir can't be written to or has no room for a checkpoint.
+        CheckpointError: If a checkpoint could not be written.
+        PeerError: If another process failed.
         NonFiniteLossError: If a loss is not finite.
         InterruptedRunError: If a signal asked to stop; the state has been saved.
     """
-    config = configuration.with_groups(config)
-    parts = experiment.build(config)
-    directory = Workdir(workdir, config)
-    logs = _Logs(directory, config.tensorboard)
-    runs = Runs(parts)
-    directory.write_config()
-    checkpoints = Checkpoints(directory.checkpoints)
-    results = read_results(directory.path)
+    distributed.check_same(distributed.program(config))
+    with distributed.together("reading the config"):
+        config = configuration.with_groups(config)
+        parts = experiment.build(config)
+        distributed.set_peer_timeout(config.peer_timeout)
+        directory = Workdir(workdir, config)
+    runs = open_runs(parts)
+    distributed.check_same({"data": runs.fingerprint})
+    directory.check_shared()
+    with distributed.together("opening the workdir"):
+        shapes = runs.checkpoint_shapes()
+        directory.check_room(sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes)))
+        logs = Logs(directory, config.tensorboard)
+        directory.write_config()
+        results = read_results(directory.path)
+    checkpoints = Checkpoints(directory.checkpoints, keep=config.checkpoints_kept)
     if results and results["step"] == checkpoints.latest() == config.epochs * runs.steps_per_epoch:
         checkpoints.close()
         return results
-    print(_describe(parts, runs), flush=True)
+    distributed.say(_describe(parts, runs))
     try:
         with stop_on_signals() as stop:
             return _train(config, parts, runs, directory, logs, checkpoints, stop)
@@ -73,73 +105,128 @@ def _train(
     parts: experiment.Experiment,
     runs: Runs,
     directory: Workdir,
-    logs: "_Logs",
+    logs: Logs,
     checkpoints: Checkpoints,
     stop: Stop,
 ) -> dict[str, Any]:
     # ---- Start, or go on.
-    started = time.perf_counter()
-    state, sums, best, spent = runs.checkpoint_tree()
-    step = checkpoints.latest() or 0
-    if step:
-        state, sums, best, spent = runs.place(checkpoints.restore((state, sums, best, spent)))
-        print(f"Going on after step {step}.", flush=True)
-    else:
-        # What is left if the first losses are not finite.
-        checkpoints.save(0, (state, sums, best, spent))
+    started, compiled = time.perf_counter(), compilation.counts()
+    step, (state, sums, best, spent) = _open(runs, checkpoints)
     before = float(spent) - started
 
-    def seconds() -> jax.Array:
-        return jnp.asarray(before + time.perf_counter(), jnp.float32)
+    def seconds() -> float:
+        return before + time.perf_counter()
+
+    def save() -> None:
+        tree = (state, sums, best, runs.place(np.float32(seconds())))
+        _save(checkpoints, step, tree, directory)
 
     directory.forget_after(step)
     steps = runs.steps_per_epoch
-    progress = Progress(config.epochs, steps, _images_per_step(parts), step)
-    step_seconds: list[float] = []
+    images, silent = _images_per_step(parts), not distributed.is_main()
+    progress = Progress(config.epochs, steps, images, step, silent)
+    pace, step_seconds, stopped = Pace(config.steps_per_call), list[float](), False
 
     # ---- Train.
-    while step < config.epochs * steps and not stop.signal:
+    while step < config.epochs * steps and not stopped:
         epoch, first = divmod(step, steps)
         order = runs.epoch_order(state, epoch)
-        while first < steps and not stop.signal:
-            count = min(config.steps_per_call, steps - first)
+        while first < steps:
+            stopped, count = distributed.agree(
+                bool(stop.signal), min(pace.steps, steps - first, _until_save(config, step))
+            )
+            if stopped:
+                break
             called = time.perf_counter()
             state, sums, broken = runs.take_steps(state, sums, order, first, count)
             _check_finite(broken, config.seed, directory)
+            pace.note(count, time.perf_counter() - called)
             step_seconds.append((time.perf_counter() - called) / count)
             first, step = first + count, step + count
             progress.advance(count)
+            checkpoints.check()
+            if len(step_seconds) == 1:
+                progress.say(f"First step: {compilation.counts().since(compiled)}{_kept(config)}.")
+            if first < steps and _until_save(config, step) == config.checkpoint_steps:
+                save()
         if first == steps:
             best, sums = _end_of_epoch(
                 config, runs, logs, progress, state, sums, best, step, epoch + 1
             )
         due = config.checkpoint_every and (epoch + 1) % config.checkpoint_every == 0
-        if stop.signal or step == config.epochs * steps or (due and first == steps):
-            _save(checkpoints, step, (state, sums, best, seconds()), directory)
+        due = due or _until_save(config, step) == config.checkpoint_steps
+        if stopped or step == config.epochs * steps or (due and first == steps):
+            save()
     progress.close()
-    if stop.signal:
-        raise InterruptedRunError(f"{stop.signal}: saved after step {step} in {directory.path}.")
+    if stopped:
+        # Before it is said that it has been saved.
+        checkpoints.wait()
+        raise InterruptedRunError(
+            f"{stop.signal or 'Another process was asked to stop'}: saved after step {step} in"
+            f" {directory.path}.",
+            command.INTERRUPTED if stop.by_person else command.AGAIN,
+        )
 
     # ---- Measure the weights that count.
     kept = best if best is not None else state
     fitted = runs.fit(kept.params, kept.model_state)
     results = {
         "step": step,
-        "seconds": round(float(seconds()), 2),
+        "seconds": round(seconds(), 2),
         # Of all runs together; the median leaves compilation out.
         "step_seconds": float(np.median(step_seconds)) if step_seconds else None,
         "weights": "best validation accuracy" if best is not None else "last",
+        # Damaged ones, in training and evaluation.
+        "skipped_images": runs.number_skipped(),
         "splits": {
             split: _lists(runs.measure(kept.params, kept.model_state, split, fitted))
             for split in dict.fromkeys((*config.evaluate_splits, "test"))
         },
     }
-    directory.write_results(results)
-    figures.curves(directory.path)
-    if config.gradient_flow_every:
-        picture = directory.path / "gradient_flow.png"
-        gradient_flow.draw({config.name: directory.path}, picture)
+    if distributed.is_main():
+        directory.write_results(results)
+        _draw(config, directory.path)
     return results
+
+
+def _draw(config: ConfigDict, directory: Path) -> None:
+    figures.curves(directory)
+    if config.gradient_flow_every:
+        gradient_flow.draw({config.name: directory}, directory / "gradient_flow.png")
+
+
+def _open(runs: Runs, checkpoints: Checkpoints) -> tuple[int, Checkpoint]:
+    """Restores the newest checkpoint, or starts with one, which is left if a loss breaks."""
+    step = checkpoints.latest()
+    if step is None:
+        start = runs.start()
+        checkpoints.save(0, start, notes=distributed.describe())
+        return 0, start
+    restored = checkpoints.restore(runs.checkpoint_shapes())
+    distributed.say(f"Going on after step {step}.{_otherwise(checkpoints.notes())}")
+    return step, restored
+
+
+def _otherwise(saved: Mapping[str, Any]) -> str:
+    """Says what a run goes on with that it was not saved with."""
+    now = distributed.describe()
+    changed = [f"{k} {saved[k]} -> {v}" for k, v in now.items() if saved.get(k, v) != v]
+    if not changed:
+        return ""
+    return (
+        f" Not on what it was saved on: {', '.join(changed)}. From here on its numbers are those of"
+        " an uninterrupted run up to rounding, no longer bit for bit."
+    )
+
+
+def _until_save(config: ConfigDict, step: int) -> int:
+    """Returns how many steps there are until the next further checkpoint."""
+    every = config.checkpoint_steps
+    return every - step % every if every else sys.maxsize
+
+
+def _kept(config: ConfigDict) -> str:
+    return f" (kept in {config.compilation_cache})" if config.compilation_cache else ""
 
 
 def _images_per_step(parts: experiment.Experiment) -> int:
@@ -151,7 +238,7 @@ def _images_per_step(parts: experiment.Experiment) -> int:
 def _end_of_epoch(
     config: ConfigDict,
     runs: Runs,
-    logs: "_Logs",
+    logs: Logs,
     progress: Progress,
     state: TrainState,
     sums: Metrics,
@@ -160,7 +247,7 @@ def _end_of_epoch(
     epoch: int,
 ) -> tuple[Best | None, Metrics]:
     """Records the losses of the epoch's steps and, where due, measures."""
-    losses = {name: np.asarray(each) for name, each in means(sums).items()}
+    losses = runs.averages(sums)
     logs.record(step, epoch, "steps", losses)
     last = epoch == config.epochs
     shown = {name: each for name, each in losses.items() if name != "total/loss"}
@@ -176,6 +263,8 @@ def _end_of_epoch(
     if every and (last or epoch % every == 0):
         logs.record(step, epoch, gradient_flow.SPLIT, runs.gradients(state, epoch - 1))
     progress.report(step, shown)
+    for message in runs.newly_skipped():
+        progress.say(f"Skipped: {message}")
     return best, runs.no_metrics()
 
 
@@ -234,35 +323,13 @@ def _save(checkpoints: Checkpoints, step: int, tree: PyTree, directory: Workdir)
             f"The parameters are not finite after {step} steps."
             f" {_KEPT.format(directory.checkpoints)}"
         )
-    checkpoints.save(step, tree)
+    checkpoints.save(step, tree, notes=distributed.describe())
 
 
 @jax.jit
 def _all_finite(*trees: PyTree) -> jax.Array:
     numbers = [x for x in jax.tree.leaves(trees) if jnp.issubdtype(x.dtype, jnp.inexact)]
     return jnp.stack([jnp.isfinite(x).all() for x in numbers]).all()
-
-
-class _Logs:
-    """``metrics.jsonl``, and TensorBoard where asked for."""
-
-    def __init__(self, directory: Workdir, tensorboard: bool):
-        self._directory, self._writer = directory, None
-        if tensorboard:
-            try:
-                from tensorboardX import SummaryWriter
-            except ImportError as error:
-                raise ValueError(
-                    "config.tensorboard needs tensorboardX: pip install 'sire_jax[tensorboard]'."
-                ) from error
-            self._writer = SummaryWriter(str(directory.path / "tensorboard"))
-
-    def record(self, step: int, epoch: int, split: str, values: Mapping[str, np.ndarray]) -> None:
-        self._directory.record(step, epoch, split, values)
-        if self._writer is not None:
-            for name, each in values.items():
-                self._writer.add_scalar(f"{split}/{name}", float(np.mean(each)), step)
-            self._writer.flush()
 
 
 def _lists(values: Mapping[str, np.ndarray]) -> dict[str, list[float]]:
@@ -276,8 +343,17 @@ def _describe(parts: experiment.Experiment, runs: Runs) -> str:
     return (
         f"{config.name or 'run'}: {params:,} parameters, outputs {', '.join(parts.output_names())};"
         f" {config.seeds} run{'s' * (config.seeds > 1)} of {config.epochs} epochs,"
-        f" {examples:,} examples of {config.data.name}; compiling first."
+        f" {examples:,} examples of {config.data.name}{_where(runs)}; compiling first."
     )
+
+
+def _where(runs: Runs) -> str:
+    devices, processes = runs.mesh.size, jax.process_count()
+    if devices == 1:
+        return ""
+    share = "the runs" if runs.config.devices_share == "runs" else "each batch"
+    of = f" of {processes} processes" if processes > 1 else ""
+    return f"; {devices} devices{of} share {share} ({runs.config.parallel})"
 
 
 def summary(results: Mapping[str, Any]) -> str:
@@ -298,15 +374,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--config", required=True, help="configs/X.py or configs/X.py:variant")
     parser.add_argument("--workdir", required=True, help="directory of the run")
     known, overrides = parser.parse_known_args(arguments)
-    with command.readable_errors(NonFiniteLossError):
+    with (
+        distributed.ended_together(),
+        command.readable_errors(NonFiniteLossError, distributed.PeerError),
+    ):
+        distributed.start()
         try:
             results = train(configuration.load(known.config, overrides), known.workdir)
         except InterruptedRunError as stopped:
-            print(stopped, flush=True)
-            sys.exit(command.INTERRUPTED)
-    print(f"{results['step']} steps in {results['seconds']} s ({results['weights']} weights)")
-    print(summary(results))
-    print(f"Curves: {Path(known.workdir) / 'curves.png'}")
+            distributed.say(str(stopped))
+            sys.exit(stopped.status)
+    distributed.say(
+        f"{results['step']} steps in {results['seconds']} s ({results['weights']} weights)\n"
+        f"{summary(results)}\nCurves: {Path(known.workdir) / 'curves.png'}"
+    )
 
 
 if __name__ == "__main__":

@@ -6,13 +6,22 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from sire_jax import names, registry
+from sire_jax import checks, groups, names, objective_sections, registry
+from sire_jax.backbones import BACKBONES
 from sire_jax.configuration import SPLITS, default
-from sire_jax.data.sources import Selection
+from sire_jax.data.augmentation import AUGMENTATIONS
+from sire_jax.data.dataset import Selection
+from sire_jax.data.tasks import TASKS
+from sire_jax.fitted_prediction import PREDICTIONS
+from sire_jax.heads import HEADS
+from sire_jax.optimizers import OPTIMIZERS
+from sire_jax.updates import AGGREGATORS, UPDATES, WEIGHTINGS
 
 
 def validate(config: ConfigDict) -> None:
-    """Checks keys, types and ranges of a config, but for its parts, which check themselves.
+    """Checks keys, types and ranges of a config, and the keys and types of its parts.
+
+    Ranges of the parts' settings, and whether parts fit together, are checked as they are made.
 
     Args:
         config: The config.
@@ -26,30 +35,18 @@ def validate(config: ConfigDict) -> None:
         _check_least(key, config[key], 1)
     for key in _AT_LEAST_0:
         _check_least(key, config[key], 0)
-    _check_least("data.images", config.data.images, 0)
-    _check_least("data.crop", config.data.crop, 0)
-    for key in ("mean", "std"):
-        _check_channels(key, config.data[key], config.data.shape)
-    if not all(value > 0 for value in config.data.std):
-        raise ValueError(f"config.data.std is {tuple(config.data.std)}; it should be above 0.")
-    if not math.isfinite(config.data.scale) or config.data.scale <= 0:
-        raise ValueError(f"config.data.scale is {config.data.scale}; it should be above 0.")
-    if "label" not in config.data.classes:
-        raise ValueError("config.data.classes has no 'label'; it should say how many there are.")
-    drawn = Selection.of(config.data).draw_classes
-    if drawn and config.data.classes.to_dict() != {"label": drawn}:
-        raise ValueError(
-            f"config.data.classes is {config.data.classes.to_dict()}; where draw_classes is {drawn}"
-            f" it should be {{'label': {drawn}}}, as other kinds of labels are dropped."
-        )
+    _check_least("checkpoints_kept", config.checkpoints_kept, 1)
+    if config.peer_timeout <= 0:
+        raise ValueError(f"config.peer_timeout is {config.peer_timeout}; it should be above 0.")
     if config.seed + config.seeds > 2**31:
         raise ValueError(f"config.seed is {config.seed}; seeds should be below 2**31.")
-    shape = tuple(config.data.shape)
-    if len(shape) != 3 or not all(isinstance(n, int) and n > 0 for n in shape):
-        raise ValueError(f"config.data.shape is {shape}; it should be (height, width, channels).")
     for split in config.evaluate_splits:
         if split not in SPLITS:
             raise ValueError(f"config.evaluate_splits has '{split}'.{names.nearest(split, SPLITS)}")
+    _check_devices(config)
+    _check_data(config.data)
+    _check_feed(config)
+    _check_parts(config)
 
 
 _AT_LEAST_0 = (
@@ -58,24 +55,107 @@ _AT_LEAST_0 = (
     "devices",
     "evaluate_every",
     "checkpoint_every",
+    "checkpoint_steps",
     "chance_after",
     "gradient_flow_every",
 )
 
 
+def _check_least(key: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"config.{key} is {value}; it should be at least {least}.")
+
+
+def _check_choice(key: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise ValueError(f"config.{key} is '{value}'.{names.nearest(value, known)}")
+
+
+def _check_devices(config: ConfigDict) -> None:
+    _check_choice("parallel", config.parallel, ("jit", "pmap"))
+    _check_choice("devices_share", config.devices_share, ("batch", "runs"))
+    _check_choice("batch_norm", config.batch_norm, ("batch", "device"))
+    if config.batch_norm == "device" and config.parallel != "pmap":
+        raise ValueError(
+            "config.batch_norm is 'device', which needs config.parallel 'pmap': under"
+            f" '{config.parallel}' statistics are always over the whole batch."
+        )
+
+
+# More would fill the memory before anything is said.
+_MOST_PIXELS = 2**28
+
+
+def _check_data(data: ConfigDict) -> None:
+    shape = tuple(data.shape)
+    if len(shape) != 3 or not all(n > 0 for n in shape):
+        raise ValueError(f"config.data.shape is {shape}; it should be (height, width, channels).")
+    if math.prod(shape) > _MOST_PIXELS:
+        raise ValueError(
+            f"config.data.shape is {shape}; an image should have at most {_MOST_PIXELS:,} values."
+        )
+    for key in ("images", "crop", "resize", "workers"):
+        _check_least(f"data.{key}", data[key], 0)
+    _check_least("data.threads", data.threads, 1)
+    for key in ("mean", "std"):
+        _check_channels(key, data[key], shape)
+    if not all(value > 0 for value in data.std):
+        raise ValueError(f"config.data.std is {tuple(data.std)}; it should be above 0.")
+    if data.scale <= 0:
+        raise ValueError(f"config.data.scale is {data.scale}; it should be above 0.")
+    if "label" not in data.classes:
+        raise ValueError("config.data.classes has no 'label'; it should say how many there are.")
+    for kind, classes in data.classes.items():
+        registry.check_type(f"config.data.classes.{kind}", classes, 10)
+        _check_least(f"data.classes.{kind}", classes, 1)
+    drawn = Selection.of(data).draw_classes
+    if drawn and data.classes.to_dict() != {"label": drawn}:
+        raise ValueError(
+            f"config.data.classes is {data.classes.to_dict()}; where draw_classes is {drawn}"
+            f" it should be {{'label': {drawn}}}, as other kinds of labels are dropped."
+        )
+    for name, section in data.groups.items():
+        groups.check_section(name, section)
+
+
 def _check_channels(key: str, values: Sequence[float], shape: Sequence[int]) -> None:
-    """Checks that there is a finite number for each channel, or none at all."""
-    finite = all(isinstance(v, int | float) and math.isfinite(v) for v in values)
-    if not finite or len(values) not in (0, shape[-1]):
+    """Checks that there is a number for each channel, or none at all."""
+    numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+    if not numbers or len(values) not in (0, shape[-1]):
         raise ValueError(
             f"config.data.{key} is {tuple(values)}; it should be a number for each of the"
             f" {shape[-1]} channels, or ()."
         )
 
 
-def _check_least(key: str, value: int, least: int) -> None:
-    if value < least:
-        raise ValueError(f"config.{key} is {value}; it should be at least {least}.")
+def _check_feed(config: ConfigDict) -> None:
+    """Checks where images come from, and what is done to them on the way."""
+    data = config.data
+    _check_choice("data.feed", data.feed, ("device", "stream"))
+    _check_choice("data.damaged", data.damaged, ("raise", "skip"))
+    streams = data.feed == "stream"
+    if streams and config.seeds != 1:
+        raise ValueError(
+            f"config.data.feed is 'stream', which feeds one run; config.seeds is {config.seeds}."
+            " Start a program for each seed, with config.seeds 1."
+        )
+    # One without a name is refused with the other parts.
+    if streams and data.task.get("name", "images") != "images":
+        raise ValueError(
+            "config.data.feed is 'stream', which is for the task 'images'; config.data.task.name is"
+            f" '{data.task.get('name')}'."
+        )
+    if data.random_resized_crop and not (streams and data.crop > 0):
+        raise ValueError(
+            "config.data.random_resized_crop is for config.data.feed 'stream', with"
+            f" config.data.crop above 0; they are '{data.feed}' and {data.crop}."
+        )
+    resized = (data.resize, data.resize, data.shape[-1])
+    if data.resize and tuple(data.shape) != resized:
+        raise ValueError(
+            f"config.data.resize is {data.resize}, so that config.data.shape should be {resized};"
+            f" it is {tuple(data.shape)}."
+        )
 
 
 # Sections whose keys the user chooses: names, and the settings of the part that is named.
@@ -103,12 +183,52 @@ def _check_section(where: str, given: Mapping[str, Any], known: Mapping[str, Any
         if key not in given:
             raise ValueError(f"{where} lacks the key '{key}'; start from configuration.default().")
         path = f"{where}.{key}"
-        if key in _OPEN or path in _OPEN_DATA:
-            if not isinstance(given[key], ConfigDict):
-                raise ValueError(f"{path} is {given[key]!r}; it should be a section.")
-        elif isinstance(value, ConfigDict):
-            if not isinstance(given[key], ConfigDict):
-                raise ValueError(f"{path} is {given[key]!r}; it should be a section.")
-            _check_section(path, given[key], value)
-        else:
+        if not isinstance(value, ConfigDict):
             registry.check_type(path, given[key], value)
+        elif not isinstance(given[key], ConfigDict):
+            raise ValueError(f"{path} is {registry.shown(given[key])}; it should be a section.")
+        elif key not in _OPEN and path not in _OPEN_DATA:
+            _check_section(path, given[key], value)
+
+
+# Sections that hold parts by name, with what the program supplies to them.
+_NAMED: dict[str, tuple[Mapping[str, Any], str, tuple[str, ...]]] = {
+    "augmentation": (AUGMENTATIONS, "augmentation", ()),
+    "heads": (HEADS, "head", ("plan",)),
+    "predictions": (PREDICTIONS, "prediction", ("groups",)),
+}
+# Sections of one part.
+_SINGLE: dict[str, tuple[Mapping[str, Any], str, tuple[str, ...]]] = {
+    "backbone": (BACKBONES, "backbone", ()),
+    "optimizer": (OPTIMIZERS, "optimizer", ()),
+    "update_rule": (UPDATES, "update rule", ("optimizer", "reach", "main", "aggregator")),
+    "aggregator": (AGGREGATORS, "aggregator", ()),
+}
+
+
+def _check_parts(config: ConfigDict) -> None:
+    """Checks the keys and types of all parts, ahead of making any."""
+    registry.check(TASKS, config.data.task, "task", "config.data.task")
+    for key, (parts, what, supplied) in _SINGLE.items():
+        registry.check(parts, config[key], what, f"config.{key}", supplied)
+    for key, (parts, what, supplied) in _NAMED.items():
+        for name, section in config[key].items():
+            registry.check(parts, section, what, f"config.{key}.{name}", supplied)
+    for name, section in config.objectives.items():
+        objective_sections.check(name, section)
+    of_program = ("period",)
+    registry.check(
+        WEIGHTINGS, config.weighting, "weighting", "config.weighting", optional=of_program
+    )
+    _check_optimizer(config.optimizer)
+
+
+def _check_optimizer(section: ConfigDict) -> None:
+    """Checks an optimizer's schedules, and makes it without them: that costs nothing."""
+    sections = {key: value for key, value in section.items() if registry.is_section(value)}
+    # Weight decay may have a section with two numbers.
+    scheduled = [k for k, v in sections.items() if k != "weight_decay" or "name" in v]
+    for key in scheduled:
+        checks.number_or_schedule(f"config.optimizer.{key}", section[key])
+    with registry.located("config.optimizer"):
+        registry.create(OPTIMIZERS, {**section, **dict.fromkeys(scheduled, 0.0)}, "optimizer")

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,11 +11,13 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from sire_jax import configuration
+from sire_jax import configuration, distributed, untrusted
 
 # {metric name: a value for each run}
 Values = Mapping[str, np.ndarray]
 CHECKPOINTS = "checkpoints"
+# Bytes of the smallest piece of a disk.
+_BLOCK = 4096
 
 
 class Workdir:
@@ -21,7 +25,8 @@ class Workdir:
 
     ``config.json``: the resolved config. ``metrics.jsonl``: a line for each measurement,
     ``{"step", "epoch", "split", "<metric>": [a value for each seed]}``. ``checkpoints/``.
-    ``results.json``: the final measurements. ``curves.png``.
+    ``results.json``: the final measurements. ``curves.png``. Of several processes the first writes
+    them all.
 
     Args:
         path: The directory; made if need be.
@@ -37,7 +42,7 @@ class Workdir:
         self._check_writable()
         stored = self.path / "config.json"
         if stored.exists():
-            changed = configuration.differences(read_config(self.path), config)
+            changed = configuration.differences(read_config(self.path, building=False), config)
             if changed:
                 lines = "\n".join(f"  {line}" for line in changed)
                 raise ValueError(
@@ -54,13 +59,53 @@ class Workdir:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             probe = self.path / f".writable-{os.getpid()}"
-            probe.touch()
-            probe.unlink()
+            try:
+                # Something, as a full disk still takes empty files.
+                probe.write_bytes(bytes(_BLOCK))
+            finally:
+                probe.unlink(missing_ok=True)
         except OSError as error:
             raise PermissionError(
                 f"The workdir {self.path} can't be written to ({error.strerror});"
                 " choose another --workdir."
             ) from error
+
+    def check_room(self, size: int) -> None:
+        """Checks that there is room for a checkpoint.
+
+        Args:
+            size: Of a checkpoint, in bytes.
+
+        Raises:
+            OSError: If there is not.
+        """
+        free = shutil.disk_usage(self.path).free
+        if free < size:
+            raise OSError(
+                f"The disk of the workdir {self.path} has {free / 1e6:,.0f} MB left, and a"
+                f" checkpoint of this run takes {size / 1e6:,.0f} MB; free some space, or choose"
+                " another --workdir."
+            )
+
+    def check_shared(self) -> None:
+        """Checks that all processes see the same directory; each has to call it.
+
+        Raises:
+            OSError: If this process does not see what process 0 wrote.
+        """
+        probe = self.path / ".shared"
+        token = distributed.exchange(uuid.uuid4().hex)[0]
+        with distributed.together("writing to the workdir"):
+            if distributed.is_main():
+                probe.write_text(token)
+        with distributed.together("looking for the workdir of process 0"):
+            if not (probe.exists() and probe.read_text() == token):
+                raise OSError(
+                    f"The workdir {self.path} is not the one that process 0 writes to; it has to be"
+                    " on a file system that all hosts share."
+                )
+        if distributed.is_main():
+            probe.unlink()
 
     @property
     def checkpoints(self) -> Path:
@@ -69,6 +114,8 @@ class Workdir:
 
     def record(self, step: int, epoch: int, split: str, values: Values) -> None:
         """Appends a measurement to ``metrics.jsonl``."""
+        if not distributed.is_main():
+            return
         line = {"step": step, "epoch": epoch, "split": split}
         line |= {name: np.asarray(each).tolist() for name, each in values.items()}
         with (self.path / "metrics.jsonl").open("a") as file:
@@ -87,27 +134,54 @@ class Workdir:
 
 def _replace(path: Path, text: str) -> None:
     """Writes a file aside and renames it: a crash leaves the old one or the new one, whole."""
+    if not distributed.is_main():
+        return
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(text)
     partial.replace(path)
 
 
 def read_results(path: str | Path) -> dict[str, Any] | None:
-    """Reads the final measurements of the run in a directory, ``None`` if it has not ended."""
+    """Reads the final measurements of the run in a directory, ``None`` if it has not ended.
+
+    Raises:
+        ValueError: If the file holds something else.
+    """
     stored = Path(path).expanduser() / "results.json"
-    return json.loads(stored.read_text()) if stored.exists() else None
+    if not stored.exists():
+        return None
+    found = untrusted.read_json(stored)
+    splits = found.get("splits") if isinstance(found, dict) else None
+    if not isinstance(splits, dict) or not all(isinstance(each, dict) for each in splits.values()):
+        raise ValueError(f"{stored} holds no results of a run; remove it, to measure again.")
+    return dict(found)
 
 
-def read_config(path: str | Path) -> ConfigDict:
-    """Reads the config of the run in a directory.
+def read_config(path: str | Path, building: bool = True) -> ConfigDict:
+    """Reads the config of the run in a directory, which may be a stranger's.
+
+    Args:
+        path: The directory.
+        building: Whether something is to be made of it, rather than only compared. Then it may name
+            only code that the user allows (``untrusted.check_names``), and compiled programs, which
+            are code, too, are kept where they are by default.
+
+    Returns:
+        The config, not yet checked.
 
     Raises:
         FileNotFoundError: If there is no run.
+        ValueError: If the file is damaged, or names code that is not allowed.
     """
     stored = Path(path).expanduser() / "config.json"
     if not stored.exists():
         raise FileNotFoundError(f"{path} holds no run: there is no config.json.")
-    return configuration.from_json(stored.read_text())
+    config = configuration.from_json(untrusted.read_text(stored), str(stored))
+    config = configuration.completed(config)
+    if building:
+        untrusted.check_names(config, stored)
+        config.compilation_cache = configuration.default().compilation_cache
+    return config
 
 
 def titles(paths: Sequence[str]) -> dict[str, str]:
@@ -127,9 +201,25 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """Reads ``metrics.jsonl`` of the run in a directory; a line cut off by a crash is left out."""
     stored = Path(path).expanduser() / "metrics.jsonl"
     lines = []
-    for line in stored.read_text().splitlines() if stored.exists() else []:
+    # What is no text is no measurement, either.
+    text = stored.read_text(encoding="utf-8", errors="replace") if stored.exists() else ""
+    for line in text.splitlines():
         try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
+            found = untrusted.parse_json(line, "a line")
+        except ValueError:
             continue
+        if _is_measurement(found):
+            lines.append(found)
     return lines
+
+
+def _is_measurement(found: Any) -> bool:
+    if not isinstance(found, dict):
+        return False
+    named = {"step": int, "epoch": int, "split": str}
+    if not all(type(found.get(key)) is kind for key, kind in named.items()):
+        return False
+    values = [each for key, each in found.items() if key not in named]
+    return all(isinstance(each, list) for each in values) and all(
+        type(number) in (int, float) for each in values for number in each
+    )

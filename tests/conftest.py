@@ -2,6 +2,8 @@
 
 import os
 
+# Whose code the runs and prepared sets of tests name.
+os.environ["SIRE_JAX_TRUST"] = "planned,pictured,devices_program"
 # Compiles in half the time; what the compiler optimizes is not what is tested.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 

@@ -157,6 +157,18 @@ def test_any_config_as_json_reads_back_equal(values):
     assert configuration.differences(config, again) == []
 
 
+def test_a_config_of_a_former_version_gets_the_defaults_of_what_it_lacks():
+    config = _load("seed=4", "data.task.train=9")
+    old = ConfigDict(config.to_dict())
+    del old.parallel, old.data.feed, old.data.workers
+    again = configuration.completed(old)
+    assert again.to_dict() == config.to_dict()
+    assert "parallel" not in old
+    validation.validate(again)
+    # What is no section is left for the check of types to refuse.
+    assert configuration.completed(ConfigDict({"data": 3})).data == 3
+
+
 def test_lists_read_back_from_json_are_no_difference():
     config = ConfigDict({"heads": {"a": {"endpoints": ["x", "y"]}}})
     again = configuration.from_json(configuration.to_json(config))
@@ -188,7 +200,11 @@ def test_keys_that_do_not_change_results_are_no_difference():
 
 
 def test_the_defaults_and_the_quickstart_are_valid():
-    validation.validate(configuration.default())
+    config = configuration.default()
+    with pytest.raises(ValueError, match=r"config\.backbone: A backbone needs a 'name'; it"):
+        validation.validate(config)
+    config.backbone = configuration.backbone("small_cnn", classes=10)
+    validation.validate(config)
     validation.validate(_load())
 
 
@@ -206,6 +222,29 @@ def test_the_defaults_and_the_quickstart_are_valid():
         ("devices", -1, "config.devices is -1"),
         ("evaluate_every", -1, "config.evaluate_every is -1"),
         ("checkpoint_every", -1, "config.checkpoint_every is -1"),
+        ("checkpoint_steps", -1, "config.checkpoint_steps is -1; it should be at least 0"),
+        ("checkpoints_kept", 0, "config.checkpoints_kept is 0; it should be at least 1"),
+        ("peer_timeout", 0.0, "config.peer_timeout is 0.0; it should be above 0"),
+        ("peer_timeout", float("inf"), "config.peer_timeout is inf; it should be finite"),
+        ("compilation_cache", None, "config.compilation_cache is None; it should be a str"),
+        ("parallel", "jti", "config.parallel is 'jti'. Did you mean 'jit'. Known: jit, pmap"),
+        ("devices_share", "run", "config.devices_share is 'run'. Did you mean 'runs'"),
+        ("batch_norm", "devices", "config.batch_norm is 'devices'. Did you mean 'device'"),
+        ("batch_norm", "device", "'device', which needs config.parallel 'pmap': under 'jit' stat"),
+        ("data.feed", "steam", "config.data.feed is 'steam'. Did you mean 'stream'"),
+        ("data.damaged", "skips", "config.data.damaged is 'skips'. Did you mean 'skip'"),
+        ("data.resize", -1, "config.data.resize is -1; it should be at least 0"),
+        ("data.resize", 9, r"resize is 9, so that config.data.shape should be \(9, 9, 1\); it is "),
+        ("data.workers", -1, "config.data.workers is -1; it should be at least 0"),
+        ("data.threads", 0, "config.data.threads is 0; it should be at least 1"),
+        ("data.feed", "stream", "'stream', which feeds one run; config.seeds is 5. Start a progra"),
+        ("data.random_resized_crop", True, "is for config.data.feed 'stream', with .* 'device' a"),
+        ("seed", 2**31, "config.seed is 2147483648; it should be below 2..31"),
+        ("data.classes.label", "10", "config.data.classes.label is '10', a str; it should be a"),
+        ("data.classes.label", 0, "config.data.classes.label is 0; it should be at least 1"),
+        ("data.mean", (True,), r"data.mean is \(True,\); it should be a number for each of the 1"),
+        ("data.shape", (8, 8, "1"), "it should be a tuple of int like"),
+        ("evaluate_splits", (1,), r"evaluate_splits is \(1,\), a tuple; it should be a tuple of s"),
         ("data.scale", 0.0, "config.data.scale is 0.0; it should be above 0"),
         ("data.scale", -1.0, "config.data.scale is -1.0"),
         ("data.scale", float("nan"), "config.data.scale is nan"),
@@ -242,6 +281,38 @@ def test_an_int_is_allowed_for_a_float_and_zero_where_it_means_something():
     for path, value in (("data.scale", 1), ("devices", 0), ("evaluate_every", 0)):
         config = _set(config, path, value)
     validation.validate(config)
+
+
+STREAMED = {"seeds": 1, "data.feed": "stream", "data.task": {"name": "images"}}
+
+
+def _streamed(changes):
+    config = _load()
+    for path, value in {**STREAMED, **changes}.items():
+        config = _set(config, path, value)
+    return config
+
+
+def test_a_stream_may_resize_and_crop():
+    resized = {"data.shape": (32, 32, 1), "data.resize": 32}
+    validation.validate(_streamed({}))
+    validation.validate(_streamed({**resized, "data.crop": 28, "data.random_resized_crop": True}))
+    # All on the device may be resized, too.
+    validation.validate(_streamed({**resized, "data.feed": "device", "seeds": 5}))
+    validation.validate(_set(_set(_load(), "parallel", "pmap"), "batch_norm", "device"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data.task": {"name": "pairs"}}, "is for the task 'images'; config.data.task.name is 'p"),
+        ({"data.random_resized_crop": True}, "config.data.crop above 0; they are 'stream' and 0"),
+        ({"data.resize": 8, "data.shape": (8, 9, 1)}, r"should be \(8, 8, 1\); it is \(8, 9, 1\)"),
+    ],
+)
+def test_what_a_stream_can_not_do_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        validation.validate(_streamed(changes))
 
 
 def test_drawn_classes_leave_no_other_kind_of_label():

@@ -381,9 +381,7 @@ def test_going_on_with_other_groups_is_refused(trained, file, tmp_path):
 def test_what_is_predicted_of_a_split_is_collected_in_order(opened):
     runs, predicted, _, kept = opened
     for split in ("train", "validation"):
-        outputs, labels = runs._predict(
-            kept.params, kept.model_state, runs.arrays, runs.examples[split]
-        )
+        outputs, labels = runs._predict(kept.params, kept.model_state, split, every=1)
         assert set(outputs) == {"main", "branch"}
         for seed in (0, 1):
             expected, right = predicted[split, seed]

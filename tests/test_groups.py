@@ -170,7 +170,7 @@ def test_a_file_that_holds_no_groupings_is_refused(tmp_path, text, message):
 def test_bytes_that_are_no_text_are_refused(tmp_path):
     path = tmp_path / "groups.json"
     path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="can't be read as JSON"):
+    with pytest.raises(ValueError, match=r"groups\.json can't be read as text: 'utf-8' codec"):
         groups.load(path)
 
 

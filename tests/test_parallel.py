@@ -18,7 +18,7 @@ few = settings(max_examples=12, deadline=None)
 
 @pytest.mark.parametrize(("devices", "batch_size", "used"), [(0, 4, 2), (1, 3, 1), (2, 2, 2)])
 def test_a_mesh_has_the_devices_that_are_asked_for(devices, batch_size, used):
-    mesh = parallel.data_mesh(devices, batch_size)
+    mesh = parallel.device_mesh(devices, "batch", batch_size, 1)
     assert dict(mesh.shape) == {"data": used}
     assert mesh.devices.tolist() == jax.devices()[:used]
 
@@ -26,17 +26,17 @@ def test_a_mesh_has_the_devices_that_are_asked_for(devices, batch_size, used):
 @pytest.mark.parametrize("devices", [0, 2])
 def test_a_batch_that_cannot_be_shared_is_refused_with_both_numbers(devices):
     with pytest.raises(ValueError, match=r"config.batch_size is 3, which 2 devices can't share"):
-        parallel.data_mesh(devices, 3)
+        parallel.device_mesh(devices, "batch", 3, 1)
 
 
 def test_more_devices_than_there_are_are_refused_with_both_numbers():
     with pytest.raises(ValueError, match=r"config.devices is 99, but JAX finds only 2"):
-        parallel.data_mesh(99, 99)
+        parallel.device_mesh(99, "batch", 99, 1)
 
 
 @pytest.mark.parametrize("devices", [1, 2])
 def test_a_batch_is_split_over_the_devices(devices):
-    mesh = parallel.data_mesh(devices, 4)
+    mesh = parallel.device_mesh(devices, "batch", 4, 1)
     batch = {"image": jnp.arange(24.0).reshape(4, 2, 3), "label": jnp.arange(4)}
     split = jax.jit(lambda batch: parallel.split_batch(batch, mesh))(batch)
     for key, values in batch.items():

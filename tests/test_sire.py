@@ -184,15 +184,21 @@ def test_lambdas_of_the_networks():
         (["heads.decoder.stages=(2, 2)"], r"two decoders of a stage: \(2, 2\)"),
         (
             ["objectives.decoder.weight=-0.2"],
-            r"weight of the objective 'decoder_1' is -0\.2; it should be finite and at least 0",
+            r"config.objectives.decoder.weight is -0\.2; it should be finite and at least 0",
         ),
-        (["objectives.decoder.weight=nan"], r"'decoder_1' is nan; it should be finite"),
+        (
+            ["objectives.decoder.weight=nan"],
+            r"config.objectives.decoder.weight is nan; it should be finite",
+        ),
         (
             ["objectives.decoder.weights=(0.1, 0.2, 0.3)"],
             r"'decoder' has 3 weights for 2 outputs \(decoder_1, decoder_2\); give one for each, or"
             r" 'weight' for all",
         ),
-        (["objectives.decoder.weights=(0.1, -0.2)"], r"objective 'decoder_2' is -0\.2"),
+        (
+            ["objectives.decoder.weights=(0.1, -0.2)"],
+            r"config.objectives.decoder.weights\[1\] is -0\.2",
+        ),
         (["objectives.decoder.output=decoders"], r"output 'decoders', which does not exist"),
         (
             ["data.mean=(0.5, 0.5, 0.5)"],
@@ -211,7 +217,7 @@ def test_lambdas_of_the_networks():
         (["backbone.dropout=1.0"], r"dropout rate is 1\.0"),
         (
             ["optimizer.learning_rate.unit=year"],
-            r"no unit of the learning rate 'year'",
+            r"config.optimizer.learning_rate.unit is 'year'",
         ),
         (
             ["optimizer.learning_rate.unit=epoch", "data.images=0"],

@@ -115,13 +115,13 @@ def test_a_run_among_several_is_the_run_alone(trained, tmp_path):
 
 
 def test_a_signal_before_the_first_step_is_not_lost(tmp_path, monkeypatch):
-    started = Runs.checkpoint_tree
+    started = Runs.start
 
     def interrupted(self):
         os.kill(os.getpid(), signal.SIGTERM)
         return started(self)
 
-    monkeypatch.setattr(Runs, "checkpoint_tree", interrupted)
+    monkeypatch.setattr(Runs, "start", interrupted)
     with pytest.raises(train.InterruptedRunError, match="SIGTERM: saved after step 0"):
         train.train(_config(), str(tmp_path))
     assert Checkpoints(tmp_path / "checkpoints").latest() == 0

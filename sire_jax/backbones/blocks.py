@@ -84,6 +84,10 @@ class Unit(nn.Module):
         return upsample(x, self.stride) if repeats_after else x
 
 
+# More are a slip: one convolution would have a trillion parameters.
+_MOST_CHANNELS = 2**18
+
+
 def scaled(widths: Sequence[int], multiple: float) -> tuple[int, ...]:
     """Multiplies widths, to whole channels.
 
@@ -95,11 +99,17 @@ def scaled(widths: Sequence[int], multiple: float) -> tuple[int, ...]:
         At least one channel each.
 
     Raises:
-        ValueError: If the multiple is not above 0 or not finite.
+        ValueError: If the multiple is not above 0 or not finite, or very large.
     """
     if not 0 < multiple < math.inf:
         raise ValueError(f"width is {multiple}; it should be above 0 and finite.")
-    return tuple(max(1, round(multiple * width)) for width in widths)
+    multiplied = tuple(max(1, round(multiple * width)) for width in widths)
+    if max(multiplied, default=1) > _MOST_CHANNELS:
+        raise ValueError(
+            f"width is {multiple}, which makes {max(multiplied)} channels; it should make at most"
+            f" {_MOST_CHANNELS:,}."
+        )
+    return multiplied
 
 
 def repeats(kind: str, depth: int, unit: int, rest: int, note: str = "") -> int:
@@ -146,8 +156,9 @@ def check_widths(what: str, *widths: int) -> None:
     Raises:
         ValueError: If one is below 1.
     """
-    if min(widths) < 1:
-        raise ValueError(f"A {what} has a width of {min(widths)}; it should be at least 1.")
+    least = min(widths, default=1)
+    if least < 1:
+        raise ValueError(f"A {what} has a width of {least}; it should be at least 1.")
 
 
 def check_stride(what: str, stride: int) -> None:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
+from sire_jax.backbones.blocks import check_widths
 from sire_jax.layers import BatchNorm, Conv, Dropout, uniform_fan_in
 from sire_jax.pooling import max_pool
 
@@ -33,6 +34,10 @@ class PairDense(nn.Module):
 
     hidden: tuple[int, ...] = (64, 32)
     dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_widths("PairDense: hidden", *self.hidden)
+        super().__post_init__()
 
     @nn.compact
     def __call__(self, image: Array, *, train: bool = False) -> tuple[Array, Endpoints]:
@@ -185,6 +190,8 @@ class PairBranches(nn.Module):
     def __post_init__(self) -> None:
         if self.branch not in ("convolutional", "residual"):
             raise ValueError(f"branch is {self.branch!r}; it can be 'convolutional' or 'residual'.")
+        for name in ("outputs", "hidden", "residual_hidden"):
+            check_widths(f"PairBranches: {name}", getattr(self, name))
         super().__post_init__()
 
     @nn.compact

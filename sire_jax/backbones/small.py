@@ -3,6 +3,7 @@
 from flax import linen as nn
 from jax import Array
 
+from sire_jax.backbones.blocks import check_widths
 from sire_jax.layers import Conv
 from sire_jax.pooling import max_pool
 
@@ -19,6 +20,11 @@ class SmallCNN(nn.Module):
 
     classes: int
     channels: tuple[int, ...] = (16, 32)
+
+    def __post_init__(self) -> None:
+        check_widths("SmallCNN: classes", self.classes)
+        check_widths("SmallCNN: channels", *self.channels)
+        super().__post_init__()
 
     @nn.compact
     def __call__(self, image: Array, *, train: bool = False) -> tuple[Array, Endpoints]:

@@ -8,30 +8,23 @@ import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
 
-from sire_jax.data import crops, tasks
+from sire_jax.data import crops
 from sire_jax.groups import Groups
 
 
-def lookup(
-    task: tasks.Task,
-    data: ConfigDict,
-    groups: Mapping[str, Groups],
-    arrays: tasks.Arrays,
-    examples: Array,
+def ready(
+    data: ConfigDict, groups: Mapping[str, Groups], batch: Mapping[str, Array]
 ) -> dict[str, Array]:
-    """Looks examples up.
+    """Makes a batch ready for the network, but for its crops.
 
     Args:
-        task: What an example is.
         data: The section ``config.data``.
         groups: Groups of the labels, by the target that they are.
-        arrays: The source on the device.
-        examples: Indices ``[b]`` or ``[b, 2]``.
+        batch: A batch of a task, with images as the source has them.
 
     Returns:
-        The task's batch with scaled and normalized images, and the group of each label.
+        The batch with scaled and normalized images, and the group of each label.
     """
-    batch = task.batch(arrays, examples)
     grouped = {name: each.of(batch["label"]) for name, each in groups.items()}
     return {**batch, **grouped, "image": prepare(batch["image"].astype(jnp.float32), data)}
 

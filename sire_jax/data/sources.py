@@ -1,125 +1,22 @@
-"""Sources of labelled images, by name: ``digits`` (bundled) and ``tfds:<set>`` (prepared)."""
+"""Sources of images in memory, by name: ``digits``, ``tfds:<set>`` and ``folder:<folder>``."""
 
-import contextlib
-import hashlib
 import json
-import os
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from sire_jax import untrusted
+from sire_jax.data import copies, images, prepared
+from sire_jax.data.dataset import EVERYTHING, Dataset, Selection, Source, draw_classes
+from sire_jax.data.records import Records, open_records
 from sire_jax.names import nearest
 
 
-@dataclass(frozen=True)
-class Source:
-    """Images with their labels, in memory.
-
-    Attributes:
-        image: ``[n, h, w, c]``, uint8 in [0, 255], or finite floats.
-        labels: For each kind of label (``"label"`` and any other) integers ``[n]``.
-    """
-
-    image: np.ndarray
-    labels: Mapping[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """The training and test images of a set.
-
-    Attributes:
-        train: Training images.
-        test: Test images.
-        classes: For each kind of label the number of classes.
-        names: For each kind of label the names of its classes; of kinds without names "0", "1", ….
-    """
-
-    train: Source
-    test: Source
-    classes: Mapping[str, int]
-    names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        numbers = {kind: map(str, range(number)) for kind, number in self.classes.items()}
-        names = {kind: tuple(self.names.get(kind, each)) for kind, each in numbers.items()}
-        object.__setattr__(self, "names", names)
-
-
-@dataclass(frozen=True)
-class Selection:
-    """What of a set is used.
-
-    Attributes:
-        train_splits: The splits that make the training images, one after another.
-        test_split: The split that makes the test images.
-        draw_classes: How many classes are drawn at random (see ``draw_classes``); 0: all are used.
-        draw_seed: Seed of that draw, at least 0.
-    """
-
-    train_splits: tuple[str, ...] = ("train",)
-    test_split: str = "test"
-    draw_classes: int = 0
-    draw_seed: int = 0
-
-    def __post_init__(self) -> None:
-        splits = self.train_splits
-        if not splits or not all(isinstance(split, str) for split in splits):
-            raise ValueError(
-                f"config.data.train_splits is {splits!r}; it should be names of splits, such as"
-                " ('train',)."
-            )
-        if len({*splits, self.test_split}) <= len(splits):
-            raise ValueError(
-                f"config.data.train_splits is {splits} and test_split '{self.test_split}'; no split"
-                " should be named twice."
-            )
-        if self.draw_classes < 0 or self.draw_classes == 1:
-            raise ValueError(
-                f"config.data.draw_classes is {self.draw_classes}; it should be at least 2, or 0 to"
-                " use all classes."
-            )
-        if self.draw_seed < 0:
-            raise ValueError(f"config.data.draw_seed is {self.draw_seed}; it should be at least 0.")
-
-    @classmethod
-    def of(cls, data: Mapping[str, Any]) -> "Selection":
-        """Returns what the section ``config.data`` says.
-
-        Raises:
-            ValueError: If a value is out of range.
-        """
-        splits = tuple(data["train_splits"])
-        return cls(splits, data["test_split"], data["draw_classes"], data["draw_seed"])
-
-
-def draw_classes(classes: int, number: int, seed: int) -> np.ndarray:
-    """Draws classes at random without replacement, the same ones on every machine.
-
-    Args:
-        classes: How many there are.
-        number: How many are drawn, in 2..classes.
-        seed: Seed of ``numpy.random.default_rng``.
-
-    Returns:
-        ``[number]``, integers in 0..classes - 1, ascending.
-
-    Raises:
-        ValueError: If ``number`` is out of range.
-    """
-    if not 2 <= number <= classes:
-        raise ValueError(
-            f"config.data.draw_classes is {number}; of {classes} classes it should be in"
-            f" 2..{classes}, or 0 to use all."
-        )
-    return np.sort(np.random.default_rng(seed).choice(classes, number, replace=False))
-
-
-def _draw(dataset: Dataset, selection: Selection) -> Dataset:
+def _draw(dataset: Dataset[Source], selection: Selection) -> Dataset[Source]:
     """Drops images of other classes and numbers the drawn ones 0, 1, …; only labels are kept."""
     number = selection.draw_classes
     if not number:
@@ -138,7 +35,7 @@ def _of_classes(source: Source, drawn: np.ndarray) -> Source:
     return Source(image, {"label": np.searchsorted(drawn, label[kept]).astype(np.int32)})
 
 
-def check(dataset: Dataset) -> None:
+def check(dataset: Dataset[Source]) -> None:
     """Checks a data set's values.
 
     Args:
@@ -176,50 +73,52 @@ def _check_labels(what: str, labels: np.ndarray, images: int, classes: int) -> N
         )
 
 
-_EVERYTHING = Selection()
-
-
-def load(name: str, directory: str, cache: str = "", selection: Selection = _EVERYTHING) -> Dataset:
+def load(
+    name: str,
+    directory: str,
+    cache: str = "",
+    selection: Selection = EVERYTHING,
+    resize: int = 0,
+    channels: int = 3,
+) -> Dataset[Source]:
     """Loads a data set by its name.
 
     Args:
-        name: ``digits``, or ``tfds:<set>`` with the name of a ``tensorflow_datasets`` set.
-        directory: The ``tensorflow_datasets`` data directory.
+        name: ``digits``; ``tfds:<set>`` with the name of a ``tensorflow_datasets`` set; or
+            ``folder:<folder>`` with the name of an image folder (see ``folders.open_splits``).
+        directory: The ``tensorflow_datasets`` data directory, or where image folders are.
         cache: A directory for decoded images, which makes the next start fast; "" for none.
         selection: What of the set is used. Of drawn classes, only ``"label"`` is kept of the kinds
             of labels, with the drawn classes numbered 0, 1, … in their order.
+        resize: What the shorter side of images is scaled to, of which the central square is taken
+            (see ``images.central_square``); 0: images stay as they are.
+        channels: Of the images of a folder: 3 (colour) or 1 (grey).
 
     Returns:
         The data set, checked.
 
     Raises:
         ValueError: If there is no such source or split or are too few classes, or the data hold
-            impossible values.
-        FileNotFoundError: If the set is not prepared in ``directory``.
+            impossible values or images of several sizes.
+        FileNotFoundError: If the set is not in ``directory``.
     """
+    kind, _, rest = name.partition(":")
     if name == "digits":
         dataset = _digits(selection)
-    elif name.startswith("tfds:"):
+    elif kind == "tfds":
         root = Path(directory).expanduser()
-        dataset = _tfds(name.removeprefix("tfds:"), root, cache, selection)
+        dataset = _tfds(rest, root, cache, selection, resize)
+    elif kind == "folder":
+        # Its classes are drawn ahead of decoding.
+        return _folder(name, directory, cache, selection, resize, channels)
     else:
-        raise ValueError(
-            f"There is no data source '{name}'.{nearest(name, ['digits', 'tfds:<set>'])}"
-        )
+        known = ["digits", "tfds:<set>", "folder:<folder>"]
+        raise ValueError(f"There is no data source '{name}'.{nearest(name, known)}")
     check(dataset)
     return _draw(dataset, selection)
 
 
-def _check_splits(what: object, selection: Selection, known: Collection[str]) -> None:
-    for split in (*selection.train_splits, selection.test_split):
-        if split not in known:
-            raise ValueError(
-                f"{what} has no split '{split}', only {list(known)}; choose with"
-                " config.data.train_splits and config.data.test_split."
-            )
-
-
-def _digits(selection: Selection) -> Dataset:
+def _digits(selection: Selection) -> Dataset[Source]:
     """The 1,797 digits of 8 x 8 that come with scikit-learn; every third is for the test."""
     from sklearn.datasets import load_digits
 
@@ -231,133 +130,132 @@ def _digits(selection: Selection) -> Dataset:
     test = np.zeros(len(label), bool)
     test[order[::3]] = True
     chosen = {"train": ~test, "test": test}
-    _check_splits("digits", selection, chosen)
+    selection.check_splits("digits", chosen)
     parts = {k: Source(image[part], {"label": label[part]}) for k, part in chosen.items()}
     # Of two splits one is for the test.
     (train,) = selection.train_splits
     return Dataset(parts[train], parts[selection.test_split], classes={"label": 10})
 
 
-def _tfds(name: str, directory: Path, cache: str, selection: Selection) -> Dataset:
-    prepared = _prepared(name, directory)
-    stored = _cache_file(prepared, cache, selection)
-    dataset = None if stored is None or not stored.exists() else _read(stored)
-    if dataset is not None:
-        return dataset
-    dataset = _decode(prepared, selection)
-    if stored is not None:
-        # Without a copy the next start only takes longer.
-        with contextlib.suppress(OSError):
-            _write(stored, dataset)
+def _tfds(
+    name: str, directory: Path, cache: str, selection: Selection, resize: int
+) -> Dataset[Source]:
+    version = prepared.find(name, directory)
+    place = prepared.copy_place(version, cache, _choices(selection, resize=resize))
+    dataset = _read(place)
+    if dataset is None:
+        dataset = _decode(version, selection, resize)
+        _write(place, dataset)
     return dataset
 
 
-def _prepared(name: str, directory: Path) -> Path:
-    """Finds the newest prepared version of a set; never asks the network."""
-    if not name:
-        raise ValueError("The data source 'tfds:' names no set; write tfds:mnist, for example.")
-    root = directory / name
-    versions = [path.parent for path in root.glob("**/dataset_info.json")]
-    if not versions:
-        raise FileNotFoundError(
-            f"The data set '{name}' is not prepared in {directory}. Prepare it once with\n"
-            f"  pip install tensorflow && tfds build {name} --data_dir={directory}"
-            " --file_format=array_record\n"
-            "or name the directory that has it with --config.data.dir=DIR."
-        )
-    return max(versions, key=lambda path: [int(n) for n in path.name.split(".") if n.isdigit()])
+def _choices(selection: Selection, **others: int) -> list[Any]:
+    """Lists what tells a copy from that of a whole set as it is."""
+    chosen = [] if selection == EVERYTHING else [asdict(selection)]
+    return [*chosen, *({key: value} for key, value in others.items() if value)]
 
 
-def _decode(prepared: Path, selection: Selection) -> Dataset:
-    import tensorflow_datasets as tfds
-
-    builder = tfds.builder_from_directory(prepared)
-    if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
-        raise ValueError(
-            f"{prepared} is in the format {builder.info.file_format.value}, which needs TensorFlow;"
-            " prepare the set with --file_format=array_record."
-        )
-    features = builder.info.features
-    _check_splits(prepared, selection, builder.info.splits)
-    classes = {
-        k: f.num_classes for k, f in features.items() if isinstance(f, tfds.features.ClassLabel)
-    }
-    if "image" not in features or "label" not in classes:
-        raise ValueError(f"{prepared} has no 'image' and 'label'; its features: {list(features)}.")
+def _decode(version: Path, selection: Selection, resize: int) -> Dataset[Source]:
+    builder = prepared.open_builder(version, selection)
+    classes = prepared.classes(builder)
     drawn = None
     if selection.draw_classes:
         drawn = draw_classes(classes["label"], selection.draw_classes, selection.draw_seed)
     train, test = (
-        _decode_splits(builder, splits, list(classes), drawn)
+        _stack(
+            f"{builder.name} {splits}",
+            [each for split in splits for each in _examples(builder, split, drawn, resize)],
+            list(classes),
+        )
         for splits in (selection.train_splits, (selection.test_split,))
     )
-    return Dataset(train, test, classes, {kind: features[kind].names for kind in classes})
+    return Dataset(train, test, classes, prepared.names(builder))
 
 
-def _decode_splits(
-    builder: Any, splits: tuple[str, ...], kinds: list[str], drawn: np.ndarray | None
-) -> Source:
-    examples = [each for split in splits for each in _examples(builder, split, drawn)]
-    labels = {k: np.array([example[k] for example in examples], np.int32) for k in kinds}
+def _examples(
+    builder: Any, split: str, drawn: np.ndarray | None, resize: int
+) -> Iterator[Mapping[str, Any]]:
+    """Decodes the examples of a split, all or those of the drawn classes."""
+    # Decoding takes the time, and all images of a large set don't fit in memory.
+    records = prepared.open_split(builder, split)
+    decode = builder.info.features["image"].decode_example_np
+    for i in _bar(len(records), f"Decoding {builder.name} {split}, once"):
+        record = records[i]
+        if drawn is None or record["label"] in drawn:
+            image = decode(record["image"])
+            yield {**record, "image": _resized(image, resize) if resize else image}
+
+
+def _bar(number: int, title: str) -> Iterator[int]:
+    # None: a bar on a terminal, nothing elsewhere.
+    return iter(tqdm(range(number), desc=title, unit="image", disable=None))
+
+
+def _resized(pixels: np.ndarray, side: int) -> np.ndarray:
+    return images.to_array(images.central_square(images.from_array(pixels), side))
+
+
+def _stack(what: str, examples: Sequence[Mapping[str, Any]], kinds: Sequence[str]) -> Source:
     shapes = {example["image"].shape for example in examples}
     if len(shapes) != 1:
         raise ValueError(
-            f"{builder.name} has {len(examples)} images of {len(shapes)} sizes in {splits}, such as"
-            f" {sorted(shapes)[:2]}; prepare a set whose images have one size."
+            f"{what} has {len(examples)} images of {len(shapes)} sizes, such as"
+            f" {sorted(shapes)[:2]}; scale them to one with --config.data.resize=SIDE."
         )
+    labels = {k: np.array([example[k] for example in examples], np.int32) for k in kinds}
     return Source(np.stack([example["image"] for example in examples]), labels)
 
 
-def _examples(builder: Any, split: str, drawn: np.ndarray | None) -> Iterator[Mapping[str, Any]]:
-    """Decodes the examples of a split, all or those of the drawn classes."""
-    import tensorflow_datasets as tfds
-
-    # Decoding takes the time, and all images of a large set don't fit in memory.
-    records = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
-    decode = builder.info.features["image"].decode_example_np
-    title = f"Decoding {builder.name} {split}, once"
-    # None: a bar on a terminal, nothing elsewhere.
-    for i in tqdm(range(len(records)), desc=title, unit="image", disable=None):
-        record = records[i]
-        if drawn is None or record["label"] in drawn:
-            yield {**record, "image": decode(record["image"])}
-
-
-def _cache_file(prepared: Path, cache: str, selection: Selection) -> Path | None:
-    """Names the decoded copy by what was decoded: other files or classes, another copy."""
-    if not cache:
-        return None
-    files = sorted(path for path in prepared.iterdir() if path.is_file())
-    identity: list[Any] = [
-        (str(path.resolve()), path.stat().st_size, path.stat().st_mtime) for path in files
-    ]
-    if selection != _EVERYTHING:
-        identity.append(asdict(selection))
-    digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
-    return Path(cache).expanduser() / f"{prepared.parent.name}-{prepared.name}-{digest}.npz"
+def _folder(
+    name: str, directory: str, cache: str, selection: Selection, resize: int, channels: int
+) -> Dataset[Source]:
+    found = open_records(name, directory, cache, selection, channels)
+    splits = (*found.train.splits, *found.test.splits)
+    files = [Path(split.name(i)) for split in splits for i in range(len(split))]
+    choices = _choices(selection, resize=resize, channels=channels)
+    place = copies.place(cache, Path(name.partition(":")[2]).name, files, choices)
+    dataset = _read(place)
+    if dataset is None:
+        train, test = (_decode_records(name, each, resize) for each in (found.train, found.test))
+        dataset = Dataset(train, test, found.classes, found.names)
+        _write(place, dataset)
+    return dataset
 
 
-def _write(path: Path, dataset: Dataset) -> None:
+def _decode_records(name: str, records: Records, resize: int) -> Source:
+    examples = []
+    for i in _bar(len(records), f"Decoding {name}, once"):
+        image, labels = records.example(i)
+        scaled = images.central_square(image, resize) if resize else image
+        examples.append({**labels, "image": images.to_array(scaled)})
+    return _stack(name, examples, list(records.classes))
+
+
+def _write(place: Path | None, dataset: Dataset[Source]) -> None:
     described = {"classes": dataset.classes, "names": dataset.names}
     arrays = {key: np.array(json.dumps(dict(value))) for key, value in described.items()}
     for split, source in (("train", dataset.train), ("test", dataset.test)):
         arrays[f"{split}/image"] = source.image
         arrays |= {f"{split}/labels/{kind}": values for kind, values in source.labels.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Written aside and renamed: whoever reads finds all of it or nothing.
-    partial = path.with_suffix(f".{os.getpid()}.npz")
-    np.savez(partial, allow_pickle=False, **arrays)
-    partial.replace(path)
+    copies.write(place, arrays)
 
 
-def _read(path: Path) -> Dataset | None:
-    """Reads a decoded copy; None of one without names, which former versions wrote."""
-    with np.load(path, allow_pickle=False) as arrays:
-        if "names" not in arrays:
-            return None
-        classes, names = (json.loads(str(arrays[key])) for key in ("classes", "names"))
+def _read(place: Path | None) -> Dataset[Source] | None:
+    """Reads a decoded copy; None if there is none, or one without names, of a former version."""
+    arrays = copies.read(place)
+    if arrays is None or "names" not in arrays:
+        return None
+    try:
+        classes, names = (
+            untrusted.parse_json(str(arrays[key]), key) for key in ("classes", "names")
+        )
         train, test = (
             Source(arrays[f"{split}/image"], {k: arrays[f"{split}/labels/{k}"] for k in classes})
             for split in ("train", "test")
         )
-    return Dataset(train, test, classes, names)
+        return Dataset(train, test, classes, names)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{place} holds no decoded data set: {error}. It is a copy: remove it, to have it made"
+            " anew."
+        ) from error

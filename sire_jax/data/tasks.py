@@ -89,9 +89,12 @@ class Images:
 
     def draw(self, dataset: Dataset, seed: int) -> Draw:
         """Splits the training images; see ``stratified`` for what is raised."""
+        test = np.arange(len(dataset.test), dtype=np.int32)
+        if not self.validation_per_class:
+            # Without the labels: for those of records all files would have to be read.
+            return Draw(np.arange(len(dataset.train), dtype=np.int32), test[:0], test)
         labels = dataset.train.labels["label"]
-        train, validation = stratified(labels, self.validation_per_class, seed)
-        return Draw(train, validation, np.arange(len(dataset.test.image), dtype=np.int32))
+        return Draw(*stratified(labels, self.validation_per_class, seed), test)
 
     def prepare(self, source: Source) -> dict[str, np.ndarray]:
         """Returns the arrays that go to the device."""
@@ -157,7 +160,7 @@ class Pairs:
         """
         generator = np.random.default_rng(seed)
         drawn = [
-            self._permute(split, len(source.image), pairs, generator)
+            self._permute(split, len(source), pairs, generator)
             for split, source, pairs in (
                 ("training", dataset.train, self.train + self.validation),
                 ("test", dataset.test, self.test),

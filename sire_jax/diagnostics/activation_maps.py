@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 
 from sire_jax import command
 from sire_jax.backbones.plan import OFFSETS
+from sire_jax.data.augmentation import Batch
 from sire_jax.diagnostics.reconstructions import pixels
 from sire_jax.diagnostics.trained import Trained
 from sire_jax.evaluate import kept_weights, open_run
@@ -275,8 +276,7 @@ def draw_tests(
     """
     run = open_run(workdir, overrides)
     parts, names = run.parts, run.names["label"]
-    examples = run.examples["test"][0][:count]
-    batch = parts.lookup_central(run.arrays, examples)
+    batch = run.look("test", count)
     variables = Trained.first(kept_weights(run, workdir))
     explained = explain(parts, variables, batch["image"])
     rows = [
@@ -284,23 +284,23 @@ def draw_tests(
         for each in explained
     ]
     if bare:
-        for row, each in zip(rows, _bare(bare, run, examples, overrides), strict=True):
+        for row, each in zip(rows, _bare(bare, run, batch, overrides), strict=True):
             row["without branches"] = each.maps[MAIN], _main_title(each, names)
     labels = [names[int(label)] for label in batch["label"]]
     return draw(np.asarray(batch["image"]), rows, labels, run.config.data)
 
 
 def _bare(
-    workdir: str | Path, run: Runs, examples: Array, overrides: Sequence[str]
+    workdir: str | Path, run: Runs, batch: Batch, overrides: Sequence[str]
 ) -> list[Explained]:
     """Explains what another run says of the same images."""
     other = open_run(workdir, overrides)
-    own = other.examples["test"][0][: len(examples)]
-    same = np.array_equal(run.arrays["image"][examples], other.arrays["image"][own])
+    own = other.look("test", len(batch["image"]))
+    same = np.array_equal(batch["image"], own["image"])
     if not same or other.names["label"] != run.names["label"]:
         raise ValueError(f"{workdir} has other test images or labels; give a run on the same data.")
     variables = Trained.first(kept_weights(other, workdir))
-    return explain(other.parts, variables, other.parts.lookup_central(other.arrays, own)["image"])
+    return explain(other.parts, variables, own["image"])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

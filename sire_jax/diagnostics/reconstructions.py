@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from sire_jax import command, configuration, experiment
 from sire_jax.evaluate import restore
 from sire_jax.heads.decoder import Decoder
-from sire_jax.runs import Runs
+from sire_jax.streamed_runs import open_runs
 from sire_jax.workdir import CHECKPOINTS, read_config, titles
 
 
@@ -60,10 +60,10 @@ def reconstruct(
     names = [name for name, head in parts.network.heads.items() if isinstance(head, Decoder)]
     if not names:
         raise ValueError(f"The network of {workdir} has no decoder.")
-    runs = Runs(parts)
+    runs = open_runs(parts)
     state, best = restore(runs, Path(workdir).expanduser() / CHECKPOINTS)
     kept = state if best is None else best
-    image = parts.lookup_cropped(runs.arrays, runs.examples["test"][0][:count])["image"]
+    image = runs.look("test", count, parts.ready_cropped)["image"]
     first = jax.tree.map(lambda x: x[0], {"params": kept.params, **kept.model_state})
     outputs = jax.jit(parts.network.apply)(first, image)
     shown = {name: pixels(np.asarray(outputs[name]), config.data) for name in names}

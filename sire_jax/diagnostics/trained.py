@@ -54,8 +54,7 @@ class Trained:
         step, params, model_state = jax.tree.map(
             lambda x: x[0], (kept.step, kept.params, kept.model_state)
         )
-        order = runs.examples["train"][0][: runs.config.batch_size]
-        batch = runs.parts.lookup_central(runs.arrays, order)
+        batch = runs.look("train", runs.config.batch_size)
         return cls(runs.parts, step, params, model_state, batch)
 
     @staticmethod

@@ -9,7 +9,7 @@ from flax import linen as nn
 from jax import Array
 
 from sire_jax import registry
-from sire_jax.backbones.blocks import Convolution, MaxPool, scaled
+from sire_jax.backbones.blocks import Convolution, MaxPool, check_widths, scaled
 from sire_jax.backbones.branch_blocks import (
     AveragePool,
     Dense,
@@ -69,6 +69,10 @@ class Branch(nn.Module):
     endpoints: tuple[str, ...]
     classes: int
     layers: tuple[Any, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_widths("Branch: classes", self.classes)
+        super().__post_init__()
 
     @nn.compact
     def __call__(self, features: Array, *, train: bool = False) -> Array:

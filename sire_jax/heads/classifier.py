@@ -5,7 +5,7 @@ import numpy as np
 from flax import linen as nn
 from jax import Array, lax
 
-from sire_jax.backbones.blocks import Unit
+from sire_jax.backbones.blocks import Unit, check_widths
 from sire_jax.layers import BatchNorm, Dropout, he_normal, uniform_fan_in
 
 
@@ -19,10 +19,14 @@ class Classifier(nn.Module):
         detached: Whether no gradient flows to the features: a probe, which leaves them as they are.
     """
 
-    endpoints: tuple[str, ...]
+    endpoints: tuple[str]
     classes: int
     normalize: bool = False
     detached: bool = False
+
+    def __post_init__(self) -> None:
+        check_widths("Classifier: classes", self.classes)
+        super().__post_init__()
 
     @nn.compact
     def __call__(self, features: Array, *, train: bool = False) -> Array:
@@ -50,11 +54,16 @@ class ConvolutionalClassifier(nn.Module):
         dropout: Share of the hidden units that training drops, in [0, 1).
     """
 
-    endpoints: tuple[str, ...]
+    endpoints: tuple[str]
     classes: int
     width: int = 128
     hidden: int = 1024
     dropout: float = 0.7
+
+    def __post_init__(self) -> None:
+        for name in ("classes", "width", "hidden"):
+            check_widths(f"ConvolutionalClassifier: {name}", getattr(self, name))
+        super().__post_init__()
 
     @nn.compact
     def __call__(self, features: Array, *, train: bool = False) -> Array:

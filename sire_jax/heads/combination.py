@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
+from sire_jax.backbones.blocks import check_widths
 from sire_jax.layers import he_normal, uniform_fan_in
 
 
@@ -22,6 +23,13 @@ class Combination(nn.Module):
     endpoints: tuple[str, ...]
     classes: int
     hidden: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_widths("Combination: classes", self.classes)
+        check_widths("Combination: hidden", *self.hidden)
+        if not self.endpoints:
+            raise ValueError("A Combination has no endpoints; it should have at least one.")
+        super().__post_init__()
 
     @nn.compact
     def __call__(self, *features: Array, train: bool = False) -> Array:

@@ -11,7 +11,7 @@ class Identity(nn.Module):
         endpoints: The one endpoint.
     """
 
-    endpoints: tuple[str, ...]
+    endpoints: tuple[str]
 
     def __call__(self, features: Array, *, train: bool = False) -> Array:
         """Returns ``features``."""

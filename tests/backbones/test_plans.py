@@ -149,7 +149,9 @@ def sizes(config):
         part = registry.create(HEADS, section, "head", plan=backbone.plan)
         made = part.items() if isinstance(part, dict) else [(None, part)]
         heads |= {name if key is None else f"{name}_{key}": head for key, head in made}
-    params = shapes_of(Network(backbone, heads), shape(2, *config.data.shape))["params"]
+    height, width, channels = config.data.shape
+    seen = (config.data.crop or height, config.data.crop or width, channels)
+    params = shapes_of(Network(backbone, heads), shape(2, *seen))["params"]
     return {name.removeprefix("heads_"): traced.size(each) for name, each in params.items()}
 
 

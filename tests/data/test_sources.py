@@ -202,7 +202,8 @@ def test_images_without_channels_are_refused():
 def test_an_unknown_source_is_refused_with_the_nearest_name():
     with pytest.raises(ValueError, match=r"'digit'.*Did you mean 'digits'"):
         sources.load("digit", "")
-    with pytest.raises(ValueError, match=r"no data source 'mnist'.*Known: digits, tfds:<set>"):
+    known = "digits, folder:<folder>, tfds:<set>"
+    with pytest.raises(ValueError, match=rf"no data source 'mnist'.*Known: {known}"):
         sources.load("mnist", "")
 
 

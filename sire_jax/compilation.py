@@ -1,0 +1,91 @@
+"""Compiled programs: kept on disk for the next start, and counted with the time that they take."""
+
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+# Below, reading a program back is not much faster than compiling it.
+_WORTH_KEEPING = 0.2
+
+
+def keep(directory: str) -> None:
+    """Keeps compiled programs in a directory, from where the next start loads them.
+
+    Any program of any run finds its own there; the directory can be removed at any time.
+
+    Args:
+        directory: Where; "" for nowhere. One that can't be written is reported, and not used.
+    """
+    path = str(Path(directory).expanduser()) if directory else None
+    if path is not None:
+        try:
+            Path(path).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            warnings.warn(
+                f"Compiled programs can't be kept in {directory} ({error.strerror}); the next start"
+                " compiles again. Choose another --config.compilation_cache.",
+                stacklevel=2,
+            )
+            path = None
+    if path == jax.config.values["jax_compilation_cache_dir"]:
+        return
+    jax.config.update("jax_compilation_cache_dir", path)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", _WORTH_KEEPING)
+    # It remembers the directory that it began with.
+    compilation_cache.reset_cache()
+
+
+@dataclass
+class Counts:
+    """How many programs this process has compiled and loaded, and the seconds that it took.
+
+    Attributes:
+        compiled: Programs compiled.
+        loaded: Programs loaded from where ``keep`` keeps them.
+        seconds: Of both.
+        loading: Of loading alone.
+    """
+
+    compiled: int = 0
+    loaded: int = 0
+    seconds: float = 0.0
+    loading: float = 0.0
+
+    def since(self, before: "Counts") -> str:
+        """Says what has been compiled and loaded since ``before``."""
+        loaded, loading = self.loaded - before.loaded, self.loading - before.loading
+        compiled = self.compiled - before.compiled
+        seconds = self.seconds - before.seconds - loading
+        return (
+            f"{compiled} program{'s' * (compiled != 1)} compiled in {seconds:.1f} s,"
+            f" {loaded} loaded in {loading:.1f} s"
+        )
+
+
+_counts = Counts()
+
+
+def counts() -> Counts:
+    """Returns the counts so far."""
+    return replace(_counts)
+
+
+_BACKEND = "/jax/core/compile/backend_compile_duration"
+_RETRIEVAL = "/jax/compilation_cache/cache_retrieval_time_sec"
+
+
+def _note(event: str, duration_secs: float, **_: str | int) -> None:
+    if event == _BACKEND:
+        # Loaded or compiled, as the retrieval, which comes first, has told.
+        _counts.compiled += 1
+        _counts.seconds += duration_secs
+    elif event == _RETRIEVAL:
+        _counts.compiled -= 1
+        _counts.loaded += 1
+        _counts.loading += duration_secs
+
+
+jax.monitoring.register_event_duration_secs_listener(_note)

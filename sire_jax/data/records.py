@@ -1,0 +1,220 @@
+"""Encoded images, read one at a time: sets that don't fit in memory. Nothing here needs JAX."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from sire_jax.data import folders, images, prepared
+from sire_jax.data.dataset import EVERYTHING, Dataset, Selection, draw_classes
+from sire_jax.data.images import DamagedImageError
+from sire_jax.names import nearest
+
+
+class Split(Protocol):
+    """The encoded images of a split, by number, with their labels; it can be pickled."""
+
+    def __len__(self) -> int: ...
+
+    def open(self) -> None:
+        """Opens what all images need, unless it is open."""
+
+    def name(self, index: int) -> str:
+        """Names an image in messages."""
+
+    def record(self, index: int) -> tuple[bytes, dict[str, int]]:
+        """Reads an encoded image and its label of each kind."""
+
+    def labels(self) -> Mapping[str, np.ndarray]:
+        """Reads all labels of each kind, int32 ``[n]``."""
+
+
+@dataclass(frozen=True, eq=False)
+class Records:
+    """Images of one or several splits that are read and decoded when asked for.
+
+    Safe for threads; other processes that get it open its files themselves.
+
+    Attributes:
+        splits: The splits, one after another.
+        classes: For each kind of label the number of classes.
+        channels: Of an image: 3 (colour) or 1 (grey).
+        chosen: Which images of the splits, ``[n]``; None for all.
+        drawn: The labels of the chosen images, ascending, which are numbered 0, 1, …; None for all.
+    """
+
+    splits: tuple[Split, ...]
+    classes: Mapping[str, int]
+    channels: int
+    chosen: np.ndarray | None = None
+    drawn: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return sum(map(len, self.splits)) if self.chosen is None else len(self.chosen)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The labels of a batch come with its records.
+        return {key: value for key, value in vars(self).items() if key != "labels"}
+
+    @cached_property
+    def labels(self) -> dict[str, np.ndarray]:
+        """For each kind of label integers ``[n]``, int32; of a ``tfds`` set its files are read."""
+        found = [split.labels() for split in self.splits]
+        joined = {kind: np.concatenate([each[kind] for each in found]) for kind in self.classes}
+        if self.drawn is None:
+            return joined
+        return {"label": np.searchsorted(self.drawn, joined["label"][self.chosen]).astype(np.int32)}
+
+    def name(self, index: int) -> str:
+        """Names an image in messages: its path, or its number in its split."""
+        split, number = self._find(index)
+        return split.name(number)
+
+    def encoded(self, index: int) -> tuple[bytes, dict[str, int]]:
+        """Reads an image as it is stored.
+
+        Args:
+            index: Of the image, in 0..n - 1.
+
+        Returns:
+            The bytes of its file, and its label of each kind.
+        """
+        split, number = self._find(index)
+        stored, labels = split.record(number)
+        if self.drawn is not None:
+            labels = {"label": int(np.searchsorted(self.drawn, labels["label"]))}
+        return stored, labels
+
+    def example(self, index: int) -> tuple[Image.Image, dict[str, int]]:
+        """Reads and decodes an image.
+
+        Args:
+            index: Of the image, in 0..n - 1.
+
+        Returns:
+            The image, and its label of each kind.
+
+        Raises:
+            DamagedImageError: If it can't be read or decoded, or a label is outside its classes.
+        """
+        self._find(index)[0].open()
+        try:
+            stored, labels = self.encoded(index)
+            image = images.decode(stored, self.channels)
+        except MemoryError:
+            raise
+        except Exception as error:  # Damage makes Pillow raise errors of many kinds.
+            raise DamagedImageError.of(self.name(index), error) from error
+        for kind, label in labels.items():
+            if not 0 <= label < self.classes[kind]:
+                raise DamagedImageError(
+                    f"{self.name(index)} has the {kind} {label}, which is outside the"
+                    f" {self.classes[kind]} classes 0..{self.classes[kind] - 1}."
+                )
+        return image, labels
+
+    def read(self, index: int) -> np.ndarray:
+        """Reads and decodes an image; see ``example``.
+
+        Returns:
+            ``[h, w, c]``, uint8.
+        """
+        return images.to_array(self.example(index)[0])
+
+    def _find(self, index: int) -> tuple[Split, int]:
+        """Finds the split of an image and its number in there."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"There is no image {index} among {len(self)}.")
+        number = int(index if self.chosen is None else self.chosen[index])
+        for split in self.splits:
+            if number < len(split):
+                break
+            number -= len(split)
+        return split, number
+
+
+def open_records(
+    name: str,
+    directory: str,
+    cache: str = "",
+    selection: Selection = EVERYTHING,
+    channels: int = 3,
+) -> Dataset[Records]:
+    """Opens a data set without decoding it.
+
+    Args:
+        name: ``tfds:<set>`` with the name of a ``tensorflow_datasets`` set; or ``folder:<folder>``
+            (see ``folders.open_splits``).
+        directory: The ``tensorflow_datasets`` data directory, or where image folders are.
+        cache: A directory for copies of labels, which makes the next start fast; "" for none.
+        selection: What of the set is used. Of drawn classes, only ``"label"`` is kept of the kinds
+            of labels, with the drawn classes numbered 0, 1, … in their order.
+        channels: Of the images: 3 (colour) or 1 (grey).
+
+    Returns:
+        The data set. Images of several sizes are fine.
+
+    Raises:
+        ValueError: If there is no such source or split, are too few classes, or its files are not
+            what they should be.
+        FileNotFoundError: If the set is not in ``directory``.
+    """
+    images.check_channels(channels)
+    kind, _, rest = name.partition(":")
+    root = Path(directory).expanduser()
+    found: Dataset[tuple[Split, ...]]
+    if kind == "tfds":
+        found = _prepared_splits(rest, root, cache, selection)
+    elif kind == "folder":
+        found = folders.open_splits(rest, root, selection)
+    else:
+        raise ValueError(
+            f"There is no data source '{name}' to stream."
+            f"{nearest(name, ['tfds:<set>', 'folder:<folder>'])} Others fit in memory: take"
+            " --config.data.feed=device."
+        )
+    train, test = (Records(splits, found.classes, channels) for splits in (found.train, found.test))
+    return _draw(Dataset(train, test, found.classes, found.names), selection)
+
+
+def _prepared_splits(
+    name: str, directory: Path, cache: str, selection: Selection
+) -> Dataset[tuple[Split, ...]]:
+    version = prepared.find(name, directory)
+    builder = prepared.open_builder(version, selection)
+    image = builder.info.features["image"]
+    if np.dtype(image.np_dtype) != np.uint8:
+        raise ValueError(
+            f"The images of {version} are {np.dtype(image.np_dtype)}; only uint8 can be streamed."
+        )
+    classes = prepared.classes(builder)
+    train, test = (
+        tuple(
+            prepared.PreparedSplit(
+                version, split, tuple(classes), builder.info.splits[split].num_examples, cache
+            )
+            for split in splits
+        )
+        for splits in (selection.train_splits, (selection.test_split,))
+    )
+    return Dataset(train, test, classes, prepared.names(builder))
+
+
+def _draw(dataset: Dataset[Records], selection: Selection) -> Dataset[Records]:
+    """Chooses the images of drawn classes; see ``dataset.draw_classes``."""
+    number = selection.draw_classes
+    if not number:
+        return dataset
+    drawn = draw_classes(dataset.classes["label"], number, selection.draw_seed)
+    train, test = (_of_classes(each, drawn) for each in (dataset.train, dataset.test))
+    names = tuple(dataset.names["label"][i] for i in drawn)
+    return Dataset(train, test, {"label": number}, {"label": names})
+
+
+def _of_classes(records: Records, drawn: np.ndarray) -> Records:
+    chosen = np.flatnonzero(np.isin(records.labels["label"], drawn))
+    return Records(records.splits, {"label": len(drawn)}, records.channels, chosen, drawn)

@@ -1,0 +1,297 @@
+"""A run on images that are read and decoded while it trains (``config.data.feed='stream'``).
+
+The order of the examples is that of ``Runs``, and so are the batches, but for random crops: where a
+run is in its data is its number of steps, which its checkpoints have. Each process reads its own
+part of each batch.
+"""
+
+import json
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
+
+from sire_jax import distributed, experiment, parallel
+from sire_jax.data import stream
+from sire_jax.data.augmentation import Batch
+from sire_jax.metrics import Metrics
+from sire_jax.runs import Program, Runs, fingerprint
+from sire_jax.step import TrainState
+
+PyTree = Any
+# A batch of the host, and what places it.
+Arrays = Mapping[str, np.ndarray]
+# Batches on their way to the devices, and steps on their way through them, beside the present one.
+_AHEAD = 2
+
+
+def open_runs(parts: experiment.Experiment) -> Runs:
+    """Opens the runs of an experiment, with their data on the devices or streamed to them."""
+    return StreamedRuns(parts) if parts.config.data.feed == "stream" else Runs(parts)
+
+
+class Order(NamedTuple):
+    """The order of the examples of an epoch.
+
+    Attributes:
+        epoch: Its number.
+        examples: ``[steps, batch]``.
+    """
+
+    epoch: int
+    examples: np.ndarray
+
+
+class StreamedRuns(Runs):
+    """The compiled programs of one run, whose images are streamed to the devices.
+
+    Args:
+        parts: The parts of the run.
+
+    Attributes:
+        examples: The examples of each split, as indices into its records, ``[1, n]``.
+
+    Raises:
+        ValueError: If the data or the devices are not what the config says.
+        FileNotFoundError: If the data set is not there.
+    """
+
+    def _load(self) -> None:
+        data = self.config.data
+        with distributed.together("opening the data"):
+            dataset, (draw,) = self.parts.load()
+        self.names = dataset.names
+        self._records = {"train": dataset.train, "validation": dataset.train, "test": dataset.test}
+        self.examples = {split: np.asarray(each)[None] for split, each in draw._asdict().items()}
+        self.steps_per_epoch = len(draw.train) // self.config.batch_size
+        self.fingerprint = fingerprint(dataset)
+        # What is wrong with the damaged images that this process has met, in their order.
+        self._skipped: dict[str, None] = {}
+        self._said = 0
+        self._split_over_devices = NamedSharding(self.mesh, PartitionSpec("data"))
+        shape = tuple(data.shape)
+        self._still = stream.Transform(shape, data.resize)
+        random = data.random_resized_crop
+        self._training = stream.Transform(shape, data.resize, data.crop, random)
+        # The stream that is open: its epoch, its next step, its batches.
+        self._open: tuple[int, int, Iterator[Batch]] | None = None
+
+    @property
+    def arrays(self) -> PyTree:
+        """There are none: images are not kept.
+
+        Raises:
+            ValueError: Always, for programs that need all images at once.
+        """
+        raise ValueError(
+            "This needs all images on the device, but the run streams them"
+            " (config.data.feed is 'stream')."
+        )
+
+    # ---- Batches.
+
+    def _batches(
+        self,
+        split: str,
+        examples: np.ndarray,
+        transform: stream.Transform,
+        epoch: int = 0,
+        first: int = 0,
+    ) -> Iterator[stream.Batch]:
+        """Reads this process's part of batches."""
+        data, size = self.config.data, examples.shape[1] // jax.process_count()
+        batches = stream.batches(
+            self._records[split],
+            examples,
+            transform,
+            (self.config.seed, epoch),
+            first,
+            slice(jax.process_index() * size, (jax.process_index() + 1) * size),
+            data.workers,
+            data.threads,
+            data.damaged,
+        )
+        for batch in batches:
+            self._skipped |= dict.fromkeys(batch.damaged)
+            yield batch
+
+    def _place_part(self, arrays: Arrays) -> Batch:
+        """Makes a batch of what all processes have read of it."""
+        place = self._split_over_devices
+        return {
+            key: jax.make_array_from_process_local_data(place, values)
+            for key, values in arrays.items()
+        }
+
+    def _place_pmapped(self, arrays: Arrays) -> Arrays:
+        """Splits this process's part of a batch over its devices, ``[devices, b, …]``."""
+        devices = jax.local_device_count() if jax.process_count() > 1 else self.mesh.size
+        return {k: np.reshape(v, (devices, -1, *v.shape[1:])) for k, v in arrays.items()}
+
+    def _training_batches(self, order: Order, first: int) -> Iterator[Batch]:
+        if self._open is None or self._open[:2] != (order.epoch, first):
+            place = self._place_pmapped if self.config.parallel == "pmap" else self._place_part
+            read = self._batches("train", order.examples, self._training, order.epoch, first)
+            self._open = order.epoch, first, ahead(without_mask(read), place)
+        return self._open[2]
+
+    # ---- Programs over batches, in place of those over the examples.
+
+    def _step_program(self) -> Callable[..., Any]:
+        self._shuffle = Program(jax.jit(self._shuffled))
+        pmap = self.config.parallel == "pmap"
+        step = parallel.one_step(self.parts.step("data" if pmap else None))
+
+        def run(state: TrainState, sums: Metrics, broken: Any, batch: Batch) -> Any:
+            return step(state, sums, broken, self.parts.ready(batch))
+
+        at_once = self.config.seeds_at_once
+        if pmap:
+            runs = parallel.over_seeds(run, (3,), at_once)
+            return Program(parallel.pmapped(runs, self.mesh, 4, split=(3,), donated=(0, 1)))
+        return self.program(run, (3,), donate_argnums=(0, 1))
+
+    def epoch_order(self, state: TrainState, epoch: int) -> Order:
+        """Returns the order of the examples of an epoch, for ``take_steps``."""
+        examples = self.place(self.examples["train"][0])
+        key = jax.tree.map(lambda x: x[0], state.key)
+        return Order(epoch, np.asarray(self._shuffle(key, examples, np.int32(epoch))))
+
+    def take_steps(
+        self, state: TrainState, sums: Metrics, order: Order, first: int, count: int
+    ) -> tuple[TrainState, Metrics, dict[str, Array]]:
+        """Takes steps; see ``parallel.over_steps``."""
+        batches = self._training_batches(order, first)
+        broken = self.place(jax.tree.map(np.asarray, parallel.never_broken(sums)))
+        under_way: deque[dict[str, Array]] = deque()
+        for _ in range(count):
+            state, sums, broken = self._steps(state, sums, broken, next(batches))
+            under_way.append(broken)
+            if len(under_way) > _AHEAD:
+                # Batches would pile up on the devices.
+                jax.block_until_ready(under_way.popleft())
+        self._open = (order.epoch, first + count, batches)
+        return state, sums, broken
+
+    def totals(
+        self, measure: Callable[..., PyTree], ready: Callable[[Batch], Batch]
+    ) -> Callable[[PyTree, PyTree, Mapping[str, PyTree], str], PyTree]:
+        """Makes the program that measures a split; see ``Runs.totals``."""
+
+        def one(params: PyTree, model_state: PyTree, fitted: PyTree, batch: Batch) -> PyTree:
+            batch = dict(batch)
+            mask = batch.pop("intact").astype(jnp.float32)
+            return measure(params, model_state, ready(batch), mask, fitted)
+
+        program = self.program(one, (3,))
+
+        def run(params: PyTree, model_state: PyTree, fitted: PyTree, split: str) -> PyTree:
+            total = None
+            for batch in self._evaluated(split):
+                found = program(params, model_state, fitted, batch)
+                total = found if total is None else _sum(total, found)
+            return total
+
+        return run
+
+    def _evaluated(self, split: str, every: int = 1) -> Iterator[Batch]:
+        """Yields the batches of a split; what fills up the last one is not ``intact``."""
+        chosen = self.examples[split][0][::every]
+        devices = self.mesh.size
+        size = -(-min(self.config.evaluate_batch_size, len(chosen)) // devices) * devices
+        steps = -(-len(chosen) // size)
+        filled = np.concatenate([chosen, np.repeat(chosen[:1], steps * size - len(chosen))])
+        counts = (np.arange(steps * size) < len(chosen)).reshape(steps, size)
+        part = size // jax.process_count()
+        own = slice(jax.process_index() * part, (jax.process_index() + 1) * part)
+
+        def counted() -> Iterator[Arrays]:
+            read = self._batches(split, filled.reshape(steps, size), self._still)
+            for batch, real in zip(read, counts[:, own], strict=True):
+                yield {**batch.arrays, "intact": batch.arrays["intact"] & real}
+
+        return ahead(counted(), self._place_part)
+
+    def _prediction_program(self) -> Callable[[PyTree, PyTree, str, int], Any]:
+        predict = self.parts.predict()
+
+        def one(params: PyTree, model_state: PyTree, batch: Batch) -> Any:
+            batch = dict(batch)
+            mask = batch.pop("intact")
+            return predict(params, model_state, self.parts.ready_cropped(batch)), mask
+
+        program = self.program(one, (2,))
+
+        def run(params: PyTree, model_state: PyTree, split: str, every: int) -> Any:
+            found = [program(params, model_state, each) for each in self._evaluated(split, every)]
+            joined, mask = jax.tree.map(
+                lambda *each: np.concatenate([np.asarray(x) for x in each], axis=1), *found
+            )
+            return self.place(jax.tree.map(lambda x: x[:, mask[0]], joined))
+
+        return run
+
+    def _gradient_program(self) -> Callable[[TrainState, int], Metrics]:
+        flow = self._flow()
+        program = self.program(lambda state, batch: flow(state, self.parts.ready(batch)), (1,))
+
+        def run(state: TrainState, epoch: int) -> Metrics:
+            order = self.epoch_order(state, epoch)
+            batches = self._batches("train", order.examples[:1], self._training, epoch)
+            found: Metrics = program(state, next(ahead(without_mask(batches), self._place_part)))
+            return found
+
+        return run
+
+    def newly_skipped(self) -> list[str]:
+        """Returns what is wrong with the damaged images skipped since the last call."""
+        new = list(self._skipped)[self._said :]
+        self._said += len(new)
+        return _gathered(new)
+
+    def number_skipped(self) -> int:
+        """Returns how many damaged images have been skipped, by all processes."""
+        return len(set(_gathered(list(self._skipped))))
+
+    def look(self, split: str, number: int, ready: Callable[[Batch], Batch] | None = None) -> Batch:
+        """Returns the first examples of a split, to look at; see ``Runs.look``."""
+        batches = self._batches(split, self.examples[split][:, :number], self._still)
+        batch = jax.device_put(dict(next(without_mask(batches))))
+        return (ready or self.parts.ready_central)(batch)
+
+
+@jax.jit
+def _sum(a: PyTree, b: PyTree) -> PyTree:
+    return jax.tree.map(jnp.add, a, b)
+
+
+def _gathered(messages: list[str]) -> list[str]:
+    """Returns the messages of all processes."""
+    everyone = distributed.exchange(json.dumps(messages))
+    return [message for each in everyone for message in json.loads(each)]
+
+
+def without_mask(batches: Iterator[stream.Batch]) -> Iterator[Arrays]:
+    """Yields the arrays that a network is trained on: what is damaged has been replaced."""
+    for batch in batches:
+        yield {key: values for key, values in batch.arrays.items() if key != "intact"}
+
+
+def ahead(batches: Iterator[Arrays], place: Callable[[Arrays], Any]) -> Iterator[Any]:
+    """Starts to bring batches to the devices before they are asked for.
+
+    Args:
+        batches: Batches of the host.
+        place: Starts to bring one to the devices.
+    """
+    waiting: deque[Any] = deque()
+    for batch in batches:
+        waiting.append(place(batch))
+        if len(waiting) > _AHEAD:
+            yield waiting.popleft()
+    yield from waiting

@@ -1,0 +1,197 @@
+"""Signs of life of the processes of a job, and what follows from their absence.
+
+A thread of each process, ``Watch``, says once a second that it lives and how far it has come, and
+reads what the others say.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+
+from sire_jax import command
+
+SECONDS_BETWEEN_SIGNS = 1.0
+# Until the config says otherwise.
+_TIMEOUT = 15.0
+# Of a process that ends with an error, so that the others can read it before they lose it.
+_FAREWELL = 3.0
+# Where signs are kept in the coordination service.
+_SIGNS = "sire_jax/signs/"
+
+
+@dataclass
+class Sign:
+    """What a process says of itself once a second.
+
+    Attributes:
+        beat: A number that grows while the process lives.
+        arrived: How many common programs it has come to.
+        busy: What it does that may take long, "" if nothing.
+        ended: Its exit status, if it ended with an error.
+        since: When ``beat`` last grew.
+    """
+
+    beat: int = 0
+    arrived: int = 0
+    busy: str = ""
+    ended: int | None = None
+    since: float = field(default=0.0, compare=False)
+
+    def written(self) -> str:
+        """Returns it as text."""
+        return json.dumps([self.beat, self.arrived, self.busy, self.ended])
+
+
+class Signs:
+    """What is known of all processes, and the judgement of it.
+
+    Args:
+        process: This process.
+        count: Number of processes.
+        timeout: Seconds without a sign of life, or of the next common program.
+        now: The time.
+    """
+
+    def __init__(self, process: int, count: int, timeout: float, now: float):
+        self.timeout = timeout
+        self.own = Sign(since=now)
+        self._process = process
+        self._others = {i: Sign(since=now) for i in range(count) if i != process}
+        self._waits_since = now
+
+    def arrive(self, now: float) -> None:
+        """Notes that this process has come to its next common program."""
+        self.own.arrived += 1
+        self._waits_since = now
+
+    def read(self, process: int, text: str, now: float) -> None:
+        """Notes the sign of another process."""
+        if process == self._process:
+            return
+        before = self._others[process]
+        sign = Sign(*json.loads(text))
+        sign.since = before.since if sign.beat == before.beat else now
+        self._others[process] = sign
+
+    def judge(self, now: float) -> tuple[str, int] | None:
+        """Returns why this process should end, and the exit status; ``None`` if it should not."""
+        if self.own.ended is not None:
+            # It is on its way out, for a reason of its own.
+            return None
+        for i, other in self._others.items():
+            if other.ended is not None:
+                return f"process {i} ended with status {other.ended}; see its messages", other.ended
+            silent = now - other.since
+            if silent > self.timeout:
+                return f"process {i} has given no sign of life for {silent:.0f} s", command.PEER
+        waited = now - self._waits_since
+        if self.own.busy or waited <= self.timeout:
+            return None
+        late = [i for i, o in self._others.items() if o.arrived < self.own.arrived and not o.busy]
+        if not late:
+            return None
+        names = ", ".join(map(str, late))
+        return (
+            f"process{'es' * (len(late) > 1)} {names} lived but did not come to the next step for"
+            f" {waited:.0f} s",
+            command.PEER,
+        )
+
+
+class Watch(threading.Thread):
+    """Gives signs of life and ends the process where another gives none.
+
+    Args:
+        client: JAX's coordination service.
+        process: This process.
+        count: Number of processes.
+    """
+
+    def __init__(self, client: Any, process: int, count: int):
+        super().__init__(name="watch", daemon=True)
+        self.signs = Signs(process, count, _TIMEOUT, time.monotonic())
+        self._client, self._process = client, process
+        self._lock = threading.Lock()
+
+    def run(self) -> None:
+        """Looks once a second."""
+        while True:
+            try:
+                self._publish()
+                for key, text in self._client.key_value_dir_get(_SIGNS):
+                    self.signs.read(int(key.rsplit("/", 1)[1]), text, time.monotonic())
+            except RuntimeError:
+                # The service is gone with process 0; JAX ends this process, see explain_abort.
+                return
+            reason = self.signs.judge(time.monotonic())
+            if reason is not None:
+                leave(*reason)
+            time.sleep(SECONDS_BETWEEN_SIGNS)
+
+    def arrive(self) -> None:
+        """Notes that this process has come to its next common program."""
+        self.signs.arrive(time.monotonic())
+
+    def be_busy(self, doing: str) -> None:
+        """Says at once what this process does that may take long."""
+        self.signs.own.busy = doing
+        self._publish()
+
+    def end(self, status: int) -> None:
+        """Ends the process; the others are told first."""
+        self.signs.own.ended = status
+        with contextlib.suppress(RuntimeError):
+            self._publish()
+            # They lose what process 0 keeps for all of them.
+            time.sleep(_FAREWELL if self._process == 0 else 0.0)
+        _exit(status)
+
+    def _publish(self) -> None:
+        with self._lock:
+            self.signs.own.beat += 1
+            self._client.key_value_set(
+                f"{_SIGNS}{self._process}", self.signs.own.written(), allow_overwrite=True
+            )
+
+
+def leave(reason: str, status: int) -> None:
+    """Ends the process at once: its main thread may wait for one that is gone."""
+    print(
+        f"Error: process {jax.process_index()} ends, because {reason}. Start the job again: it goes"
+        " on from the newest checkpoint.",
+        file=sys.stderr,
+        flush=True,
+    )
+    _exit(status)
+
+
+def _exit(status: int) -> None:
+    """Ends the process without waiting for the others, as ``jax.distributed`` would."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def explain_abort() -> None:
+    """Says which process is gone where JAX aborts this one, as it does when it loses process 0."""
+    global _aborted
+
+    def explain(number: int) -> None:
+        leave("process 0, through which all are connected, is gone", command.PEER)
+
+    # A handler of Python's own would wait for the main thread, and the abort does not.
+    _aborted = ctypes.CFUNCTYPE(None, ctypes.c_int)(explain)
+    ctypes.CDLL(None).signal(int(signal.SIGABRT), _aborted)
+
+
+# Kept, as C does not count references.
+_aborted: Any = None

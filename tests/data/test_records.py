@@ -1,0 +1,586 @@
+"""Image folders and prepared sets, read one image at a time; how images are decoded and scaled."""
+
+import io
+import pickle
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from pictured import CLASSES, DAMAGED, encoded, picture, prepare_set, write, write_folder
+from PIL import Image
+
+from sire_jax.data import images, sources
+from sire_jax.data.dataset import Dataset, Selection, draw_classes
+from sire_jax.data.images import DamagedImageError
+from sire_jax.data.records import Records, open_records
+from sire_jax.data.tasks import Images
+
+LABELS = {"train": [0, 0, 0, 1, 1, 1, 2, 2, 2], "test": [0, 0, 1, 1, 2, 2]}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """An image folder ``pets`` in a directory, and the pixels of each split."""
+    made = write_folder(tmp_path / "pets")
+    return tmp_path, {split: pixels for split, (pixels, _) in made.items()}
+
+
+def _open(directory, name="folder:pets", *splits, **settings):
+    selection = Selection(*splits, **settings)
+    return open_records(name, str(directory), selection=selection)
+
+
+def test_a_folder_has_its_images_in_order_with_classes_named_by_directories(folder):
+    directory, pixels = folder
+    dataset = _open(directory)
+    assert dataset.classes == {"label": 3}
+    assert dataset.names == {"label": CLASSES}
+    for split, records in (("train", dataset.train), ("test", dataset.test)):
+        assert len(records) == len(pixels[split])
+        assert records.labels["label"].tolist() == LABELS[split]
+        assert records.labels["label"].dtype == np.int32
+        for i, expected in enumerate(pixels[split]):
+            assert np.array_equal(records.read(i), expected)
+            assert records.example(i)[1] == {"label": LABELS[split][i]}
+    assert dataset.train.read(0).dtype == np.uint8
+    assert dataset.train.name(4) == f"{directory}/pets/train/bee/1.png"
+
+
+def test_a_folder_may_be_named_by_its_whole_path_or_from_the_home(folder, monkeypatch):
+    directory, pixels = folder
+    monkeypatch.setenv("HOME", str(directory))
+    for name in (f"folder:{directory}/pets", "folder:~/pets"):
+        assert np.array_equal(_open("/nowhere", name).train.read(2), pixels["train"][2])
+    assert len(_open("~").train) == 9
+
+
+def test_a_number_outside_of_the_records_is_refused(folder):
+    records = _open(folder[0]).train
+    for index in (-1, 9):
+        with pytest.raises(IndexError, match=f"no image {index} among 9"):
+            records.read(index)
+
+
+def test_several_splits_are_read_one_after_another(folder):
+    directory, pixels = folder
+    shutil.copytree(directory / "pets" / "test", directory / "pets" / "val")
+    records = _open(directory, "folder:pets", ("train", "test"), "val").train
+    assert records.labels["label"].tolist() == LABELS["train"] + LABELS["test"]
+    assert np.array_equal(records.read(9), pixels["test"][0])
+    assert np.array_equal(records.read(14), pixels["test"][5])
+    assert records.name(10) == f"{directory}/pets/test/ape/1.png"
+
+
+def test_images_of_drawn_classes_are_chosen_without_decoding(folder):
+    directory, pixels = folder
+    drawn = draw_classes(3, 2, 5).tolist()
+    write(directory / "pets" / "train" / CLASSES[3 - sum(drawn)] / "0.png", b"damaged")
+    dataset = _open(directory, draw_classes=2, draw_seed=5)
+    assert dataset.classes == {"label": 2}
+    assert dataset.names == {"label": tuple(CLASSES[i] for i in drawn)}
+    kept = [i for i, label in enumerate(LABELS["train"]) if label in drawn]
+    assert dataset.train.labels["label"].tolist() == [0, 0, 0, 1, 1, 1]
+    for i, place in enumerate(kept):
+        image, labels = dataset.train.example(i)
+        assert np.array_equal(images.to_array(image), pixels["train"][place])
+        assert labels == {"label": drawn.index(LABELS["train"][place])}
+    with pytest.raises(ValueError, match=r"draw_classes is 4; of 3 classes"):
+        _open(directory, draw_classes=4)
+
+
+def test_images_lie_at_any_depth_and_hidden_files_are_no_images(folder):
+    directory, pixels = folder
+    train = directory / "pets" / "train"
+    write(train / "bee" / "garden" / "more" / "x.JPEG", encoded(picture(1), "JPEG"))
+    write(train / "bee" / "._0.png", b"")
+    write(train / "bee" / ".thumbs" / "0.png", b"")
+    (train / ".git").mkdir()
+    (directory / "pets" / ".cache").mkdir()
+    (directory / "elsewhere").mkdir()
+    shutil.move(train / "cow" / "2.png", directory / "elsewhere")
+    (train / "cow" / "linked").symlink_to(directory / "elsewhere")
+    records = _open(directory).train
+    assert records.labels["label"].tolist() == [0] * 3 + [1] * 4 + [2] * 3
+    assert [records.name(i).removeprefix(f"{train}/bee/") for i in range(3, 7)] == [
+        *("0.png", "1.png", "2.png", "garden/more/x.JPEG"),
+    ]
+    assert np.array_equal(records.read(9), pixels["train"][8])
+
+
+def test_records_are_the_same_in_another_process_and_need_no_jax_there(folder):
+    directory, pixels = folder
+    stored = directory / "records.pickle"
+    records = _open(directory).train
+    assert records.labels["label"].shape == (9,)
+    stored.write_bytes(pickle.dumps(records))
+    program = f"""
+import pickle, sys
+records = pickle.loads(open({str(stored)!r}, "rb").read())
+assert "labels" not in vars(records)
+print(records.read(8).tolist(), records.labels["label"].tolist())
+import sire_jax.data.stream
+assert not {{"jax", "grain", "tensorflow_datasets"}} & set(sys.modules)
+"""
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    assert found.stdout.decode() == f"{pixels['train'][8].tolist()} {LABELS['train']}\n"
+
+
+# ---- Folders that are not what they should be.
+
+
+def test_a_missing_folder_is_refused_with_the_layout(tmp_path):
+    with pytest.raises(FileNotFoundError) as raised:
+        _open(tmp_path, "folder:cats")
+    assert f"no image folder {tmp_path}/cats; an image folder is <folder>/" in str(raised.value)
+    assert "--config.data.dir=DIR" in str(raised.value)
+    with pytest.raises(ValueError, match="'folder:' names no folder; write folder:my_images"):
+        _open(tmp_path, "folder:")
+
+
+def test_a_missing_split_is_refused_with_those_that_there_are(folder):
+    with pytest.raises(ValueError, match=r"pets has no split 'val', only \['test', 'train'\]"):
+        _open(folder[0], "folder:pets", ("train",), "val")
+
+
+def test_a_split_without_classes_is_refused(folder):
+    shutil.rmtree(folder[0] / "pets" / "test")
+    for i in range(3):
+        write(folder[0] / "pets" / "test" / f"{i}.jpg", b"")
+    message = r"pets/test has no directories of classes, and 3 images outside of any; an image fold"
+    with pytest.raises(ValueError, match=message):
+        _open(folder[0])
+
+
+def test_a_split_with_other_classes_is_refused_with_both_differences(folder):
+    (folder[0] / "pets" / "test" / "bee").rename(folder[0] / "pets" / "test" / "wasp")
+    message = r"test has other classes than .* \(1 more: 'wasp'; 1 missing: 'bee'\); all splits"
+    with pytest.raises(ValueError, match=message):
+        _open(folder[0])
+    shutil.rmtree(folder[0] / "pets" / "test" / "wasp")
+    with pytest.raises(ValueError, match=r"of training \(1 missing: 'bee'\); all splits"):
+        _open(folder[0])
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_an_empty_class_is_refused(folder, split):
+    for path in (folder[0] / "pets" / split / "bee").iterdir():
+        path.unlink()
+    message = rf"pets/{split} has 1 of 3 classes without images: 'bee'; add images, or remove"
+    with pytest.raises(ValueError, match=message):
+        _open(folder[0])
+
+
+def test_a_folder_without_images_is_refused(tmp_path):
+    for name in CLASSES:
+        write(tmp_path / "pets" / "train" / name / "a.txt", b"")
+    (tmp_path / "pets" / "test").mkdir()
+    with pytest.raises(ValueError, match=r"pets/train has no images; files count .* \.bmp, .*webp"):
+        _open(tmp_path)
+
+
+def test_a_single_file_is_no_set(tmp_path):
+    for split in ("train", "test"):
+        write(tmp_path / "pets" / split / "ape" / "0.png", picture(0))
+    message = r"pets/train has 1 image\(s\) of one class, 'ape'; .* at least two classes"
+    with pytest.raises(ValueError, match=message):
+        _open(tmp_path)
+
+
+def test_a_class_with_a_single_training_image_is_warned_of(folder):
+    for i in (1, 2):
+        (folder[0] / "pets" / "train" / "cow" / f"{i}.png").unlink()
+    with pytest.warns(UserWarning, match=r"1 classes with a single training image: 'cow'; none"):
+        dataset = _open(folder[0])
+    assert len(dataset.train) == 7
+    with pytest.raises(ValueError, match="class 2 has only 1 training images"):
+        Images(validation_per_class=1).draw(dataset, 0)
+
+
+def test_files_that_are_not_named_like_images_are_left_out_with_one_warning(folder):
+    for i, name in enumerate(("ape", "bee")):
+        write(folder[0] / "pets" / "train" / name / f"notes{i}.txt", b"")
+    write(folder[0] / "pets" / "test" / "cow" / "Thumbs.db", b"")
+    with pytest.warns(UserWarning, match="left out") as warned:
+        dataset = _open(folder[0])
+    assert len(dataset.train) == 9
+    (message,) = [str(each.message) for each in warned]
+    assert f"{folder[0]}/pets has 3 files that are left out" in message
+    assert message.endswith(f"the first is {folder[0]}/pets/train/ape/notes0.txt.")
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_damaged_image_is_named_with_the_cause(folder, kind):
+    content, cause = DAMAGED[kind]
+    path = folder[0] / "pets" / "train" / "bee" / "1.png"
+    path.write_bytes(content)
+    with pytest.raises(DamagedImageError, match=rf"^{path} is damaged: .*({cause})"):
+        _open(folder[0]).train.read(4)
+
+
+def test_an_image_that_is_gone_is_named(folder):
+    records = _open(folder[0]).train
+    (folder[0] / "pets" / "train" / "bee" / "1.png").unlink()
+    with pytest.raises(DamagedImageError, match=r"bee/1.png is damaged: .*No such file"):
+        records.read(4)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("digits", "no data source 'digits' to stream.*--config.data.feed=device"),
+        ("tdfs:mnist", "no data source 'tdfs:mnist' to stream. Did you mean 'tfds:<set>'"),
+    ],
+)
+def test_what_can_not_be_streamed_is_refused(tmp_path, name, message):
+    with pytest.raises(ValueError, match=message):
+        open_records(name, str(tmp_path))
+
+
+def test_images_of_two_channels_are_refused(folder):
+    with pytest.raises(ValueError, match=r"shape ends in 2 channels; .* 3 \(colour\) or 1 \(grey"):
+        open_records("folder:pets", str(folder[0]), channels=2)
+
+
+# ---- Tiny ImageNet's layout.
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """Two validation images, ``val_0`` of a cow and ``val_1`` of an ape, and no bee."""
+    for i, name in enumerate(CLASSES):
+        for k in range(2):
+            write(tmp_path / "tiny" / "train" / name / "images" / f"{name}_{k}.JPEG", picture(i))
+        write(tmp_path / "tiny" / "train" / name / f"{name}_boxes.txt", b"0 0 1 1")
+    for i in range(3):
+        write(tmp_path / "tiny" / "val" / "images" / f"val_{i}.JPEG", picture(10 + i))
+    lines = [f"val_{i}.JPEG\t{name}\t0\t0\t5\t3" for i, name in enumerate(("cow", "ape", "bee"))]
+    (tmp_path / "tiny" / "val" / "val_annotations.txt").write_text("\n".join(lines) + "\n")
+    return tmp_path
+
+
+def test_the_layout_of_tiny_imagenet_is_understood(tiny):
+    dataset = _open(tiny, "folder:tiny", ("train",), "val")
+    assert dataset.train.labels["label"].tolist() == [0, 0, 1, 1, 2, 2]
+    assert dataset.test.labels["label"].tolist() == [2, 0, 1]
+    assert dataset.test.name(1) == f"{tiny}/tiny/val/images/val_1.JPEG"
+    assert np.array_equal(dataset.test.read(1), picture(11))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("val_3.JPEG\tdog\t0", r"line 4, is 'val_3.JPEG\\tdog\\t0'; .*one of the 3 classes of tra"),
+        (
+            "val_3.JPEG ape",
+            r"line 4, is 'val_3.JPEG ape'; it should be the name of an image, a tab",
+        ),
+        ("val_3.JPEG\tape", r"names 1 images that are not there: 'images/val_3.JPEG'; mend"),
+    ],
+)
+def test_annotations_that_do_not_fit_are_refused(tiny, line, message):
+    with (tiny / "tiny" / "val" / "val_annotations.txt").open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(ValueError, match=message):
+        _open(tiny, "folder:tiny", ("train",), "val")
+
+
+def test_images_without_annotations_are_refused(tiny):
+    write(tiny / "tiny" / "val" / "images" / "val_9.JPEG", picture(0))
+    with pytest.raises(ValueError, match=r"has no line for 1 images: 'images/val_9.JPEG'; mend"):
+        _open(tiny, "folder:tiny", ("train",), "val")
+
+
+# ---- A folder in memory.
+
+
+def _load(directory, cache="", resize=0, channels=3, **settings):
+    selection = Selection(**settings)
+    return sources.load("folder:pets", str(directory), str(cache), selection, resize, channels)
+
+
+def test_a_folder_is_loaded_into_memory_as_its_records_are_read(folder, tmp_path, monkeypatch):
+    directory, pixels = folder
+    dataset = _load(directory, tmp_path / "cache")
+    assert dataset.classes == {"label": 3}
+    assert dataset.names == {"label": CLASSES}
+    for split, source in (("train", dataset.train), ("test", dataset.test)):
+        assert np.array_equal(source.image, np.stack(pixels[split]))
+        assert source.labels["label"].tolist() == LABELS[split]
+        assert len(source) == len(LABELS[split])
+
+    def fail(*_):
+        raise AssertionError("an image was decoded")
+
+    monkeypatch.setattr(images, "decode", fail)
+    again = _load(directory, tmp_path / "cache")
+    assert np.array_equal(again.train.image, dataset.train.image)
+    # Other choices and other files are decoded.
+    for settings in ({"resize": 2}, {"channels": 1}, {"draw_classes": 2}):
+        with pytest.raises(DamagedImageError, match="an image was decoded"):
+            _load(directory, tmp_path / "cache", **settings)
+    write(directory / "pets" / "train" / "ape" / "9.png", picture(0))
+    with pytest.raises(DamagedImageError, match="an image was decoded"):
+        _load(directory, tmp_path / "cache")
+
+
+def test_drawn_classes_of_a_folder_are_loaded_alone(folder):
+    directory, pixels = folder
+    drawn = draw_classes(3, 2, 0).tolist()
+    dataset = _load(directory, draw_classes=2)
+    kept = [i for i, label in enumerate(LABELS["train"]) if label in drawn]
+    assert np.array_equal(dataset.train.image, np.stack(pixels["train"])[kept])
+    assert dataset.train.labels["label"].tolist() == [0, 0, 0, 1, 1, 1]
+    assert dataset.names == {"label": tuple(CLASSES[i] for i in drawn)}
+
+
+def test_images_of_several_sizes_are_refused_or_scaled(folder):
+    write(folder[0] / "pets" / "train" / "ape" / "0.png", picture(0, 9, 5))
+    message = r"9 images of 2 sizes, such as \[\(4, 6, 3\), \(9, 5, 3\)\]; .*config.data.resize="
+    with pytest.raises(ValueError, match=message):
+        _load(folder[0])
+    scaled = _load(folder[0], resize=3).train.image
+    assert scaled.shape == (9, 3, 3, 3)
+    square = images.central_square(Image.fromarray(picture(0, 9, 5)), 3)
+    assert np.array_equal(scaled[0], np.asarray(square))
+
+
+def test_grey_images_can_be_asked_for(folder):
+    directory, pixels = folder
+    grey = _load(directory, channels=1).train.image
+    assert grey.shape == (9, 4, 6, 1)
+    assert np.array_equal(
+        grey[0, ..., 0], np.asarray(Image.fromarray(pixels["train"][0], "RGB").convert("L"))
+    )
+
+
+def test_a_damaged_image_of_a_folder_is_not_loaded(folder):
+    write(folder[0] / "pets" / "test" / "cow" / "1.png", b"text")
+    with pytest.raises(DamagedImageError, match=r"test/cow/1.png is damaged: its 4 bytes are no"):
+        _load(folder[0])
+
+
+# ---- Prepared sets.
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A set of images of several sizes, whose labels are their width mod 3."""
+    root = tmp_path_factory.mktemp("prepared")
+    content = [(encoded(picture(i, 4, 6 + i)), (6 + i) % 3) for i in range(7)]
+    prepare_set(root, {"train": content, "extra": content[:3], "test": content[:4]})
+    return str(root)
+
+
+def _check_small(records, number):
+    widths = set()
+    for i in range(number):
+        image, labels = records.example(i)
+        assert labels == {"label": image.width % 3, "odd": image.width % 3 % 2}
+        assert np.array_equal(images.to_array(image), picture(image.width - 6, 4, image.width))
+        assert labels == {kind: values[i] for kind, values in records.labels.items()}
+        widths.add(image.width)
+    assert widths == set(range(6, 6 + number))
+
+
+def test_a_prepared_set_of_any_sizes_is_read_with_all_its_labels(prepared):
+    dataset = open_records("tfds:small", prepared)
+    assert dataset.classes == {"label": 3, "odd": 2}
+    assert dataset.names == {"label": CLASSES, "odd": ("0", "1")}
+    assert (len(dataset.train), len(dataset.test)) == (7, 4)
+    _check_small(dataset.train, 7)
+    _check_small(pickle.loads(pickle.dumps(dataset.test)), 4)
+    assert dataset.train.name(5) == "record 5 of small train"
+    both = open_records("tfds:small", prepared, selection=Selection(("test", "extra"), "train"))
+    assert len(both.train) == 7
+    assert both.train.name(5) == "record 1 of small extra"
+
+
+def test_a_prepared_set_of_any_sizes_is_loaded_scaled(prepared):
+    dataset = sources.load("tfds:small", prepared, resize=2)
+    records = open_records("tfds:small", prepared).train
+    squares = [images.central_square(records.example(i)[0], 2) for i in range(7)]
+    assert np.array_equal(dataset.train.image, np.stack([np.asarray(each) for each in squares]))
+    assert np.array_equal(dataset.train.labels["odd"], records.labels["odd"])
+
+
+@pytest.fixture
+def unread(monkeypatch):
+    """Fails where the records of a set are read."""
+
+    def fail(*_):
+        raise AssertionError("records were read")
+
+    monkeypatch.setattr("sire_jax.data.prepared.open_split", fail)
+
+
+def test_labels_are_read_once_and_only_if_they_are_needed(prepared, tmp_path, request):
+    first = open_records("tfds:small", prepared, str(tmp_path)).train.labels
+    (copy,) = tmp_path.iterdir()
+    assert copy.name.startswith("small-1.0.0-labels-train-")
+    request.getfixturevalue("unread")
+    dataset = open_records("tfds:small", prepared, str(tmp_path))
+    assert dataset.train.labels.keys() == first.keys() == {"label", "odd"}
+    assert all(np.array_equal(dataset.train.labels[kind], first[kind]) for kind in first)
+    assert first["label"].dtype == np.int32
+    # Without validation images nothing asks for them.
+    draw = Images().draw(open_records("tfds:small", prepared), 0)
+    assert (draw.train.tolist(), draw.test.tolist()) == (list(range(7)), list(range(4)))
+    with pytest.raises(AssertionError, match="records were read"):
+        _ = dataset.test.labels
+
+
+def test_drawn_classes_of_a_prepared_set_are_chosen_by_label(prepared, monkeypatch):
+    drawn = draw_classes(3, 2, 0).tolist()
+    decoded = []
+    monkeypatch.setattr(images, "decode", lambda *_: decoded.append(1))
+    dataset = open_records("tfds:small", prepared, selection=Selection(draw_classes=2))
+    assert not decoded
+    monkeypatch.undo()
+    assert dataset.classes == {"label": 2}
+    expected = sorted(w for w in range(6, 13) if w % 3 in drawn)
+    found = [dataset.train.example(i) for i in range(len(dataset.train))]
+    assert sorted(image.width for image, _ in found) == expected
+    assert all(labels == {"label": drawn.index(im.width % 3)} for im, labels in found)
+    assert dataset.train.labels["label"].tolist() == [labels["label"] for _, labels in found]
+
+
+def test_a_label_outside_of_the_classes_is_named(tmp_path):
+    content = [(encoded(picture(0)), label) for label in (0, 7, -1)]
+    prepare_set(tmp_path, {"train": content, "test": content[:1]})
+    records = open_records("tfds:small", str(tmp_path)).train
+    messages = []
+    for i in range(3):
+        try:
+            records.read(i)
+        except DamagedImageError as error:
+            messages.append(str(error).partition(" has ")[2])
+    outside = "which is outside the 3 classes 0..2."
+    assert sorted(messages) == [f"the label -1, {outside}", f"the label 7, {outside}"]
+
+
+def test_a_set_that_is_not_prepared_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"'small' is not prepared in {tmp_path}"):
+        open_records("tfds:small", str(tmp_path))
+
+
+def test_records_and_sources_make_data_sets():
+    dataset = Dataset(Records((), {"label": 2}, 3), Records((), {"label": 2}, 3), {"label": 2})
+    assert len(dataset.train) == 0
+    assert dataset.names == {"label": ("0", "1")}
+
+
+# ---- Decoding.
+
+
+def test_images_of_every_mode_are_converted():
+    rgb = picture(0, 3, 5)
+    whole = Image.fromarray(rgb)
+    palette = whole.quantize(4)
+    palette.info["transparency"] = bytes([0, 255, 255, 255])
+    alpha = whole.copy()
+    alpha.putalpha(7)
+    for image, expected in (
+        (whole.convert("L"), whole.convert("L").convert("RGB")),
+        (whole.convert("1"), whole.convert("1").convert("RGB")),
+        (alpha, whole),
+        (alpha.convert("LA"), whole.convert("L").convert("RGB")),
+        (palette, palette.convert("RGBA").convert("RGB")),
+    ):
+        content = _saved(image, "PNG")
+        assert np.array_equal(images.to_array(images.decode(content, 3)), np.asarray(expected))
+        grey = images.to_array(images.decode(content, 1))
+        assert grey.shape == (3, 5, 1)
+    inks = Image.new("CMYK", (5, 3), (0, 0, 0, 255))
+    assert np.abs(images.to_array(images.decode(_saved(inks, "JPEG"), 3))).max() < 3
+
+
+def _saved(image, kind):
+    written = io.BytesIO()
+    image.save(written, kind)
+    return written.getvalue()
+
+
+def test_more_than_8_bits_a_channel_are_refused():
+    deep = Image.fromarray(np.full((3, 5), 40_000, np.uint16))
+    with pytest.raises(ValueError, match=r"more than 8 bits a channel \(mode I;16\)"):
+        images.decode(_saved(deep, "PNG"), 1)
+
+
+def test_an_image_that_would_fill_the_memory_is_refused(monkeypatch):
+    content = encoded(picture(0, 20, 30))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 599)
+    # Pillow itself warns, and refuses twice as many.
+    with pytest.warns(Image.DecompressionBombWarning), pytest.raises(ValueError, match="30 x 20"):
+        images.decode(content, 3)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 600)
+    assert images.decode(content, 3).size == (30, 20)
+
+
+# ---- Scaling.
+
+
+def test_the_central_square_is_the_middle_of_the_scaled_image():
+    # Columns of 0, then 4 columns of 100 in the middle, then of 0: the square is the middle.
+    wide = np.zeros((4, 12, 3), np.uint8)
+    wide[:, 4:8] = 100
+    assert (np.asarray(images.central_square(Image.fromarray(wide), 4)) == 100).all()
+    tall = np.ascontiguousarray(wide.swapaxes(0, 1))
+    assert (np.asarray(images.central_square(Image.fromarray(tall), 4)) == 100).all()
+    # Of the side it has, a square stays as it is.
+    square = picture(0, 5, 5)
+    assert np.array_equal(np.asarray(images.central_square(Image.fromarray(square), 5)), square)
+
+
+def test_scaling_down_is_antialiased():
+    checkered = np.indices((64, 64)).sum(0) % 2 * 200
+    scaled = images.central_square(Image.fromarray(checkered.astype(np.uint8)), 8)
+    assert np.abs(np.asarray(scaled).astype(int) - 100).max() <= 2
+
+
+def test_random_boxes_have_the_areas_and_shapes_that_they_should():
+    generator = np.random.default_rng(0)
+    width, height = 1200, 1000
+    boxes = np.array([images.random_box(width, height, generator) for _ in range(4000)])
+    left, top, right, bottom = boxes.T
+    assert (boxes >= 0).all()
+    assert right.max() <= width
+    assert bottom.max() <= height
+    w, h = right - left, bottom - top
+    area, ratio = w * h / (width * height), w / h
+    assert 0.079 < area.min() < 0.09
+    assert area.max() <= 1
+    assert 0.74 < ratio.min() < 0.76
+    assert 1.31 < ratio.max() < 1.34
+    # Uniform where all shapes fit: below half of the area as many in each tenth.
+    counts = np.histogram(area, bins=np.linspace(0.1, 0.5, 5))[0]
+    assert counts.min() > 0.8 * counts.max()
+    # Wide and tall ones are as likely, as are places left and right.
+    small = area < 0.5
+    assert np.median(np.log(ratio[small])) == pytest.approx(0, abs=0.02)
+    assert np.median(left[small] / (width - w[small])) == pytest.approx(0.5, abs=0.03)
+    assert np.median(top[small] / (height - h[small])) == pytest.approx(0.5, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("size", "box"),
+    [((900, 30), (430, 0, 470, 30)), ((30, 900), (0, 430, 30, 470)), ((1, 1), (0, 0, 1, 1))],
+)
+def test_where_no_box_fits_it_is_the_largest_of_an_allowed_shape(size, box):
+    class Largest:
+        def uniform(self, low, high):
+            return high
+
+        def integers(self, low, high):
+            return low
+
+    assert images.random_box(*size, Largest()) == box
+
+
+def test_a_random_square_is_the_scaled_box():
+    image = Image.fromarray(picture(0, 40, 60))
+    made = images.random_square(image, 8, np.random.default_rng(3))
+    box = images.random_box(60, 40, np.random.default_rng(3))
+    expected = image.resize((8, 8), Image.Resampling.BILINEAR, box=box)
+    assert np.array_equal(np.asarray(made), np.asarray(expected))

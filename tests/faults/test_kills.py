@@ -1,0 +1,72 @@
+"""Sixteen kills -9 of the real program at random moments."""
+
+import re
+import time
+import warnings
+
+import numpy as np
+import programs
+import pytest
+
+from sire_jax.checkpoint import Checkpoints
+from sire_jax.workdir import read_metrics, read_results
+
+pytestmark = pytest.mark.optax_dtypes
+
+KILLS = 16
+# Many more steps than the killed lives take together.
+OVERRIDES = (
+    "--config.seeds=1",
+    "--config.epochs=240",
+    "--config.evaluate_every=30",
+    "--config.checkpoint_every=2",
+    "--config.checkpoint_steps=7",
+    "--config.steps_per_call=3",
+)
+
+
+def _newest(workdir):
+    """Returns the step saved last."""
+    with warnings.catch_warnings():
+        # Of the one that was being written.
+        warnings.simplefilter("ignore")
+        return Checkpoints(workdir / "checkpoints").latest()
+
+
+def test_nothing_is_lost_by_kills_at_random_moments(tmp_path):
+    overrides = (*OVERRIDES, programs.cached(tmp_path))
+    workdir, random = tmp_path / "killed", np.random.default_rng(16)
+    lost = []
+    for kill in range(KILLS):
+        before = _newest(workdir) if kill else None
+        program = programs.train(workdir, tmp_path / f"log_{kill}", *overrides)
+        with programs.started(program):
+            if kill % 2:
+                # While it trains, saves and measures.
+                program.wait_for("First step")
+                time.sleep(random.uniform(0, 0.8))
+            else:
+                # At any moment from its start.
+                time.sleep(random.uniform(0, 6))
+            assert program.process.poll() is None, "It ended before it was killed."
+            program.process.kill()
+            assert program.wait() == -9
+        going_on = re.search(r"Going on after step (\d+)\.", program.output)
+        if going_on and before is not None:
+            lost.append(before - int(going_on[1]))
+        assert "Traceback" not in program.output
+    # At least the kills while it trained, but for the first, came after a restart.
+    assert len(lost) >= KILLS // 2 - 1
+    assert not any(lost)
+
+    program = programs.train(workdir, tmp_path / "log", *overrides)
+    with programs.started(program):
+        assert program.wait() == 0, program.output
+    whole = programs.train(tmp_path / "whole", tmp_path / "log_whole", *overrides)
+    with programs.started(whole):
+        assert whole.wait() == 0, whole.output
+    programs.assert_same_bits(
+        programs.final(workdir, *OVERRIDES), programs.final(tmp_path / "whole", *OVERRIDES)
+    )
+    assert read_metrics(workdir) == read_metrics(tmp_path / "whole")
+    assert read_results(workdir)["splits"] == read_results(tmp_path / "whole")["splits"]

@@ -1,0 +1,70 @@
+"""Compiled programs that are kept, and what is said of them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sire_jax import compilation
+
+
+@pytest.fixture
+def directory(tmp_path, monkeypatch):
+    """A directory that keeps every program, however quickly it was compiled."""
+    monkeypatch.setattr(compilation, "_WORTH_KEEPING", 0.0)
+    before = jax.config.values["jax_compilation_cache_dir"]
+    yield tmp_path / "a" / "compiled"
+    compilation.keep(before or "")
+
+
+def _compile():
+    """Compiles a program anew, or loads it; returns what is said."""
+    before = compilation.counts()
+    jax.jit(lambda x: jnp.sin(x) * 3 + 1)(np.zeros(3, np.float32)).block_until_ready()
+    return compilation.counts().since(before)
+
+
+def test_programs_are_kept_and_loaded_from_where_the_user_says(directory):
+    compilation.keep(str(directory))
+    jax.clear_caches()
+    first = _compile()
+    assert first.startswith("1 program compiled in 0.")
+    assert first.endswith("0 loaded in 0.0 s")
+    assert any(directory.iterdir())
+    jax.clear_caches()
+    assert _compile().startswith("0 programs compiled in 0.0 s, 1 loaded in 0.")
+    for path in directory.iterdir():
+        path.unlink()
+    jax.clear_caches()
+    assert _compile().startswith("1 program compiled")
+
+
+def test_another_directory_is_used_from_then_on(directory, tmp_path):
+    compilation.keep(str(directory))
+    jax.clear_caches()
+    _compile()
+    compilation.keep(str(tmp_path / "b"))
+    jax.clear_caches()
+    assert _compile().startswith("1 program compiled")
+    assert any((tmp_path / "b").iterdir())
+
+
+def test_nothing_is_kept_where_the_user_says_so(directory):
+    compilation.keep("")
+    jax.clear_caches()
+    _compile()
+    assert not directory.exists()
+
+
+def test_a_directory_that_cannot_be_written_is_reported(directory, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.warns(UserWarning, match=r"can't be kept in .*file/compiled \(Not a directory\)"):
+        compilation.keep(str(tmp_path / "file" / "compiled"))
+    assert jax.config.values["jax_compilation_cache_dir"] is None
+
+
+def test_one_program_is_singular():
+    counts = compilation.Counts(compiled=3, loaded=5, seconds=4.5, loading=1.25)
+    assert counts.since(compilation.Counts(compiled=2, loaded=1, seconds=1.0, loading=0.25)) == (
+        "1 program compiled in 2.5 s, 4 loaded in 1.0 s"
+    )
