@@ -95,7 +95,9 @@ class Training:
         """Saves as the training program does."""
         seconds = self.runs.place(np.float32(0))
         tree = (self.state, self.runs.no_metrics(), None, seconds)
-        checkpoints.save(int(np.asarray(self.state.step)[0]), tree, distributed.describe())
+        checkpoints.save(
+            int(np.asarray(self.state.step)[0]), tree, distributed.describe(self.runs.mesh)
+        )
 
 
 # ---- Scaling.

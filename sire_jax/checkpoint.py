@@ -80,6 +80,18 @@ class Checkpoints:
         """
         return _on_first(self._latest)
 
+    def lost(self) -> bool:
+        """Tells whether there were checkpoints of later steps than 0, and none is intact."""
+        return _on_first(lambda: self._latest() is None and self._had_any())
+
+    def _had_any(self) -> bool:
+        with contextlib.suppress(OSError, KeyError, TypeError, ValueError, RecursionError):
+            if int(manifest.read_sealed(self._directory / _NEWEST)["step"]) > 0:
+                return True
+        return any(
+            (self._path(step) / manifest.MANIFEST).exists() for step in self._steps() if step
+        )
+
     def save(self, step: int, tree: PyTree, notes: Mapping[str, Any] | None = None) -> None:
         """Copies a tree and starts to write it, unless that step is saved and intact already.
 

@@ -1,5 +1,6 @@
 """Compiled programs: kept on disk for the next start, and counted with the time that they take."""
 
+import tempfile
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ def keep(directory: str) -> None:
     if path is not None:
         try:
             Path(path).mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=path).close()
         except OSError as error:
             warnings.warn(
                 f"Compiled programs can't be kept in {directory} ({error.strerror}); the next start"

@@ -86,7 +86,7 @@ def default() -> ConfigDict:
             "checkpoints_kept": 2,  # the newest
             # Where compiled programs are kept for the next start; "" for nowhere.
             "compilation_cache": "~/.cache/sire_jax/compiled",
-            "peer_timeout": 15.0,  # seconds without a sign of a process, or of its next step
+            "peer_timeout": 12.0,  # seconds without a sign of a process, or of its next step
             "chance_after": 10,  # epochs after which a run at chance level says so; 0: never
             "gradient_flow_every": 0,  # epochs between measurements of gradients; 0: none
             "tensorboard": False,
@@ -108,6 +108,8 @@ _FREE = {
     "peer_timeout",
     "data.workers",
     "data.threads",
+    # What it changes would otherwise have ended the run.
+    "data.damaged",
     "chance_after",
     "gradient_flow_every",
     "tensorboard",

@@ -12,6 +12,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import platform
 import time
 import traceback
 from collections.abc import Iterator, Mapping
@@ -118,10 +119,14 @@ def exchange(value: str) -> list[str]:
     _exchanges += 1
     client, place = _client(), f"sire_jax/exchange/{_exchanges}"
     client.key_value_set(f"{place}/{jax.process_index()}", value)
-    return [
+    values = [
         client.blocking_key_value_get(f"{place}/{i}", _PATIENCE * 1000)
         for i in range(jax.process_count())
     ]
+    if is_main() and _exchanges > 1:
+        # All have read those, or they would not have come to this one.
+        client.key_value_delete(f"sire_jax/exchange/{_exchanges - 1}/")
+    return values
 
 
 @contextlib.contextmanager
@@ -171,9 +176,9 @@ def check_same(mine: Mapping[str, str]) -> None:
         )
 
 
-def program(config: ConfigDict) -> dict[str, str]:
+def identity(config: ConfigDict) -> dict[str, str]:
     """Returns what has to be the same on all processes: config, code and libraries."""
-    packages = ("jax", "flax", "optax")
+    packages = ("jax", "jaxlib", "flax", "optax")
     return {
         **{f"config.{k}": repr(v) for k, v in configuration.flat(config).items() if k not in _OWN},
         "code of sire_jax": f"{__version__} ({_code()})",
@@ -253,21 +258,35 @@ def ended_together() -> Iterator[None]:
         in_order = isinstance(error, SystemExit) and error.code in _IN_ORDER
         if _watch is None or in_order:
             raise
+        if isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error):
+            # Likely of a process that is gone; the watch will know which, and ends this one.
+            time.sleep(_watch.signs.timeout + 10 * SECONDS_BETWEEN_SIGNS)
         if not isinstance(error, SystemExit):
             traceback.print_exc()
-        if isinstance(error, jax.errors.JaxRuntimeError):
-            # Likely of a process that is gone; the watch will know which.
-            time.sleep(_watch.signs.timeout + 2 * SECONDS_BETWEEN_SIGNS)
         code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
         _watch.end(code)
 
 
-def describe() -> Mapping[str, Any]:
-    """Returns on what a run is computed: what has to be the same for the same bits."""
-    device = jax.devices()[0]
+def describe(mesh: jax.sharding.Mesh) -> Mapping[str, Any]:
+    """Returns on what a run is computed: what has to be the same for the same bits.
+
+    Args:
+        mesh: The devices that it uses.
+    """
+    device = mesh.devices.ravel()[0]
+    kind = _processor() if device.platform == "cpu" else device.device_kind
     return {
         "jax": jax.__version__,
-        "platform": f"{device.platform} ({device.device_kind})",
-        "devices": jax.device_count(),
+        "jaxlib": importlib.metadata.version("jaxlib"),
+        "hardware": f"{device.platform} ({kind})",
+        "devices": mesh.size,
         "processes": jax.process_count(),
     }
+
+
+def _processor() -> str:
+    """Names the processor, as far as the system tells."""
+    listed = Path("/proc/cpuinfo")
+    lines = listed.read_text().splitlines() if listed.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.machine()

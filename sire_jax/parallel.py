@@ -55,8 +55,8 @@ def device_mesh(devices: int, share: str, batch_size: int, seeds: int) -> Mesh:
             f" ({processes} process{'es' * (processes > 1)} x {number // processes}); take a"
             f" multiple of {number}, or other config.devices{_advice(share, seeds, number)}."
         )
-    kind = (jax.sharding.AxisType.Auto,)
-    return jax.make_mesh((number,), (axis,), axis_types=kind, devices=used)
+    # Not jax.make_mesh, which would put TPUs in another order.
+    return Mesh(np.array(used), (axis,), axis_types=(jax.sharding.AxisType.Auto,))
 
 
 def _advice(share: str, seeds: int, devices: int) -> str:

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from sire_jax import compilation, convolution, distributed, experiment, parallel
 from sire_jax.data import tasks
 from sire_jax.data.augmentation import Batch
-from sire_jax.data.dataset import Dataset, Source
+from sire_jax.data.dataset import Dataset
 from sire_jax.diagnostics import gradient_flow
 from sire_jax.fitted_prediction import MOST, is_fitted
 from sire_jax.metrics import Average, Metrics, means
@@ -324,27 +324,36 @@ class Runs:
 def fingerprint(dataset: Dataset[Any]) -> str:
     """Describes a data set so that another one has another description; alone, briefly."""
     counts = f"{len(dataset.train):,} + {len(dataset.test):,} images of {dict(dataset.classes)}"
-    if jax.process_count() == 1 or not isinstance(dataset.train, Source):
+    if jax.process_count() == 1:
         return counts
-    checksum = 0
-    for source in (dataset.train, dataset.test):
-        for values in (source.image, *(source.labels[kind] for kind in sorted(source.labels))):
+    checksum = zlib.crc32(repr(sorted(dataset.names.items())).encode())
+    for part in (dataset.train, dataset.test):
+        for values in part.identity():
             checksum = zlib.crc32(np.ascontiguousarray(values).data, checksum)
     return f"{counts}, checksum {checksum:08x}"
 
 
 class Program:
-    """A compiled function. Its first call compiles, on which the other processes have to wait."""
+    """A compiled function. A call that compiles may take long, which the other processes are told.
+
+    Args:
+        function: The function.
+    """
 
     def __init__(self, function: Callable[..., Any]):
-        self._function, self._compiled = function, False
+        self._function, self._compiled = function, set[Any]()
 
     def __call__(self, *args: Any) -> Any:
         """Calls the function; each process of the job has to."""
+        if jax.process_count() == 1:
+            return self._function(*args)
         distributed.arrive()
-        if self._compiled:
+        leaves, structure = jax.tree.flatten(args)
+        # What JAX compiles anew for.
+        signature = structure, tuple((np.shape(x), getattr(x, "dtype", type(x))) for x in leaves)
+        if signature in self._compiled:
             return self._function(*args)
         with distributed.patience("compiling"):
             found = jax.block_until_ready(self._function(*args))
-        self._compiled = True
+        self._compiled.add(signature)
         return found

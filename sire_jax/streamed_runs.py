@@ -5,6 +5,7 @@ run is in its data is its number of steps, which its checkpoints have. Each proc
 part of each batch.
 """
 
+import itertools
 import json
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -205,7 +206,7 @@ class StreamedRuns(Runs):
         devices = self.mesh.size
         size = -(-min(self.config.evaluate_batch_size, len(chosen)) // devices) * devices
         steps = -(-len(chosen) // size)
-        filled = np.concatenate([chosen, np.repeat(chosen[:1], steps * size - len(chosen))])
+        filled = np.resize(chosen, steps * size)
         counts = (np.arange(steps * size) < len(chosen)).reshape(steps, size)
         part = size // jax.process_count()
         own = slice(jax.process_index() * part, (jax.process_index() + 1) * part)
@@ -289,9 +290,10 @@ def ahead(batches: Iterator[Arrays], place: Callable[[Arrays], Any]) -> Iterator
         batches: Batches of the host.
         place: Starts to bring one to the devices.
     """
-    waiting: deque[Any] = deque()
+    # The first ones take as long as workers need to start.
+    with distributed.patience("reading the first images"):
+        waiting = deque(map(place, itertools.islice(batches, _AHEAD + 1)))
     for batch in batches:
+        yield waiting.popleft()
         waiting.append(place(batch))
-        if len(waiting) > _AHEAD:
-            yield waiting.popleft()
     yield from waiting

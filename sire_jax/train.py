@@ -1,5 +1,6 @@
 """Trains a network: ``python -m sire_jax.train --config=configs/X.py:variant --workdir=DIR``."""
 
+import json
 import math
 import sys
 import time
@@ -23,7 +24,7 @@ from sire_jax import (
     tables,
     traced,
 )
-from sire_jax.checkpoint import Checkpoints
+from sire_jax.checkpoint import CheckpointError, Checkpoints
 from sire_jax.diagnostics import gradient_flow
 from sire_jax.logs import Logs
 from sire_jax.metrics import Metrics
@@ -73,7 +74,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
         NonFiniteLossError: If a loss is not finite.
         InterruptedRunError: If a signal asked to stop; the state has been saved.
     """
-    distributed.check_same(distributed.program(config))
+    distributed.check_same(distributed.identity(config))
     with distributed.together("reading the config"):
         config = configuration.with_groups(config)
         parts = experiment.build(config)
@@ -87,7 +88,8 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
         directory.check_room(sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes)))
         logs = Logs(directory, config.tensorboard)
         directory.write_config()
-        results = read_results(directory.path)
+        # Process 0's, as a network file system may show it to some before others.
+        results = json.loads(distributed.exchange(json.dumps(read_results(directory.path)))[0])
     checkpoints = Checkpoints(directory.checkpoints, keep=config.checkpoints_kept)
     if results and results["step"] == checkpoints.latest() == config.epochs * runs.steps_per_epoch:
         checkpoints.close()
@@ -111,7 +113,10 @@ def _train(
 ) -> dict[str, Any]:
     # ---- Start, or go on.
     started, compiled = time.perf_counter(), compilation.counts()
-    step, (state, sums, best, spent) = _open(runs, checkpoints)
+    step, (state, sums, best, spent) = _open(runs, checkpoints, directory)
+    steps = runs.steps_per_epoch
+    # It was stopped before its last epoch was measured, or while.
+    unmeasured = step > 0 and step % steps == 0 and _has_losses(runs, sums)
     before = float(spent) - started
 
     def seconds() -> float:
@@ -119,15 +124,23 @@ def _train(
 
     def save() -> None:
         tree = (state, sums, best, runs.place(np.float32(seconds())))
-        _save(checkpoints, step, tree, directory)
+        _save(checkpoints, step, tree, runs, directory)
 
-    directory.forget_after(step)
-    steps = runs.steps_per_epoch
+    directory.forget_after(step - 1 if unmeasured else step)
     images, silent = _images_per_step(parts), not distributed.is_main()
     progress = Progress(config.epochs, steps, images, step, silent)
     pace, step_seconds, stopped = Pace(config.steps_per_call), list[float](), False
 
+    def end_epoch(epoch: int) -> bool:
+        nonlocal best, sums
+        ended = _end_of_epoch(config, runs, logs, progress, state, sums, best, step, epoch, stop)
+        if ended is not None:
+            best, sums = ended
+        return ended is not None
+
     # ---- Train.
+    if unmeasured:
+        stopped = not end_epoch(step // steps)
     while step < config.epochs * steps and not stopped:
         epoch, first = divmod(step, steps)
         order = runs.epoch_order(state, epoch)
@@ -150,9 +163,7 @@ def _train(
             if first < steps and _until_save(config, step) == config.checkpoint_steps:
                 save()
         if first == steps:
-            best, sums = _end_of_epoch(
-                config, runs, logs, progress, state, sums, best, step, epoch + 1
-            )
+            stopped = not end_epoch(epoch + 1)
         due = config.checkpoint_every and (epoch + 1) % config.checkpoint_every == 0
         due = due or _until_save(config, step) == config.checkpoint_steps
         if stopped or step == config.epochs * steps or (due and first == steps):
@@ -176,12 +187,12 @@ def _train(
         # Of all runs together; the median leaves compilation out.
         "step_seconds": float(np.median(step_seconds)) if step_seconds else None,
         "weights": "best validation accuracy" if best is not None else "last",
-        # Damaged ones, in training and evaluation.
-        "skipped_images": runs.number_skipped(),
         "splits": {
             split: _lists(runs.measure(kept.params, kept.model_state, split, fitted))
             for split in dict.fromkeys((*config.evaluate_splits, "test"))
         },
+        # Damaged ones, of this start, in training and measuring.
+        "skipped_images": runs.number_skipped(),
     }
     if distributed.is_main():
         directory.write_results(results)
@@ -195,21 +206,30 @@ def _draw(config: ConfigDict, directory: Path) -> None:
         gradient_flow.draw({config.name: directory}, directory / "gradient_flow.png")
 
 
-def _open(runs: Runs, checkpoints: Checkpoints) -> tuple[int, Checkpoint]:
-    """Restores the newest checkpoint, or starts with one, which is left if a loss breaks."""
+def _open(runs: Runs, checkpoints: Checkpoints, directory: Workdir) -> tuple[int, Checkpoint]:
+    """Restores the newest checkpoint, or starts with one, which is left if a loss breaks.
+
+    Raises:
+        CheckpointError: If there were checkpoints, and none is intact.
+    """
     step = checkpoints.latest()
     if step is None:
+        if checkpoints.lost():
+            raise CheckpointError(
+                f"None of the checkpoints in {directory.checkpoints} is intact, and to begin again"
+                " would remove them. Mend them, or move the directory away to begin again."
+            )
         start = runs.start()
-        checkpoints.save(0, start, notes=distributed.describe())
+        checkpoints.save(0, start, notes=distributed.describe(runs.mesh))
         return 0, start
     restored = checkpoints.restore(runs.checkpoint_shapes())
-    distributed.say(f"Going on after step {step}.{_otherwise(checkpoints.notes())}")
+    distributed.say(f"Going on after step {step}.{_otherwise(checkpoints.notes(), runs)}")
     return step, restored
 
 
-def _otherwise(saved: Mapping[str, Any]) -> str:
+def _otherwise(saved: Mapping[str, Any], runs: Runs) -> str:
     """Says what a run goes on with that it was not saved with."""
-    now = distributed.describe()
+    now = distributed.describe(runs.mesh)
     changed = [f"{k} {saved[k]} -> {v}" for k, v in now.items() if saved.get(k, v) != v]
     if not changed:
         return ""
@@ -217,6 +237,11 @@ def _otherwise(saved: Mapping[str, Any]) -> str:
         f" Not on what it was saved on: {', '.join(changed)}. From here on its numbers are those of"
         " an uninterrupted run up to rounding, no longer bit for bit."
     )
+
+
+def _has_losses(runs: Runs, sums: Metrics) -> bool:
+    """Tells whether there are losses of steps that have not been recorded."""
+    return not np.isnan(runs.averages(sums)["total/loss"]).all()
 
 
 def _until_save(config: ConfigDict, step: int) -> int:
@@ -245,14 +270,22 @@ def _end_of_epoch(
     best: Best | None,
     step: int,
     epoch: int,
-) -> tuple[Best | None, Metrics]:
-    """Records the losses of the epoch's steps and, where due, measures."""
+    stop: Stop,
+) -> tuple[Best | None, Metrics] | None:
+    """Records the losses of the epoch's steps and, where due, measures.
+
+    Returns:
+        The best weights and sums of nothing; ``None`` if somebody asked to stop before all was
+        measured, which is then done anew after the next start.
+    """
     losses = runs.averages(sums)
     logs.record(step, epoch, "steps", losses)
     last = epoch == config.epochs
     shown = {name: each for name, each in losses.items() if name != "total/loss"}
     if last or (config.evaluate_every and epoch % config.evaluate_every == 0):
         for split in config.evaluate_splits:
+            if distributed.agree(bool(stop.signal), 1)[0]:
+                return None
             found = runs.measure(state.params, state.model_state, split)
             logs.record(step, epoch, split, found)
             shown |= {f"{split} {k}": v for k, v in found.items() if k == "main/top_1"}
@@ -316,14 +349,16 @@ def _check_finite(broken: Mapping[str, jax.Array], seed: int, directory: Workdir
 _KEPT = "The last finite checkpoint is kept in {}; try a smaller learning rate or weight."
 
 
-def _save(checkpoints: Checkpoints, step: int, tree: PyTree, directory: Workdir) -> None:
+def _save(
+    checkpoints: Checkpoints, step: int, tree: Checkpoint, runs: Runs, directory: Workdir
+) -> None:
     """Saves a checkpoint, if it is finite: its losses were taken before the last update."""
-    if not _all_finite(tree[0].params, tree[0].update_state):
+    if not _all_finite(tree[0].params, tree[0].model_state, tree[0].update_state):
         raise NonFiniteLossError(
             f"The parameters are not finite after {step} steps."
             f" {_KEPT.format(directory.checkpoints)}"
         )
-    checkpoints.save(step, tree, notes=distributed.describe())
+    checkpoints.save(step, tree, notes=distributed.describe(runs.mesh))
 
 
 @jax.jit

@@ -80,6 +80,11 @@ def _check_devices(config: ConfigDict) -> None:
             "config.batch_norm is 'device', which needs config.parallel 'pmap': under"
             f" '{config.parallel}' statistics are always over the whole batch."
         )
+    if config.devices_share == "runs" and config.parallel != "jit":
+        raise ValueError(
+            "config.devices_share is 'runs', which needs config.parallel 'jit'; it is"
+            f" '{config.parallel}', in which devices share batches."
+        )
 
 
 # More would fill the memory before anything is said.
@@ -138,6 +143,11 @@ def _check_feed(config: ConfigDict) -> None:
         raise ValueError(
             f"config.data.feed is 'stream', which feeds one run; config.seeds is {config.seeds}."
             " Start a program for each seed, with config.seeds 1."
+        )
+    if streams and config.devices_share != "batch":
+        raise ValueError(
+            "config.data.feed is 'stream', which feeds one run; config.devices_share is"
+            f" '{config.devices_share}', which needs several. Set it to 'batch'."
         )
     # One without a name is refused with the other parts.
     if streams and data.task.get("name", "images") != "images":

@@ -21,9 +21,11 @@ from sire_jax import command
 
 SECONDS_BETWEEN_SIGNS = 1.0
 # Until the config says otherwise.
-_TIMEOUT = 15.0
+_TIMEOUT = 12.0
 # Of a process that ends with an error, so that the others can read it before they lose it.
 _FAREWELL = 3.0
+# Since the last sign of a process of which it is said that it lives.
+_LIVELY = 3 * SECONDS_BETWEEN_SIGNS
 # Where signs are kept in the coordination service.
 _SIGNS = "sire_jax/signs/"
 
@@ -37,6 +39,7 @@ class Sign:
         arrived: How many common programs it has come to.
         busy: What it does that may take long, "" if nothing.
         ended: Its exit status, if it ended with an error.
+        reason: Why, if another process was the cause.
         since: When ``beat`` last grew.
     """
 
@@ -44,11 +47,12 @@ class Sign:
     arrived: int = 0
     busy: str = ""
     ended: int | None = None
+    reason: str = ""
     since: float = field(default=0.0, compare=False)
 
     def written(self) -> str:
         """Returns it as text."""
-        return json.dumps([self.beat, self.arrived, self.busy, self.ended])
+        return json.dumps([self.beat, self.arrived, self.busy, self.ended, self.reason])
 
 
 class Signs:
@@ -89,14 +93,22 @@ class Signs:
             return None
         for i, other in self._others.items():
             if other.ended is not None:
-                return f"process {i} ended with status {other.ended}; see its messages", other.ended
+                reason = f"process {i} ended with status {other.ended}; see its messages"
+                return other.reason or reason, other.ended
             silent = now - other.since
             if silent > self.timeout:
                 return f"process {i} has given no sign of life for {silent:.0f} s", command.PEER
         waited = now - self._waits_since
         if self.own.busy or waited <= self.timeout:
             return None
-        late = [i for i, o in self._others.items() if o.arrived < self.own.arrived and not o.busy]
+        late = [
+            i
+            for i, other in self._others.items()
+            if other.arrived < self.own.arrived
+            and not other.busy
+            # Of one that is silent, too, that is what will be said.
+            and now - other.since <= _LIVELY
+        ]
         if not late:
             return None
         names = ", ".join(map(str, late))
@@ -123,18 +135,22 @@ class Watch(threading.Thread):
         self._lock = threading.Lock()
 
     def run(self) -> None:
-        """Looks once a second."""
+        """Judges once a second what is known."""
+        threading.Thread(target=self._exchange, name="signs", daemon=True).start()
         while True:
-            try:
+            judged = self.signs.judge(time.monotonic())
+            if judged is not None:
+                self.end(judged[1], judged[0])
+            time.sleep(SECONDS_BETWEEN_SIGNS)
+
+    def _exchange(self) -> None:
+        """Gives and reads signs once a second; apart, as a frozen process 0 does not answer."""
+        while True:
+            # The service may be slow for once; if it is gone, JAX aborts (explain_abort).
+            with contextlib.suppress(RuntimeError):
                 self._publish()
                 for key, text in self._client.key_value_dir_get(_SIGNS):
                     self.signs.read(int(key.rsplit("/", 1)[1]), text, time.monotonic())
-            except RuntimeError:
-                # The service is gone with process 0; JAX ends this process, see explain_abort.
-                return
-            reason = self.signs.judge(time.monotonic())
-            if reason is not None:
-                leave(*reason)
             time.sleep(SECONDS_BETWEEN_SIGNS)
 
     def arrive(self) -> None:
@@ -144,15 +160,22 @@ class Watch(threading.Thread):
     def be_busy(self, doing: str) -> None:
         """Says at once what this process does that may take long."""
         self.signs.own.busy = doing
-        self._publish()
-
-    def end(self, status: int) -> None:
-        """Ends the process; the others are told first."""
-        self.signs.own.ended = status
+        # If it can't be said now, it is in a second.
         with contextlib.suppress(RuntimeError):
             self._publish()
-            # They lose what process 0 keeps for all of them.
-            time.sleep(_FAREWELL if self._process == 0 else 0.0)
+
+    def end(self, status: int, reason: str = "") -> None:
+        """Ends the process, at once, as its main thread may wait for one that is gone.
+
+        Args:
+            status: The exit status.
+            reason: What another process has done, if that is why. The others are told it, too.
+        """
+        if reason:
+            _say(f"{reason}. Start the job again: it goes on from the newest checkpoint")
+        self.signs.own.ended, self.signs.own.reason = status, reason
+        # The next sign says it. Without process 0 the others lose what it keeps for all of them.
+        time.sleep(_FAREWELL if self._process == 0 else 2 * SECONDS_BETWEEN_SIGNS)
         _exit(status)
 
     def _publish(self) -> None:
@@ -163,15 +186,10 @@ class Watch(threading.Thread):
             )
 
 
-def leave(reason: str, status: int) -> None:
-    """Ends the process at once: its main thread may wait for one that is gone."""
+def _say(reason: str) -> None:
     print(
-        f"Error: process {jax.process_index()} ends, because {reason}. Start the job again: it goes"
-        " on from the newest checkpoint.",
-        file=sys.stderr,
-        flush=True,
+        f"Error: process {jax.process_index()} ends, because {reason}.", file=sys.stderr, flush=True
     )
-    _exit(status)
 
 
 def _exit(status: int) -> None:
@@ -184,9 +202,15 @@ def _exit(status: int) -> None:
 def explain_abort() -> None:
     """Says which process is gone where JAX aborts this one, as it does when it loses process 0."""
     global _aborted
+    if jax.process_index() == 0:
+        return
 
     def explain(number: int) -> None:
-        leave("process 0, through which all are connected, is gone", command.PEER)
+        _say(
+            "JAX aborted it (see above), most likely as process 0, through which all are"
+            " connected, is gone"
+        )
+        _exit(command.PEER)
 
     # A handler of Python's own would wait for the main thread, and the abort does not.
     _aborted = ctypes.CFUNCTYPE(None, ctypes.c_int)(explain)

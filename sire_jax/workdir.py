@@ -137,7 +137,10 @@ def _replace(path: Path, text: str) -> None:
     if not distributed.is_main():
         return
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text)
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     partial.replace(path)
 
 
@@ -152,6 +155,9 @@ def read_results(path: str | Path) -> dict[str, Any] | None:
         return None
     found = untrusted.read_json(stored)
     splits = found.get("splits") if isinstance(found, dict) else None
+    numbers = [found.get(k) for k in ("step", "seconds")] if isinstance(found, dict) else []
+    if not all(isinstance(each, int | float) for each in numbers):
+        splits = None
     if not isinstance(splits, dict) or not all(isinstance(each, dict) for each in splits.values()):
         raise ValueError(f"{stored} holds no results of a run; remove it, to measure again.")
     return dict(found)

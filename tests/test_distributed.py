@@ -132,6 +132,12 @@ def test_a_process_that_ended_with_an_error_passes_its_status_on():
     signs = _signs(count=2)
     _tell(signs, 1, 1.0, beat=1, ended=2)
     assert signs.judge(1.0) == ("process 1 ended with status 2; see its messages", 2)
+    signs = _signs(count=3)
+    _tell(signs, 1, 1.0, beat=1, ended=75, reason="process 2 is gone")
+    assert signs.judge(1.0) == ("process 2 is gone", 75)
+    # One on its way out does not look for other reasons.
+    signs.own.ended = 2
+    assert signs.judge(1.0) is None
 
 
 # ---- Two real processes.
@@ -222,6 +228,23 @@ def test_what_one_process_can_not_do_ends_all(tmp_path):
     assert statuses[1] != 0
 
 
+def test_one_that_ends_with_an_explained_error_ends_all_with_its_status(tmp_path):
+    (tmp_path / "failing.py").write_text(
+        "import sys, time, jax\n"
+        "from sire_jax import distributed\n"
+        "distributed.start()\n"
+        "with distributed.ended_together():\n"
+        "    if jax.process_index() == 1:\n"
+        "        sys.exit(2)\n"
+        "    time.sleep(60)\n"
+    )
+    job = programs.job_of(["failing"], tmp_path, processes=3, PYTHONPATH=str(tmp_path))
+    statuses, outputs = _ended(job)
+    assert statuses == [2, 2, 2]
+    for i in (0, 2):
+        assert f"process {i} ends, because process 1 ended with status 2; see its" in outputs[i]
+
+
 def test_a_workdir_that_the_hosts_do_not_share_is_refused(tmp_path):
     job = programs.job_of(
         lambda i: [
@@ -251,7 +274,7 @@ def test_a_batch_that_processes_and_devices_can_not_share_is_refused_with_all_nu
 
 
 @pytest.mark.optax_dtypes
-@pytest.mark.parametrize("settings", [{"parallel": "pmap"}, {"devices_share": "runs"}])
+@pytest.mark.parametrize("settings", [{}, {"parallel": "pmap"}, {"devices_share": "runs"}])
 def test_two_processes_train_the_network_of_one(settings, tmp_path):
     # Without what pmap draws differently on each device.
     dropout = ("--config.backbone.dropout=0.0", "--config.backbone.convolution_dropout=0.0", *PLAIN)

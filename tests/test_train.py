@@ -127,6 +127,47 @@ def test_a_signal_before_the_first_step_is_not_lost(tmp_path, monkeypatch):
     assert Checkpoints(tmp_path / "checkpoints").latest() == 0
 
 
+def test_a_run_stopped_while_it_measures_measures_again_and_is_bitwise_the_same(
+    trained, tmp_path, monkeypatch
+):
+    whole, config, results = trained
+    measured, measure = [], Runs.measure
+
+    def stop_while_measuring(self, *args):
+        measured.append(args[2])
+        if len(measured) == 3:
+            # The first split of the second epoch.
+            os.kill(os.getpid(), signal.SIGTERM)
+        return measure(self, *args)
+
+    monkeypatch.setattr(Runs, "measure", stop_while_measuring)
+    with pytest.raises(train.InterruptedRunError, match="SIGTERM: saved after step 4") as stopped:
+        train.train(config, str(tmp_path))
+    assert stopped.value.status == command.AGAIN
+    assert measured == ["train", "test", "train"]
+    resumed = train.train(config, str(tmp_path))
+    assert resumed["splits"] == results["splits"]
+    assert _same(_final(tmp_path, config), _final(whole, config))
+    assert workdir.read_metrics(tmp_path) == workdir.read_metrics(whole)
+
+
+def test_a_run_none_of_whose_checkpoints_is_intact_is_not_begun_again(tmp_path):
+    config = _config("auxiliary", "seeds=1", "checkpoint_every=1")
+    train.train(config, str(tmp_path))
+    (tmp_path / "results.json").unlink()
+    manifests = sorted((tmp_path / "checkpoints").glob("*/manifest"))
+    assert len(manifests) == 2
+    for path in manifests:
+        path.write_text("damaged")
+    message = r"None of the checkpoints in .*checkpoints is intact.* move the directory away"
+    with (
+        pytest.warns(UserWarning, match="there is no other"),
+        pytest.raises(OSError, match=message),
+    ):
+        train.train(config, str(tmp_path))
+    assert sorted((tmp_path / "checkpoints").glob("*/manifest")) == manifests
+
+
 def test_a_finished_run_is_left_as_it_is(trained):
     directory, config, results = trained
     written = (directory / "results.json").stat().st_mtime_ns

@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import json
-import os
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,9 +40,10 @@ def write(path: Path | None, arrays: Mapping[str, np.ndarray]) -> None:
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         # Written aside and renamed: whoever reads finds all of it or nothing.
-        partial = path.with_suffix(f".{os.getpid()}.npz")
-        np.savez(partial, allow_pickle=False, **arrays)
-        partial.replace(path)
+        # Hosts may share the directory, and in containers the numbers of their processes.
+        _, name = tempfile.mkstemp(suffix=".npz", prefix=f"{path.stem}.", dir=path.parent)
+        np.savez(name, allow_pickle=False, **arrays)
+        Path(name).replace(path)
 
 
 def read(path: Path | None) -> dict[str, np.ndarray] | None:

@@ -24,6 +24,10 @@ class Source:
     def __len__(self) -> int:
         return len(self.image)
 
+    def identity(self) -> list[np.ndarray]:
+        """Returns arrays that are others for another source."""
+        return [self.image, *(self.labels[kind] for kind in sorted(self.labels))]
+
 
 @dataclass(frozen=True)
 class Dataset(Generic[S_co]):

@@ -34,6 +34,10 @@ class FolderSplit:
     def __len__(self) -> int:
         return len(self.files)
 
+    def identity(self) -> list[np.ndarray]:
+        """Returns arrays that are others for another split."""
+        return [self.files, self.label]
+
     def open(self) -> None:
         """Does nothing: each image is a file of its own."""
 

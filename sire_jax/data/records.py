@@ -23,6 +23,9 @@ class Split(Protocol):
     def open(self) -> None:
         """Opens what all images need, unless it is open."""
 
+    def identity(self) -> list[np.ndarray]:
+        """Returns arrays that are others for another split."""
+
     def name(self, index: int) -> str:
         """Names an image in messages."""
 
@@ -55,6 +58,11 @@ class Records:
 
     def __len__(self) -> int:
         return sum(map(len, self.splits)) if self.chosen is None else len(self.chosen)
+
+    def identity(self) -> list[np.ndarray]:
+        """Returns arrays that are others for other records; no image is read for them."""
+        chosen = [] if self.chosen is None else [self.chosen]
+        return [*(values for split in self.splits for values in split.identity()), *chosen]
 
     def __getstate__(self) -> dict[str, Any]:
         # The labels of a batch come with its records.

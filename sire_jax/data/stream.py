@@ -248,8 +248,11 @@ class Stream(Iterator[Batch]):
                 ) from error
             raise
         self._first.clear()
-        # A copy, as what came through shared memory would have to be freed in time.
-        return Batch({key: np.array(values) for key, values in arrays.items()}, damaged)
+        # A copy of what came through shared memory, which would have to be freed in time.
+        owned = {
+            k: values if values.base is None else np.array(values) for k, values in arrays.items()
+        }
+        return Batch(owned, damaged)
 
     def close(self) -> None:
         """Ends threads and processes; there are no further batches."""
