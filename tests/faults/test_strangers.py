@@ -209,7 +209,7 @@ OTHER_JSON = {
     "no value": ("null", "holds no config; it should be a JSON object"),
     "a dotted key": ('{"a.b": 1}', "holds no config: .* dots"),
     "a key of Python's": ('{"__class__": 1}', "holds no config: .*__class__"),
-    "nothing in it": ("{}", "config lacks the key"),
+    "nothing in it": ("{}", "config.backbone: A backbone needs a 'name'"),
     "a stranger's": ('{"os": "system"}', "config has no key 'os'"),
 }
 
