@@ -169,6 +169,8 @@ def test_a_signal_between_two_tries_is_not_lost(program, tmp_path):
     assert not any(standin.alive(pid) for pid in program.notes("pid"))
 
 
+# What is forked becomes another program at once.
+@pytest.mark.filterwarnings("ignore:os.fork.. was called:RuntimeWarning")
 def test_ctrl_c_in_a_terminal_reaches_each_process_once(program):
     pid, terminal = pty.fork()
     if pid == 0:

@@ -156,7 +156,7 @@ def test_the_workdir_of_another_run_is_refused(tmp_path, capsys):
 
 def _ended(path, **splits):
     path.mkdir(parents=True)
-    (path / "results.json").write_text(json.dumps({"step": 1, "splits": splits}))
+    (path / "results.json").write_text(json.dumps({"step": 1, "seconds": 1.0, "splits": splits}))
 
 
 def test_results_are_means_and_deviations_over_seeds(tmp_path, capsys):
