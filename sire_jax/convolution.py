@@ -21,7 +21,6 @@ from jax import Array, lax
 from jax.custom_batching import sequential_vmap
 
 _WHOLE: contextvars.ContextVar[bool] = contextvars.ContextVar("whole", default=False)
-_DEVICES: contextvars.ContextVar[int] = contextvars.ContextVar("devices", default=1)
 
 # Zeros before and after the rows, and before and after the columns.
 Pads = tuple[tuple[int, int], tuple[int, int]]
@@ -78,36 +77,14 @@ def _images_last(x: Array, kernel: Array, padding: int, stride: int) -> Array:
     return product.reshape(-1, *spatial)
 
 
-def _devices(images: int) -> int:
-    """Returns how many devices share images, each an equal part of them, one after another."""
-    devices = _DEVICES.get()
-    return devices if images % devices == 0 else 1
-
-
 def _chunks(images: int, values: int) -> int:
     """Returns into how many equal parts to split images, each of which needs so many values."""
-    own = images // _devices(images)
     most = max(1, _CACHED // values)
-    return own // max(n for n in range(1, own + 1) if own % n == 0 and n <= most)
+    return images // max(n for n in range(1, images + 1) if images % n == 0 and n <= most)
 
 
 def _split(x: Array, parts: int) -> Array:
-    """Splits images; each part has some of every device's own, so that none has to be moved."""
-    devices = _devices(len(x))
-    if devices == 1:
-        return x.reshape(parts, -1, *x.shape[1:])
-    own = x.reshape(devices, parts, -1, *x.shape[1:])
-    return own.swapaxes(0, 1).reshape(parts, -1, *x.shape[1:])
-
-
-def _join(chunks: Array) -> Array:
-    """Puts together what ``_split`` split."""
-    parts, size, *shape = chunks.shape
-    devices = _devices(parts * size)
-    if devices == 1:
-        return chunks.reshape(-1, *shape)
-    own = chunks.reshape(parts, devices, -1, *shape)
-    return own.swapaxes(0, 1).reshape(-1, *shape)
+    return x.reshape(parts, -1, *x.shape[1:])
 
 
 def _one_by_one(function: Callable[..., Array]) -> Callable[..., Array]:
@@ -142,8 +119,8 @@ def _sum_of_shifts(x: Array, kernel: Array, pads: Pads) -> Array:
         return reduce(jnp.add, shifts)
 
     pixels = math.prod(n + sum(pad) for n, pad in zip(x.shape[1:3], pads, strict=True))
-    chunks = _split(x, _chunks(len(x), pixels * matrix.shape[1]))
-    return _join(lax.map(convolve_chunk, chunks))
+    y = lax.map(convolve_chunk, _split(x, _chunks(len(x), pixels * matrix.shape[1])))
+    return y.reshape(-1, *y.shape[2:])
 
 
 @_one_by_one
@@ -168,7 +145,7 @@ def _kernel_gradient(x: Array, dy: Array, size: int, padding: int, stride: int) 
     x = _pad(x, ((padding, padding),) * 2, 1)
     depth = size * size * channels
     parts = _chunks(images, math.prod(dy.shape[1:3]) * depth)
-    dys = _split(dy, parts).reshape(parts, -1, features)
+    dys = dy.reshape(parts, -1, features)
     # Unless it is narrow, a first matrix that is read by columns makes a product take twice as
     # long: transpose it before, behind a barrier, as XLA would put the two together again.
     narrow = depth <= features
@@ -223,23 +200,6 @@ _images_first.defvjp(_forward, _backward)
 def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
     """Returns the dtype in which values of a dtype are summed."""
     return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else dtype
-
-
-@contextlib.contextmanager
-def shared_by(devices: int) -> Iterator[None]:
-    """Says of what is traced within it that so many devices share the images under ``jit``.
-
-    On a CPU images are convolved a few at a time; without this each device would gather those of
-    the others.
-
-    Args:
-        devices: How many; 1 where each device has a program of its own (``pmap``).
-    """
-    token = _DEVICES.set(devices)
-    try:
-        yield
-    finally:
-        _DEVICES.reset(token)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sire_jax import compilation, convolution, distributed, experiment, parallel
+from sire_jax import compilation, distributed, experiment, parallel
 from sire_jax.data import tasks
 from sire_jax.data.augmentation import Batch
 from sire_jax.data.dataset import Dataset
@@ -93,11 +93,7 @@ class Runs:
             The function with a leading axis of runs.
         """
 
-        def shared_function(*args: Any) -> Any:
-            with convolution.shared_by(self._sharing_a_batch()):
-                return function(*args)
-
-        runs = parallel.over_seeds(shared_function, shared, self.config.seeds_at_once)
+        runs = parallel.over_seeds(function, shared, self.config.seeds_at_once)
         runs = parallel.over_runs(runs, shared, self.mesh)
         return Program(jax.jit(runs, out_shardings=result or self.everywhere, **jit))
 

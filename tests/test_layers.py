@@ -179,35 +179,6 @@ def test_convolution_under_vmap_is_one_after_the_other(images_last, axes):
         _assert_trees_equal(jax.tree.map(lambda v, i=i: v[i], together), expected)
 
 
-@pytest.mark.parametrize(("channels", "features"), [(3, 5), (5, 3), (48, 48)])
-def test_devices_that_share_images_convolve_their_own(channels, features, monkeypatch):
-    # A few images at a time.
-    monkeypatch.setattr(convolution, "_CACHED", 3 * 9 * max(channels, features) * 36)
-    keys = jax.random.split(jax.random.key(0), 2)
-    x = jax.random.normal(keys[0], (8, 6, 6, channels))
-    kernel = jax.random.normal(keys[1], (3, 3, channels, features))
-
-    def gradients(x, kernel):
-        return jax.grad(lambda *a: (convolve(*a, padding=1) ** 2).sum(), argnums=(0, 1))(x, kernel)
-
-    expected = jax.jit(gradients)(x, kernel)
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    split, everywhere = (
-        jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
-        for axes in (("data",), ())
-    )
-    arguments = jax.device_put(x, split), jax.device_put(kernel, everywhere)
-    program = jax.jit(lambda *a: gradients(*a), out_shardings=(split, everywhere))
-    with convolution.shared_by(2):
-        compiled = program.lower(*arguments).compile()
-    assert "all-gather" not in compiled.as_text()
-    for a, b in zip(compiled(*arguments), expected, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
-    # Without being told, each device gathers the images of the other.
-    alone = jax.jit(lambda *a: gradients(*a), out_shardings=(split, everywhere))
-    assert "all-gather" in alone.lower(*arguments).compile().as_text()
-
-
 def test_a_gradient_through_vmapped_convolutions_sums_over_the_shared_kernel():
     xs, kernel = _integers(1, 3, 2, 5, 5, 2), _integers(2, 3, 3, 2, 3)
     found = jax.grad(lambda k: jax.vmap(lambda x: convolve(x, k))(xs).sum())
