@@ -92,7 +92,6 @@ class Runs:
         Returns:
             The function with a leading axis of runs.
         """
-
         runs = parallel.over_seeds(function, shared, self.config.seeds_at_once)
         runs = parallel.over_runs(runs, shared, self.mesh)
         return Program(jax.jit(runs, out_shardings=result or self.everywhere, **jit))
