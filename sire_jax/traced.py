@@ -11,28 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend import core
-from jax.interpreters import partial_eval
 
-from sire_jax import convolution
+from sire_jax import convolution, jaxprs
 
 PyTree = Any
-
-# Call-like primitives whose one sub-program has the operands and results of the call itself.
-_CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr", "call")
-
-
-def sub_program(equation: core.JaxprEqn) -> core.ClosedJaxpr | None:
-    """Returns the program that an equation calls on its own operands, ``None`` if it is no call."""
-    if equation.primitive.name in ("scan", "while", "cond"):
-        return None
-    for key in _CALLS:
-        given: Any = equation.params.get(key)
-        program: Any = getattr(given, "jaxpr", given)
-        arity = (len(equation.invars), len(equation.outvars))
-        if hasattr(program, "eqns") and (len(program.invars), len(program.outvars)) == arity:
-            return core.ClosedJaxpr(program, getattr(given, "consts", ()))
-    return None
-
 
 def dependencies(program: core.Jaxpr, inputs: list[int]) -> list[int]:
     """Follows sets of marks from the inputs of a program to its outputs.
@@ -58,9 +40,10 @@ def dependencies(program: core.Jaxpr, inputs: list[int]) -> list[int]:
 
 def through(equation: core.JaxprEqn, given: list[int]) -> list[int]:
     """Follows sets of marks from the operands of one equation to its results."""
-    if equation.primitive.name == "scan":
-        return _through_scan(equation, given)
-    program = sub_program(equation)
+    loop = jaxprs.loop(equation)
+    if loop is not None:
+        return _through_loop(loop, given)
+    program = jaxprs.called(equation)
     if program is not None:
         return dependencies(program.jaxpr, given)
     everything = 0
@@ -69,16 +52,15 @@ def through(equation: core.JaxprEqn, given: list[int]) -> list[int]:
     return [everything] * len(equation.outvars)
 
 
-def _through_scan(equation: core.JaxprEqn, given: list[int]) -> list[int]:
-    body = equation.params["jaxpr"].jaxpr
-    first, carries = equation.params["num_consts"], equation.params["num_carry"]
+def _through_loop(loop: jaxprs.Loop, given: list[int]) -> list[int]:
+    first, last = loop.constants, loop.constants + loop.carried
     given = list(given)
     while True:
-        results = dependencies(body, given)
-        carried = [given[first + i] | results[i] for i in range(carries)]
-        if carried == given[first : first + carries]:
+        results = dependencies(loop.body, given)
+        carried = [given[first + i] | results[i] for i in range(loop.carried)]
+        if carried == given[first:last]:
             return results
-        given[first : first + carries] = carried
+        given[first:last] = carried
 
 
 def parameters_read(
@@ -186,7 +168,7 @@ def _trace_whole(function: Callable[..., Any], args: Sequence[Any]) -> tuple[cor
 
 
 def _count_needed(program: core.Jaxpr, outputs: list[bool]) -> int:
-    return _count(partial_eval.dce_jaxpr(program, outputs)[0])
+    return _count(jaxprs.needed(program, outputs))
 
 
 def _count(program: core.Jaxpr) -> int:
@@ -194,26 +176,14 @@ def _count(program: core.Jaxpr) -> int:
 
 
 def _count_equation(equation: core.JaxprEqn) -> int:
-    name, params = equation.primitive.name, equation.params
-    if name == "dot_general":
-        (contracted, _), _ = params["dimension_numbers"]
-        shape = _shape(equation.invars[0])
-        return math.prod(_shape(equation.outvars[0])) * math.prod(shape[i] for i in contracted)
-    if name == "conv_general_dilated":
-        # Each output value is a sum over the kernel and the input channels of its group.
-        kernel = _shape(equation.invars[1])
-        outputs = kernel[params["dimension_numbers"].rhs_spec[0]]
-        return math.prod(_shape(equation.outvars[0])) * math.prod(kernel) // outputs
-    if name == "scan":
-        return params["length"] * _count(params["jaxpr"].jaxpr)
-    if name == "cond":
-        return max(_count(branch.jaxpr) for branch in params["branches"])
-    program = sub_program(equation)
-    return 0 if program is None else _count(program.jaxpr)
-
-
-def _shape(atom: Any) -> tuple[int, ...]:
-    return atom.aval.shape
+    loop = jaxprs.loop(equation)
+    if loop is not None:
+        return loop.length * _count(loop.body)
+    branches = jaxprs.branches(equation)
+    if branches:
+        return max(map(_count, branches))
+    program = jaxprs.called(equation)
+    return jaxprs.multiply_adds(equation) if program is None else _count(program.jaxpr)
 
 
 def size(params: PyTree, chosen: PyTree | None = None) -> int:

@@ -11,7 +11,7 @@ import jax
 from jax import Array
 from jax.extend import core
 
-from sire_jax import traced
+from sire_jax import jaxprs, traced
 
 PyTree = Any
 # Values of a program by number; a literal stands for itself.
@@ -80,7 +80,7 @@ class _Program:
 
         for equation in program.eqns:
             given = [read(atom) for atom in equation.invars]
-            called = traced.sub_program(equation)
+            called = jaxprs.called(equation)
             results = self.append(equation, given) if called is None else self.inline(called, given)
             atoms.update(zip(equation.outvars, results, strict=True))
         return [read(atom) for atom in program.outvars]
