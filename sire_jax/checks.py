@@ -20,15 +20,7 @@ _UNITS = ("step", "epoch", "run")
 def names(
     predictions: Mapping[str, Any], outputs: Mapping[str, Any], chosen: objectives.Objectives
 ) -> None:
-    """Checks that the metrics of outputs, objectives and predictions can be told apart."""
-    if "total" in chosen:
-        raise ValueError("An objective can't be called 'total': that is the weighted sum.")
-    for name, objective in chosen.items():
-        if name in outputs and name != objective.output:
-            raise ValueError(
-                f"The objective '{name}' is on the output '{objective.output}', but has the name of"
-                " another; their metrics could not be told apart. Choose another name."
-            )
+    """Checks that the metrics of predictions can be told from those of objectives."""
     taken = set(outputs) | set(chosen)
     for name in predictions:
         if name in taken:
@@ -77,23 +69,6 @@ def labels(predictions: Mapping[str, Any], chosen: objectives.Objectives) -> Non
             )
 
 
-def losses(
-    chosen: objectives.Objectives, outputs: Mapping[str, Any], batch: Mapping[str, Any]
-) -> None:
-    """Checks that each loss takes its output and target, and gives a value per example."""
-    for name, objective in chosen.items():
-        output, target = outputs[objective.output], batch[objective.target]
-        try:
-            fits = jax.eval_shape(objective.loss, output, target).shape == target.shape[:1]
-        except (TypeError, ValueError):
-            fits = False
-        if not fits:
-            raise ValueError(
-                f"The loss of the objective '{name}' can't compare '{objective.output}', {output},"
-                f" with '{objective.target}', {target} (of a batch of two)."
-            )
-
-
 def ranges(
     heads: Mapping[str, Any], chosen: objectives.Objectives, low: float, high: float
 ) -> None:
@@ -114,9 +89,9 @@ def ranges(
 def selection(
     chosen: objectives.Objectives, outputs: Mapping[str, Any], batch: Mapping[str, Any]
 ) -> None:
-    """Checks that the main output's accuracy, which chooses the best weights, is measured."""
-    targets = [batch[o.target] for o in chosen.values() if o.output == MAIN]
-    if not any(is_classification(outputs[MAIN], target) for target in targets):
+    """Checks that the accuracy of the main output, which chooses the best weights, is measured."""
+    accurate = objectives.accurate(chosen, outputs, batch)
+    if not any(chosen[name].output == MAIN for name in accurate):
         raise ValueError(
             "config.evaluate_splits has 'validation', where the best accuracy of the main output"
             " chooses the weights, but no objective on 'main' has labels."

@@ -191,7 +191,12 @@ def loss(name: str, **settings: Any) -> ConfigDict:
 
 
 def objective(
-    output: str, target: str, loss: Any, weight: Any = 1.0, weights: Sequence[Any] = ()
+    output: str,
+    target: str,
+    loss: Any,
+    weight: Any = 1.0,
+    weights: Sequence[Any] = (),
+    **others: Any,
 ) -> ConfigDict:
     """Describes an objective, or one for each output of a family.
 
@@ -202,6 +207,7 @@ def objective(
         weight: A number; a schedule (``optimizers.number_or_schedule``); or, of a family of exits,
             ``{"name": "depth", "nu": 2.0}`` (``objectives.depth_weights``).
         weights: Weights of a family's outputs, one by one, in place of ``weight``.
+        **others: ``ignore``, ``mask`` and ``classifies``, as of ``objectives.Objective``.
 
     Returns:
         The section.
@@ -218,6 +224,7 @@ def objective(
             "loss": loss,
             "weight": weight,
             "weights": tuple(weights),
+            **others,
         }
     )
 

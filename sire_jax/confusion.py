@@ -10,7 +10,7 @@ from jax import Array
 
 from sire_jax.evaluate import kept_weights
 from sire_jax.inference.exits import classified
-from sire_jax.metrics import class_logits
+from sire_jax.metrics import class_logits, is_label
 from sire_jax.names import listed
 from sire_jax.networks import MAIN
 from sire_jax.runs import Runs
@@ -144,7 +144,9 @@ def of_run(runs: Runs, workdir: str | Path, split: str) -> np.ndarray:
         outputs: Any = runs.parts.network.apply(variables, batch["image"], aux=False)
         predicted = class_logits(outputs[MAIN]).argmax(-1)
         none = jnp.zeros((len(names), len(names)), jnp.float32)
-        return none.at[batch[target], predicted].add(mask)
+        # A label that is none is in no row, not in the last ones.
+        rows = jnp.where(is_label(batch[target], len(names)), batch[target], len(names))
+        return none.at[rows, predicted].add(mask, mode="drop")
 
     kept = kept_weights(runs, workdir)
     total = runs.totals(measure, runs.parts.ready_central)

@@ -132,6 +132,12 @@ class Experiment(Forward):
         """Returns the name of the main output's objective, the first if there are several."""
         return main_objective(self.objectives)
 
+    def accuracy(self) -> str | None:
+        """Returns the metric by which the main output is judged, ``None`` if it classifies none."""
+        names = objectives.accurate(self.objectives, self.outputs, self.batch)
+        own = (name for name in names if self.objectives[name].output == MAIN)
+        return next((f"{name}/top_1" for name in own), None)
+
     def branches(self) -> dict[str, Groups]:
         """Returns the groups that outputs classify, by output."""
         return branches(self.objectives, self.groups)
@@ -155,7 +161,7 @@ class Experiment(Forward):
     def predict(self) -> Predict:
         """Returns the outputs that fitted prediction rules need, of such a batch."""
         needed = {n for each in self.predictions.values() if is_fitted(each) for n in each.needs()}
-        return make_predict(self._measured(), sorted(needed))
+        return make_predict(self._measured(), self.objectives, sorted(needed))
 
     def _measured(self) -> Apply:
         apply = self.network.apply
@@ -392,7 +398,7 @@ def build(config: ConfigDict) -> Experiment:
     prediction.check(predictions, outputs)
     checks.labels(predictions, chosen)
     checks.names(predictions, outputs, chosen)
-    checks.losses(chosen, outputs, batch)
+    jax.eval_shape(lambda o, b: objectives.evaluate(chosen, o, b), dict(outputs), batch)
     classes = parts.task.classes(config.data.classes)
     checks.widths(classes | {k: g.number for k, g in parts.groups.items()}, chosen, outputs)
     checks.augmentations(augmentations, batch)

@@ -19,12 +19,12 @@ import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
 
-from sire_jax import command, configuration, experiment, traced, untrusted
+from sire_jax import command, configuration, experiment, objectives, traced, untrusted
 from sire_jax.data.sources import Source
 from sire_jax.evaluate import kept_weights, open_run
 from sire_jax.experiment import Experiment, Forward
 from sire_jax.inference.stages import cut_out
-from sire_jax.metrics import class_logits, is_classification
+from sire_jax.metrics import class_logits
 from sire_jax.names import nearest
 
 PyTree = Any
@@ -162,13 +162,8 @@ def find_output(parts: Experiment, name: str) -> str:
     Raises:
         ValueError: If there is none, several end so, or it does not classify.
     """
-    classify = sorted(
-        {
-            o.output
-            for o in parts.objectives.values()
-            if is_classification(parts.outputs[o.output], parts.batch[o.target])
-        }
-    )
+    names = objectives.accurate(parts.objectives, parts.outputs, parts.batch)
+    classify = sorted({parts.objectives[each].output for each in names})
     if name in classify:
         return name
     if name in parts.outputs:

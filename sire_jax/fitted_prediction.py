@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
-from sire_jax.metrics import class_logits
+from sire_jax.metrics import Average, at_label, class_logits, is_label
 from sire_jax.networks import MAIN
 from sire_jax.prediction import (
     Assignments,
@@ -42,7 +42,9 @@ def _check_split(what: str, split: str) -> None:
 
 
 def _negative_log_likelihood(log_probability: Array, labels: Array) -> Array:
-    return -jnp.take_along_axis(log_probability, labels[:, None], axis=-1).mean()
+    """Returns a mean over the examples that have a label."""
+    labelled = is_label(labels, log_probability.shape[-1])
+    return Average.of(-at_label(log_probability, labels), labelled).mean()
 
 
 @dataclass(frozen=True)

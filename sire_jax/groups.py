@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from sire_jax import registry, untrusted
+from sire_jax.metrics import is_label
 from sire_jax.names import listed, nearest
 
 SHAPE = (
@@ -57,8 +58,17 @@ class Groups:
         return len(set(self.assignment))
 
     def of(self, labels: Array) -> Array:
-        """Returns the groups of labels, int32 of their shape."""
-        return jnp.asarray(self.assignment, jnp.int32)[labels]
+        """Returns the groups of labels.
+
+        Args:
+            labels: Integers of any shape.
+
+        Returns:
+            int32 of that shape, -1 where a label is none of these: outside of [0, classes).
+        """
+        inside = is_label(labels, len(self.assignment))
+        groups = jnp.asarray(self.assignment, jnp.int32)[jnp.where(inside, labels, 0)]
+        return jnp.where(inside, groups, -1)
 
     def labels(self) -> tuple[tuple[str, ...], ...]:
         """Returns the names of the labels of each group, in the order of the labels."""

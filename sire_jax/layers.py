@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -252,12 +253,38 @@ def batch_over(axis: str | None) -> Iterator[None]:
     Args:
         axis: Name of the axis, as ``jax.pmap`` has it; ``None`` for each device's own statistics.
             Under ``jit`` there is no need: an array is the whole batch, wherever it lies.
+
+    Raises:
+        ValueError: If a ``flax.linen.BatchNorm`` is applied in this block that would take each
+            device's own statistics.
     """
+    if axis is None:
+        yield
+        return
     token = _BATCH_AXIS.set(axis)
     try:
-        yield
+        with nn.intercept_methods(_check_statistics):
+            yield
     finally:
         _BATCH_AXIS.reset(token)
+
+
+def _check_statistics(
+    method: Callable[..., Array],
+    args: tuple[Any, ...],
+    settings: dict[str, Any],
+    context: nn.module.InterceptorContext,
+) -> Array:
+    """Refuses batch statistics of one device where those of the whole batch are asked for."""
+    module = context.module
+    alone = isinstance(module, nn.BatchNorm) and module.axis_name is None
+    if alone and not (module.use_running_average or settings.get("use_running_average")):
+        raise ValueError(
+            f"The module '{'/'.join(module.path)}' is a flax.linen.BatchNorm, which would take the"
+            " statistics of each device's part of the batch. Take sire_jax.layers.BatchNorm; or have"
+            " them so deliberately: config.batch_norm='device', Shared(…, batch_norm=False)."
+        )
+    return method(*args, **settings)
 
 
 class BatchNorm(nn.Module):

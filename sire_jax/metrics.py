@@ -23,12 +23,20 @@ class Average:
 
     @classmethod
     def of(cls, values: Array, mask: Array | None = None) -> "Average":
-        """Sums values ``[b, …]``, all or those of the examples where ``mask`` (``[b]``) is 1."""
-        values = values.astype(jnp.float32).reshape(values.shape[0], -1)
-        mask = jnp.ones(values.shape[0], jnp.float32) if mask is None else mask
-        # Not values * mask: what is masked may be infinite.
-        kept = jnp.where(mask[:, None] > 0, values, 0.0)
-        return cls(total=kept.sum(), count=mask.sum() * values.shape[1])
+        """Sums values.
+
+        Args:
+            values: ``[b, …]``.
+            mask: What each counts, at least 0, ``[b]`` or with further axes of ``values``; all
+                count 1 by default. What counts 0 may be anything, infinite, too.
+        """
+        values = values.astype(jnp.float32)
+        mask = jnp.ones(values.shape, jnp.float32) if mask is None else mask.astype(jnp.float32)
+        mask = mask.reshape(*mask.shape, *(1,) * (values.ndim - mask.ndim))
+        weights = jnp.broadcast_to(mask, values.shape)
+        # Not values * weights alone: nothing times infinity is no number.
+        kept = jnp.where(weights > 0, values, 0.0) * weights
+        return cls(total=kept.sum(), count=weights.sum())
 
     def mean(self) -> Array:
         """Returns total / count, NaN where nothing was counted."""
@@ -44,12 +52,34 @@ def add(a: Metrics, b: Metrics) -> Metrics:
 
 
 def is_classification(output: jax.ShapeDtypeStruct | Array, target: Array) -> bool:
-    """Tells whether an output holds logits of classes: its target is integers with one axis less.
+    """Tells whether an output can hold logits of classes: its target is integers, an axis less.
 
-    An output ``[b, 1]`` with targets ``[b]`` is the one logit of a binary choice.
+    An output ``[b, 1]`` with targets ``[b]`` is the one logit of a binary choice. Whether it does
+    hold them, its loss says (``objectives.Objective.labelled``): integers can also be ages.
     """
-    integers = jnp.issubdtype(target.dtype, jnp.integer)
+    integers = jnp.issubdtype(target.dtype, jnp.integer) or target.dtype == bool
     return bool(integers and output.shape[:-1] == target.shape)
+
+
+def is_label(labels: Array, classes: int) -> Array:
+    """Tells which integers are labels: those in [0, classes)."""
+    return (labels >= 0) & (labels < classes)
+
+
+def at_label(values: Array, labels: Array) -> Array:
+    """Looks up the value of each example's label.
+
+    Args:
+        values: A value for each class, ``[b, …, classes]``.
+        labels: Integers, ``[b, …]``.
+
+    Returns:
+        ``[b, …]``; not a number where the label is outside of [0, classes), on whichever side.
+    """
+    inside = is_label(labels, values.shape[-1])
+    chosen = jnp.where(inside, labels, 0)[..., None]
+    looked_up = jnp.take_along_axis(values, chosen, axis=-1)[..., 0]
+    return jnp.where(inside, looked_up, jnp.nan)
 
 
 def class_logits(logits: Array) -> Array:
@@ -64,17 +94,18 @@ def top_k(logits: Array, labels: Array, k: int) -> Array:
 
     Args:
         logits: ``[b, …, classes]``.
-        labels: ``[b, …]``, integers in [0, classes).
+        labels: ``[b, …]``, integers; one outside of [0, classes) is never among them.
         k: How many guesses count, at least 1.
 
     Returns:
         ``[b, …]``, booleans. Of equal logits the class with the smaller index counts as larger.
     """
-    right = jnp.take_along_axis(logits, labels[..., None], axis=-1)
+    right = at_label(logits, labels)[..., None]
     before = jnp.arange(logits.shape[-1]).reshape((1,) * labels.ndim + (-1,)) < labels[..., None]
     larger = (logits > right) | ((logits == right) & before)
     # Not a number compares false with everything: without this it would count as right.
-    return (larger.sum(-1) < k) & ~jnp.isnan(logits).any(-1)
+    known = is_label(labels, logits.shape[-1]) & ~jnp.isnan(logits).any(-1)
+    return (larger.sum(-1) < k) & known
 
 
 def classification(prefix: str, logits: Array, labels: Array, mask: Array | None = None) -> Metrics:
@@ -84,7 +115,7 @@ def classification(prefix: str, logits: Array, labels: Array, mask: Array | None
         prefix: Start of the names.
         logits: ``[b, …, classes]``, or ``[b, 1]`` of a binary choice.
         labels: Integers, ``[b, …]``.
-        mask: ``[b]``, 1 for the examples that count.
+        mask: What each label counts, ``[b]`` or ``[b, …]``, at least 0; 1 by default.
 
     Returns:
         ``{"<prefix>/top_1": …, "<prefix>/top_5": …}``, values in [0, 1].

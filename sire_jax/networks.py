@@ -1,8 +1,10 @@
 """Networks with auxiliary outputs: a backbone and the heads attached to it."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 from flax import linen as nn
 from jax import Array
 
@@ -23,17 +25,27 @@ class Network(nn.Module):
     A head may also be attached to outputs: ``"main"``, and those of the heads before it.
 
     Attributes:
-        backbone: The backbone.
-        heads: Heads by the name of their output.
+        backbone: The backbone. If it has a field ``endpoints``, a tuple or ``None``, it is told
+            there which ones the heads ask for, and may leave out the others.
+        heads: Heads by the name of their output: modules with ``endpoints``, a tuple of names, that
+            map those to the output, and take ``train``.
+
+    Raises:
+        ValueError: If the backbone or a head is no Linen module, a head is called ``"main"``, or
+            its endpoints are no tuple of names.
     """
 
     backbone: nn.Module
     heads: Mapping[str, Any]
 
     def __post_init__(self) -> None:
+        _check_module("The backbone", self.backbone)
         if MAIN in self.heads:
             raise ValueError(f"A head can't be called '{MAIN}': that is the backbone's own output.")
-        if hasattr(self.backbone, "endpoints"):
+        for name, head in self.heads.items():
+            _check_module(f"The head '{name}'", head)
+            _check_endpoints(name, getattr(head, "endpoints", None))
+        if _is_told(self.backbone):
             # One that can leave out what nobody asks for is told what is asked for.
             asked: set[str] = set()
             outputs = {MAIN}
@@ -57,9 +69,9 @@ class Network(nn.Module):
 
         Raises:
             ValueError: If a head is attached to what is neither an endpoint of the backbone nor an
-                output before it.
+                output before it, or the backbone returns something else than logits and endpoints.
         """
-        logits, endpoints = self.backbone(image, train=train)
+        logits, endpoints = self._backbone_outputs(image, train)
         outputs = {MAIN: logits}
         if not aux:
             return outputs
@@ -75,3 +87,63 @@ class Network(nn.Module):
                     )
             outputs[name] = head(*(known[e] for e in head.endpoints), train=train)
         return outputs
+
+    def _backbone_outputs(self, image: Array, train: bool) -> tuple[Array, Mapping[str, Array]]:
+        try:
+            returned = self.backbone(image, train=train)
+        except jax.errors.ConcretizationTypeError as error:
+            raise ValueError(
+                "The backbone is traced with `train`, which is a bool that it decides by; of"
+                " nn.remat(MyNetwork) every argument is traced. Rematerialise its blocks within it,"
+                " nn.remat(Block), and give those `train` as a field."
+            ) from error
+        if not (isinstance(returned, tuple) and len(returned) == 2):
+            raise ValueError(
+                f"The backbone {type(self.backbone).__name__} returns {_described(returned)}; it"
+                " should return (logits, endpoints), with the endpoints as a mapping from names to"
+                " features: {} if there are none."
+            )
+        logits, endpoints = returned
+        if not isinstance(endpoints, Mapping):
+            raise ValueError(
+                f"The backbone {type(self.backbone).__name__} returns endpoints that are"
+                f" {_described(endpoints)}; they should be a mapping from names to features."
+            )
+        return logits, endpoints
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"a tuple of {len(value)}"
+    return f"an array {list(value.shape)}" if hasattr(value, "shape") else type(value).__name__
+
+
+def _check_module(what: str, module: Any) -> None:
+    """Checks that something is a Linen module: of others, Flax would not see the parameters."""
+    if isinstance(module, nn.Module):
+        return
+    kind = module if isinstance(module, type) else type(module)
+    instance = ", made, as in MyNetwork()" if isinstance(module, type) else ""
+    raise ValueError(
+        f"{what} is {kind.__module__}.{kind.__qualname__}, whose parameters would never be trained;"
+        f" it should be a flax.linen.Module{instance}. An NNX module has to be written as one."
+    )
+
+
+def _check_endpoints(name: str, endpoints: Any) -> None:
+    names = isinstance(endpoints, tuple | list) and all(isinstance(e, str) for e in endpoints)
+    if names and endpoints:
+        return
+    of_one = f", such as ('{endpoints}',)" if isinstance(endpoints, str) else ""
+    raise ValueError(
+        f"The head '{name}' has the endpoints {endpoints!r}; they should be a tuple of names"
+        f"{of_one}."
+    )
+
+
+def _is_told(backbone: nn.Module) -> bool:
+    """Tells whether a backbone has a field for the endpoints that are asked for."""
+    fields = {field.name for field in dataclasses.fields(backbone)}
+    return "endpoints" in fields and (
+        backbone.endpoints is None or isinstance(backbone.endpoints, tuple)
+    )

@@ -68,8 +68,17 @@ def _check_keys(name: str, section: Any) -> None:
     registry.check_settings(_settings, section, f"objective '{name}'", where)
 
 
-def _settings(output: str, target: str, loss: Any, weight: Any = 1.0, weights: Any = ()) -> None:
-    """Has the settings of a section as its arguments."""
+def _settings(
+    output: str,
+    target: str,
+    loss: Any,
+    weight: Any = 1.0,
+    weights: Any = (),
+    ignore: int = -1,
+    mask: str = "known",
+    classifies: bool = True,
+) -> None:
+    """Has the settings of a section as its arguments; the last three may be left out."""
 
 
 def _by_depth(
@@ -143,4 +152,5 @@ def _objective(
     weight = optimizers.number_or_schedule(weight, f"weight of the objective '{name}'", units)
     if callable(weight):
         checks.schedule(name, weight, units.get("run") or 1)
-    return objectives.Objective(output, section["target"], loss, weight)
+    others = {key: section[key] for key in ("ignore", "mask", "classifies") if key in section}
+    return objectives.Objective(output, section["target"], loss, weight, **others)

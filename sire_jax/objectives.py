@@ -1,14 +1,21 @@
-"""Objectives: which output is compared with which target, by which loss, with which weight."""
+"""Objectives: which output is compared with which target, by which loss, with which weight.
+
+A label outside of its classes has no meaning: losses of it are not a number, and metrics count it
+as wrong. What has no label is left out of all means where its objective says so
+(``Objective.ignore``, ``Objective.mask``).
+"""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
 
+from sire_jax.metrics import at_label, is_classification, is_label
 from sire_jax.names import nearest
 
 Loss = Callable[[Array, Array], Array]
@@ -35,9 +42,12 @@ def cross_entropy(logits: Array, labels: Array) -> Array:
         labels: ``[b, …]``, integers in [0, classes).
 
     Returns:
-        ``[b]``.
+        ``[b]``; not a number where a label is outside of its classes.
     """
-    return _sum_positions(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+    inside = is_label(labels, logits.shape[-1])
+    chosen = jnp.where(inside, labels, 0)
+    each = optax.softmax_cross_entropy_with_integer_labels(logits, chosen)
+    return _sum_positions(jnp.where(inside, each, jnp.nan))
 
 
 @dataclass(frozen=True)
@@ -76,10 +86,15 @@ def negative_probability(logits: Array, labels: Array) -> Array:
         labels: ``[b, …]``, integers in [0, classes).
 
     Returns:
-        ``[b]``, at least minus the number of positions.
+        ``[b]``, at least minus the number of positions; not a number where a label is outside of
+        its classes.
     """
-    probabilities = jax.nn.softmax(logits)
-    return -_sum_positions(jnp.take_along_axis(probabilities, labels[..., None], axis=-1)[..., 0])
+    return -_sum_positions(at_label(jax.nn.softmax(logits), labels))
+
+
+def _probability(label: Array, dtype: Any) -> Array:
+    """Returns labels as numbers; not a number where one is outside of [0, 1]."""
+    return jnp.where((label >= 0) & (label <= 1), label.astype(dtype), jnp.nan)
 
 
 def binary_cross_entropy(logit: Array, label: Array) -> Array:
@@ -90,15 +105,15 @@ def binary_cross_entropy(logit: Array, label: Array) -> Array:
 
     Args:
         logit: ``[b, 1]``.
-        label: ``[b]``, 0 or 1.
+        label: ``[b]``, 0 or 1, or a probability between.
 
     Returns:
-        ``[b]``.
+        ``[b]``; not a number where a label is outside of [0, 1].
 
     Raises:
         ValueError: If there is not one logit.
     """
-    return optax.sigmoid_binary_cross_entropy(_one_logit(logit), label.astype(logit.dtype))
+    return optax.sigmoid_binary_cross_entropy(_one_logit(logit), _probability(label, logit.dtype))
 
 
 def binary_squared_error(logit: Array, label: Array) -> Array:
@@ -106,15 +121,15 @@ def binary_squared_error(logit: Array, label: Array) -> Array:
 
     Args:
         logit: ``[b, 1]``.
-        label: ``[b]``, 0 or 1.
+        label: ``[b]``, 0 or 1, or a probability between.
 
     Returns:
-        ``[b]``, in [0, 1].
+        ``[b]``, in [0, 1]; not a number where a label is outside of [0, 1].
 
     Raises:
         ValueError: If there is not one logit.
     """
-    return (jax.nn.sigmoid(_one_logit(logit)) - label.astype(logit.dtype)) ** 2
+    return (jax.nn.sigmoid(_one_logit(logit)) - _probability(label, logit.dtype)) ** 2
 
 
 def mean_squared_error(output: Array, target: Array) -> Array:
@@ -143,6 +158,9 @@ def classifies(loss: Loss) -> bool:
     return loss in (cross_entropy, negative_probability) or isinstance(loss, SmoothedCrossEntropy)
 
 
+_BINARY = (binary_cross_entropy, binary_squared_error)
+
+
 LOSSES: dict[str, Loss] = {
     "cross_entropy": cross_entropy,
     "negative_probability": negative_probability,
@@ -156,43 +174,183 @@ LOSSES_WITH_SETTINGS = {"smoothed_cross_entropy": SmoothedCrossEntropy}
 
 @dataclass(frozen=True)
 class Objective:
-    """One term of the loss.
+    """One term of the loss, and what is measured of it.
 
     Attributes:
         output: Name of the output.
         target: Key of the batch that the output should match.
-        loss: Maps the output and the target to a loss per example, ``[b]``.
-        weight: A number, or an ``optax`` schedule from the step to one.
+        loss: Maps the output ``[b, …]`` and the target to a loss per example, ``[b]``.
+        weight: A number, at least 0, or an ``optax`` schedule from the step to one.
+        ignore: The label that says that there is none, such as -1 or 255: examples, and positions
+            of an example, that have it are left out of the loss and of all metrics.
+        mask: Key of the batch that says which examples count, ``[b]``: booleans, or how much each
+            counts, at least 0. What counts 0 may have any target.
+        classifies: Whether the output holds logits of classes and the target labels, of which
+            accuracies are measured; ``None``: if the loss is one of this module that needs them.
+
+    Raises:
+        ValueError: If the loss is no function, or the weight negative or not finite.
     """
 
     output: str
     target: str
     loss: Loss
     weight: float | optax.Schedule = 1.0
+    ignore: int | None = None
+    mask: str | None = None
+    classifies: bool | None = None
+
+    def __post_init__(self) -> None:
+        if not callable(self.loss):
+            raise ValueError(
+                f"The loss of an objective is {self.loss!r}; it should be a function of an output"
+                " and a target."
+            )
+        if isinstance(self.weight, int | float) and not 0 <= self.weight < math.inf:
+            raise ValueError(
+                f"The weight of an objective is {self.weight}; it should be finite and at least 0."
+            )
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the output holds logits of classes, and the target labels."""
+        if self.classifies is not None:
+            return self.classifies
+        return classifies(self.loss) or self.loss in _BINARY
 
     def weight_at(self, step: Array | int) -> Array:
         """Returns the weight at a step, a scalar."""
         weight = self.weight(step) if callable(self.weight) else self.weight
         return jnp.asarray(weight, jnp.float32)
 
+    def counts(self, batch: Mapping[str, Any]) -> Array | None:
+        """Returns how much each label counts, or each example where a target is no labels.
+
+        Args:
+            batch: Targets and masks by key.
+
+        Returns:
+            ``[b]``, or ``[b, …]`` as the labels where some are ignored; ``None``: all count 1.
+        """
+        mask = None if self.mask is None else batch[self.mask].astype(jnp.float32)
+        if self.ignore is None:
+            return mask
+        known = (batch[self.target] != self.ignore).astype(jnp.float32)
+        return known if mask is None else known * _beside(mask, known)
+
+    def values(self, output: Array, batch: Mapping[str, Any]) -> Array:
+        """Returns the loss of each example, without its weight.
+
+        Args:
+            output: ``[b, …]``.
+            batch: Targets and masks by key.
+
+        Returns:
+            ``[b]``. Of what does not count it is a number, of no use, with a gradient of 0.
+        """
+        target, counts = batch[self.target], self.counts(batch)
+        if counts is None:
+            return self.loss(output, target)
+        # Not only the loss: the gradient of what is dropped later may be infinite, times 0.
+        target = jax.tree.map(lambda x: jnp.where(_beside(counts > 0, x), x, _zero(x)), target)
+        if counts.ndim == 1:
+            return jnp.where(counts > 0, self.loss(output, target), 0.0)
+        alone = self.loss(output.reshape(-1, output.shape[-1]), target.reshape(-1))
+        return _sum_positions(jnp.where(counts > 0, alone.reshape(counts.shape), 0.0))
+
+
+def _beside(values: Array, x: Array) -> Array:
+    """Gives values ``[b, …]`` further axes, as many as ``x`` has."""
+    return values.reshape(*values.shape, *(1,) * (x.ndim - values.ndim))
+
+
+def _zero(x: Array) -> Array:
+    return jnp.zeros((), x.dtype)
+
 
 Objectives = Mapping[str, Objective]
 
 
 def evaluate(
-    objectives: Objectives, outputs: Mapping[str, Array], batch: Mapping[str, Array]
+    objectives: Objectives, outputs: Mapping[str, Array], batch: Mapping[str, Any]
 ) -> dict[str, Array]:
     """Computes every objective's loss per example, without its weight.
 
     Args:
         objectives: Objectives by name.
         outputs: Outputs of the network.
-        batch: Targets by key.
+        batch: Targets and masks by key.
 
     Returns:
         ``{name: [b]}``.
+
+    Raises:
+        ValueError: As ``check``, or if a loss can't compare its output and target, or returns
+            something else than a number for each example.
     """
-    return {k: o.loss(outputs[o.output], batch[o.target]) for k, o in objectives.items()}
+    check(objectives, outputs, batch)
+    return {name: _values(name, o, outputs[o.output], batch) for name, o in objectives.items()}
+
+
+def _values(name: str, objective: Objective, output: Array, batch: Mapping[str, Any]) -> Array:
+    target = batch[objective.target]
+    compared = (
+        f"the output '{objective.output}', {_shown(output)}, with the target"
+        f" '{objective.target}', {_shown(target)}"
+    )
+    try:
+        values = objective.values(output, batch)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"The loss of the objective '{name}' can't compare {compared}: {error}"
+        ) from error
+    if jnp.shape(values) != output.shape[:1]:
+        raise ValueError(
+            f"The loss of the objective '{name}' compares {compared} and returns"
+            f" {list(jnp.shape(values))}; it should return one number for each example,"
+            f" {list(output.shape[:1])}, neither their mean nor one for each pair of examples."
+        )
+    return values
+
+
+def _shown(tree: Any) -> Any:
+    """Writes shapes and dtypes of an array, or of a tree of them, into a message."""
+    return jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", tree)
+
+
+def example_counts(objectives: Objectives, batch: Mapping[str, Any]) -> dict[str, Array | None]:
+    """Returns how much each example counts in every objective's mean, by name.
+
+    Args:
+        objectives: Objectives by name.
+        batch: Targets and masks by key.
+
+    Returns:
+        ``[b]`` each; ``None``: all count 1. An example with several labels counts as much as the
+        one that counts most.
+    """
+    counts = {name: objective.counts(batch) for name, objective in objectives.items()}
+    return {
+        name: each if each is None else each.reshape(len(each), -1).max(1)
+        for name, each in counts.items()
+    }
+
+
+def accurate(
+    objectives: Objectives, outputs: Mapping[str, Any], batch: Mapping[str, Any]
+) -> list[str]:
+    """Lists the objectives of which accuracies are measured: logits of classes, and their labels.
+
+    Args:
+        objectives: Objectives by name.
+        outputs: The outputs, or their shapes.
+        batch: Targets, or their shapes.
+    """
+    return [
+        name
+        for name, o in objectives.items()
+        if o.labelled and is_classification(outputs[o.output], batch[o.target])
+    ]
 
 
 def weights(objectives: Objectives, step: Array | int) -> dict[str, Array]:
@@ -228,28 +386,92 @@ def depth_weights(layers: Sequence[int], nu: float) -> list[float]:
     return [max(0.01, (layer / max(layers)) ** nu) for layer in layers]
 
 
-def check(
-    objectives: Objectives, outputs: Mapping[str, object], batch: Mapping[str, object]
-) -> None:
-    """Checks that each objective has its output and its target.
+def check(objectives: Objectives, outputs: Mapping[str, Any], batch: Mapping[str, Any]) -> None:
+    """Checks that objectives fit outputs and batches.
 
     Args:
         objectives: Objectives by name.
-        outputs: The outputs that exist.
-        batch: The targets that exist.
+        outputs: The outputs, or their shapes.
+        batch: Targets and masks, or their shapes.
 
     Raises:
-        ValueError: If there is no objective, or one names an output or a target that is not there.
+        ValueError: If there is no objective; one names an output, a target or a mask that is not
+            there; its labels are no integers, or have another shape than its logits; its mask is no
+            number for each example; or its metrics could not be told from others.
+    """
+    check_keys(objectives, batch)
+    for name, objective in objectives.items():
+        _check_known(name, "output", objective.output, outputs)
+        _check_name(name, objective, outputs)
+        if objective.labelled or objective.ignore is not None:
+            _check_labels(name, objective, outputs[objective.output], batch[objective.target])
+        if objective.mask is not None:
+            _check_mask(name, objective.mask, batch[objective.mask], outputs[objective.output])
+
+
+def check_keys(objectives: Objectives, batch: Mapping[str, Any]) -> None:
+    """Checks that there are objectives, and that a batch has their targets and masks.
+
+    Args:
+        objectives: Objectives by name.
+        batch: Targets and masks, or their shapes.
+
+    Raises:
+        ValueError: If not.
     """
     if not objectives:
         raise ValueError("There is no objective; give config.objectives at least one.")
     for name, objective in objectives.items():
-        for kind, key, known in (
-            ("output", objective.output, outputs),
-            ("target", objective.target, batch),
-        ):
-            if key not in known:
-                raise ValueError(
-                    f"The objective '{name}' is on the {kind} '{key}', which does not"
-                    f" exist.{nearest(key, known)}"
-                )
+        _check_known(name, "target", objective.target, batch)
+        if objective.mask is not None:
+            _check_known(name, "mask", objective.mask, batch)
+
+
+def _check_known(name: str, kind: str, key: str, known: Mapping[str, Any]) -> None:
+    if key not in known:
+        raise ValueError(
+            f"The objective '{name}' is on the {kind} '{key}', which does not"
+            f" exist.{nearest(key, known)}"
+        )
+
+
+def _check_name(name: str, objective: Objective, outputs: Mapping[str, Any]) -> None:
+    if name == "total":
+        raise ValueError("An objective can't be called 'total': that is the weighted sum.")
+    if name in outputs and name != objective.output:
+        raise ValueError(
+            f"The objective '{name}' is on the output '{objective.output}', but has the name of"
+            " another; their metrics could not be told apart. Choose another name."
+        )
+
+
+def _check_labels(name: str, objective: Objective, output: Any, target: Any) -> None:
+    """Checks that labels are whole numbers, one for each position that has logits."""
+    start = f"The objective '{name}'"
+    if not hasattr(target, "dtype"):
+        raise ValueError(
+            f"{start} has labels '{objective.target}' that are {_shown(target)}; they should be one"
+            " array of integers."
+        )
+    whole = jnp.issubdtype(target.dtype, jnp.integer) or target.dtype == bool
+    binary = objective.loss in _BINARY and objective.ignore is None
+    if not (whole or binary):
+        raise ValueError(
+            f"{start} has labels '{objective.target}' that are {_shown(target)}; they should be"
+            " integers, the numbers of classes (of one-hot vectors: their argmax)."
+        )
+    several = objective.ignore is not None and not objective.labelled and len(target.shape) > 1
+    if target.shape != output.shape[:-1] or several:
+        raise ValueError(
+            f"{start} has labels '{objective.target}', {_shown(target)}, for the logits"
+            f" '{objective.output}', {_shown(output)}; there should be a label for each vector of"
+            f" logits, {list(output.shape[:1] if several else output.shape[:-1])}."
+        )
+
+
+def _check_mask(name: str, key: str, mask: Any, output: Any) -> None:
+    if getattr(mask, "shape", None) != output.shape[:1]:
+        raise ValueError(
+            f"The mask '{key}' of the objective '{name}' is {_shown(mask)}; it should have a number"
+            f" for each example, {list(output.shape[:1])}."
+        )

@@ -75,11 +75,30 @@ def log_joint(outputs: Mapping[str, Array], groups: Assignments, eta: Array | fl
 
     Returns:
         ``[b, classes]``, float32, at most 0; not normalized.
+
+    Raises:
+        ValueError: If a branch has another number of groups than its assignment, or that another
+            number of labels than there are classes.
     """
     joint = jax.nn.log_softmax(class_logits(outputs[MAIN]))
     for branch, assignment in groups.items():
-        joint += eta * jax.nn.log_softmax(outputs[branch])[:, np.asarray(assignment)]
+        of_label = np.asarray(assignment)
+        _check_assignment(branch, of_label, joint.shape[-1], outputs[branch].shape[-1])
+        joint += eta * jax.nn.log_softmax(outputs[branch])[:, of_label]
     return joint
+
+
+def _check_assignment(branch: str, of_label: np.ndarray, classes: int, groups: int) -> None:
+    if len(of_label) != classes:
+        raise ValueError(
+            f"The groups of the branch '{branch}' are of {len(of_label)} labels, but the main"
+            f" output has {classes} classes; each should have a group."
+        )
+    if of_label.min() < 0 or of_label.max() >= groups:
+        raise ValueError(
+            f"The groups of the branch '{branch}' are numbered {of_label.min()} to"
+            f" {of_label.max()}, but it has {groups} logits; groups should be in 0..{groups - 1}."
+        )
 
 
 def check_branches(what: str, branches: Sequence[str], groups: Assignments) -> tuple[str, ...]:

@@ -52,9 +52,11 @@ class TrainState:
 
         Returns:
             The state.
+
+        Raises:
+            ValueError: If a parameter is complex or an integer, which no rule can train.
         """
-        model_state = {kind: values for kind, values in variables.items() if kind != "params"}
-        params = variables["params"]
+        params, model_state = _parted(variables)
         return cls(
             step=jnp.zeros((), jnp.int32),
             key=key,
@@ -62,6 +64,34 @@ class TrainState:
             model_state=model_state,
             update_state=rule.init(params),
         )
+
+
+def _parted(variables: Mapping[str, PyTree]) -> tuple[PyTree, dict[str, PyTree]]:
+    """Parts variables into parameters and the rest, as plain dictionaries (not Flax's frozen ones).
+
+    Raises:
+        ValueError: If there are no parameters, or one is complex or an integer.
+    """
+    plain = _plain(variables)
+    if "params" not in plain:
+        raise ValueError(
+            f"Variables have the collections {sorted(plain)}; they should have 'params', as"
+            " network.init(key, image) returns them."
+        )
+    params = plain.pop("params")
+    for path, leaf in jax.tree.leaves_with_path(params):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(
+                f"The parameter {jax.tree_util.keystr(path, simple=True, separator='/')} is"
+                f" {leaf.dtype}; parameters should be real numbers, which losses can descend on (of"
+                " complex ones take the real and the imaginary part; what is not trained belongs to"
+                " a collection of its own)."
+            )
+    return params, plain
+
+
+def _plain(tree: Any) -> Any:
+    return {k: _plain(v) for k, v in tree.items()} if isinstance(tree, Mapping) else tree
 
 
 @jax.tree_util.register_dataclass
@@ -157,20 +187,68 @@ def make_losses(
     def losses(params: PyTree, model_state: PyTree) -> Any:
         params = shared.averaging(params) if shared else params
         with batch_over(shared.axis if shared and shared.batch_norm else None):
-            outputs, new_model_state = apply(
-                {"params": params, **model_state},
-                batch["image"],
-                train=True,
-                rngs={"dropout": dropout},
-                mutable=list(model_state),
-            )
-        each = objectives.evaluate(chosen, outputs, batch)
-        named = {name: values.mean() for name, values in each.items()}
+            outputs, new_model_state = _applied(apply, params, model_state, batch, dropout)
+        values = objectives.evaluate(chosen, outputs, batch)
+        counts = objectives.example_counts(chosen, batch)
+        named = {name: _mean(each, counts[name], shared) for name, each in values.items()}
         if shared:
             named, new_model_state = shared.mean((named, new_model_state))
         return named, (outputs, new_model_state)
 
     return losses
+
+
+def _applied(
+    apply: Apply, params: PyTree, model_state: PyTree, batch: Batch, dropout: Array
+) -> tuple[Any, PyTree]:
+    """Applies a network in training; what it sows is dropped, rather than grow with each step."""
+
+    def applied(state: PyTree) -> tuple[Any, PyTree]:
+        variables = {"params": params, **state}
+        collections: Any = list(model_state)
+        outputs, new = apply(
+            variables, _images(batch), train=True, rngs={"dropout": dropout}, mutable=collections
+        )
+        return outputs, _plain(new)
+
+    outputs, new = applied(model_state)
+    old, now = (
+        {kind: jax.tree.structure(values) for kind, values in each.items()}
+        for each in (model_state, new)
+    )
+    grown = [kind for kind in old if now.get(kind) != old[kind]]
+    if not grown:
+        return outputs, new
+    outputs, new = applied({kind: v for kind, v in model_state.items() if kind not in grown})
+    # As they were: a state of another shape would be compiled for anew.
+    return outputs, {**new, **{kind: model_state[kind] for kind in grown}}
+
+
+def _images(batch: Batch) -> Any:
+    if "image" not in batch:
+        raise ValueError(
+            f"A batch has {', '.join(sorted(batch)) or 'nothing'}; it should have the inputs of the"
+            " network as 'image'."
+        )
+    return batch["image"]
+
+
+def _examples(batch: Batch) -> int:
+    """Returns the number of examples in a batch, whose inputs may be a tree of arrays."""
+    return len(jax.tree.leaves(_images(batch))[0])
+
+
+def _mean(values: Array, counts: Array | None, shared: Shared | None) -> Array:
+    """Averages the losses of the examples that count; 0 where none does.
+
+    Where devices share a batch, the average of this over the devices is that of the whole batch.
+    """
+    if counts is None:
+        return values.mean()
+    # What all devices count, a share each.
+    whole = shared.mean(counts.sum()) if shared else counts.sum()
+    total = (values * counts.astype(values.dtype)).sum()
+    return jnp.where(whole > 0, total / jnp.where(whole > 0, whole, 1).astype(values.dtype), 0)
 
 
 def find_reach(
@@ -186,14 +264,18 @@ def find_reach(
 
     Returns:
         For each objective a tree of booleans over the parameters.
+
+    Raises:
+        ValueError: If the objectives don't fit the outputs and the batch (``objectives.evaluate``),
+            or a parameter is complex or an integer.
     """
-    state = {kind: values for kind, values in variables.items() if kind != "params"}
+    params, state = _parted(variables)
     key = jax.random.key(0)
 
     def losses(params: PyTree, state: PyTree, batch: Batch) -> dict[str, Array]:
         return make_losses(apply, chosen, batch, key)(params, state)[0]
 
-    return traced.reach(losses, variables["params"], state, dict(batch))
+    return traced.reach(losses, params, state, dict(batch))
 
 
 def make_step(
@@ -215,7 +297,11 @@ def make_step(
     Returns:
         A pure function from ``(state, batch)`` to ``(state, metrics)``; the metrics are
         ``"<objective>/loss"`` and their sum with the objectives' own weights, ``"total/loss"``:
-        what a rule descends may be weighted otherwise.
+        what a rule descends may be weighted otherwise. An objective of which no example counts in a
+        batch has a loss and a weight of 0 in that step, and is not counted in its metric. What the
+        network sows (``nn.Module.sow``) is dropped in each step. The function raises
+        ``ValueError`` where the objectives don't fit the outputs and the batch
+        (``objectives.evaluate``), as it is traced.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -225,14 +311,17 @@ def make_step(
             augmenting, dropout = shared.own(augmenting), shared.own(dropout)
         batch = augment(augmenting, batch) if augment else batch
         losses = make_losses(apply, chosen, batch, dropout, shared)
+        counted = _counted(chosen, batch, shared)
         weights = objectives.weights(chosen, state.step)
+        # What is not in this batch has no weight in it: a rule leaves it out.
+        weights |= {k: jnp.where(n > 0, weights[k], 0) for k, n in counted.items()}
         updated = rule.update(
             losses, weights, state.params, state.model_state, state.update_state, updating
         )
         parts = jax.lax.axis_size(shared.axis) if shared else 1
-        count = jnp.asarray(parts * batch["image"].shape[0], jnp.float32)
-        named = {f"{name}/loss": loss for name, loss in updated.losses.items()}
-        named["total/loss"] = objectives.weighted_sum(updated.losses, weights)
+        whole = jnp.asarray(parts * _examples(batch), jnp.float32)
+        counts = dict.fromkeys([*chosen, "total"], whole) | counted
+        named = {**updated.losses, "total": objectives.weighted_sum(updated.losses, weights)}
         new = replace(
             state,
             step=state.step + 1,
@@ -240,9 +329,23 @@ def make_step(
             model_state=updated.model_state,
             update_state=updated.state,
         )
-        return new, {name: Average(total=loss * count, count=count) for name, loss in named.items()}
+        measured = {
+            f"{name}/loss": Average(total=loss * counts[name], count=counts[name])
+            for name, loss in named.items()
+        }
+        return new, measured
 
     return step
+
+
+def _counted(
+    chosen: objectives.Objectives, batch: Batch, shared: Shared | None
+) -> dict[str, Array]:
+    """Returns how much the examples of the whole batch count, for objectives where not 1 each."""
+    objectives.check_keys(chosen, batch)
+    counts = objectives.example_counts(chosen, batch)
+    sums = {name: each.sum() for name, each in counts.items() if each is not None}
+    return jax.lax.psum(sums, shared.axis) if shared else sums
 
 
 def make_measure(
@@ -259,27 +362,35 @@ def make_measure(
 
     Returns:
         A pure function from ``(params, model_state, batch, mask, fitted)`` to metrics:
-        ``"<objective>/loss"``; ``"<output>/top_1"`` and ``"<output>/top_5"`` of outputs that
-        classify; ``"<prediction>/top_1"`` and ``"<prediction>/loss"``, the negative log probability
-        of the label. Rules that are fitted are measured if their parameters are in ``fitted``,
-        which may be left out. Examples where ``mask`` is 0 don't count.
+        ``"<objective>/loss"``; ``"<objective>/top_1"`` and ``"<objective>/top_5"`` of objectives
+        that are ``labelled``; ``"<prediction>/top_1"`` and ``"<prediction>/loss"``, the negative
+        log probability of the label. A metric counts what its objective counts, a prediction what
+        the first objective on ``"label"`` does. ``mask``, ``[b]``, says how much each example
+        counts beside that; 1 if it is left out. Rules that are fitted are measured if their
+        parameters are in ``fitted``, which may be left out, too. The function raises ``ValueError``
+        as ``objectives.evaluate`` does.
     """
 
     def measure(
         params: PyTree,
         model_state: PyTree,
         batch: Batch,
-        mask: Array,
+        mask: Array | None = None,
         fitted: Mapping[str, PyTree] | None = None,
     ) -> Metrics:
-        outputs = apply({"params": params, **model_state}, batch["image"], train=False)
-        found: Metrics = {}
-        for name, values in objectives.evaluate(chosen, outputs, batch).items():
-            found[f"{name}/loss"] = Average.of(values, mask)
-        for objective in chosen.values():
+        outputs = apply({"params": params, **model_state}, _images(batch), train=False)
+        values = objectives.evaluate(chosen, outputs, batch)
+        counts = objectives.example_counts(chosen, batch)
+        measured: Metrics = {
+            f"{name}/loss": Average.of(each, _times(mask, counts[name]))
+            for name, each in values.items()
+        }
+        for name in objectives.accurate(chosen, outputs, batch):
+            objective = chosen[name]
+            counted = _times(mask, objective.counts(batch))
             output, target = outputs[objective.output], batch[objective.target]
-            if metrics.is_classification(output, target):
-                found |= metrics.classification(objective.output, output, target, mask)
+            measured |= metrics.classification(name, output, target, counted)
+        counted = _times(mask, _label_counts(chosen, batch)) if predictions else None
         for name, predict in (predictions or {}).items():
             if not is_fitted(predict):
                 predicted = predict(outputs)
@@ -287,32 +398,54 @@ def make_measure(
                 predicted = predict(outputs, fitted[name])
             else:
                 continue
-            found |= _measure_prediction(name, predicted, batch["label"], mask)
-        return found
+            measured |= _measure_prediction(name, predicted, batch["label"], counted)
+        return measured
 
     return measure
 
 
-def make_predict(apply: Apply, names: Sequence[str]) -> Predict:
+def _times(mask: Array | None, counts: Array | None) -> Array | None:
+    """Multiplies what examples count, ``[b]``, with what they or their positions count."""
+    if mask is None or counts is None:
+        return counts if mask is None else mask
+    return mask.reshape(-1, *(1,) * (counts.ndim - 1)) * counts
+
+
+def _label_counts(chosen: objectives.Objectives, batch: Batch) -> Array | None:
+    """Returns what the labels count that predictions are measured by."""
+    if "label" not in batch:
+        raise ValueError(
+            f"Predictions are measured by 'label', which the batch lacks; it has"
+            f" {', '.join(sorted(batch))}."
+        )
+    return next((o.counts(batch) for o in chosen.values() if o.target == "label"), None)
+
+
+def make_predict(apply: Apply, chosen: objectives.Objectives, names: Sequence[str]) -> Predict:
     """Makes the function whose results prediction rules are fitted to.
 
     Args:
         apply: ``apply`` of a Flax network that returns named outputs.
+        chosen: Objectives by name, which say which labels count.
         names: The outputs.
 
     Returns:
         A pure function from ``(params, model_state, batch)`` to these outputs, in evaluation mode,
-        and the labels.
+        and the labels, -1 where one does not count.
     """
 
     def predict(params: PyTree, model_state: PyTree, batch: Batch) -> Any:
-        outputs = apply({"params": params, **model_state}, batch["image"], train=False)
-        return {name: outputs[name] for name in names}, batch["label"]
+        outputs = apply({"params": params, **model_state}, _images(batch), train=False)
+        counts, label = _label_counts(chosen, batch), batch["label"]
+        counted = label if counts is None else jnp.where(counts > 0, label, -1)
+        return {name: outputs[name] for name in names}, counted
 
     return predict
 
 
-def _measure_prediction(name: str, log_probability: Array, label: Array, mask: Array) -> Metrics:
-    right = jnp.take_along_axis(log_probability, label[:, None], axis=-1)
-    found = metrics.classification(name, log_probability, label, mask)
-    return {**found, f"{name}/loss": Average.of(-right, mask)}
+def _measure_prediction(
+    name: str, log_probability: Array, label: Array, mask: Array | None
+) -> Metrics:
+    right = metrics.at_label(log_probability, label)
+    measured = metrics.classification(name, log_probability, label, mask)
+    return {**measured, f"{name}/loss": Average.of(-right, mask)}

@@ -16,6 +16,7 @@ from sire_jax import convolution, jaxprs
 
 PyTree = Any
 
+
 def dependencies(program: core.Jaxpr, inputs: list[int]) -> list[int]:
     """Follows sets of marks from the inputs of a program to its outputs.
 

@@ -278,7 +278,7 @@ def _end_of_epoch(
         The best weights and sums of nothing; ``None`` if somebody asked to stop before all was
         measured, which is then done anew after the next start.
     """
-    losses = runs.averages(sums)
+    losses, accuracy = runs.averages(sums), runs.parts.accuracy()
     logs.record(step, epoch, "steps", losses)
     last = epoch == config.epochs
     shown = {name: each for name, each in losses.items() if name != "total/loss"}
@@ -288,9 +288,9 @@ def _end_of_epoch(
                 return None
             found = runs.measure(state.params, state.model_state, split)
             logs.record(step, epoch, split, found)
-            shown |= {f"{split} {k}": v for k, v in found.items() if k == "main/top_1"}
-            if split == "validation" and best is not None:
-                best = runs.better(best, found["main/top_1"], state)
+            shown |= {f"{split} {k}": v for k, v in found.items() if k == accuracy}
+            if split == "validation" and best is not None and accuracy is not None:
+                best = runs.better(best, found[accuracy], state)
             _report_chance(config, runs, progress, epoch, split, found)
     every = config.gradient_flow_every
     if every and (last or epoch % every == 0):
@@ -314,12 +314,13 @@ def _report_chance(
     first = epoch >= after > epoch - max(every, 1)
     if not after or not (first or epoch == config.epochs):
         return
-    if split == "train" or f"{MAIN}/top_1" not in found:
+    metric = runs.parts.accuracy()
+    if split == "train" or metric is None:
         return
     chance = 1 / max(runs.parts.outputs[MAIN].shape[-1], 2)
     # Three standard errors of an accuracy at chance level.
     error = math.sqrt(chance * (1 - chance) / runs.examples[split].shape[1])
-    accuracy = found[f"{MAIN}/top_1"]
+    accuracy = found[metric]
     stuck = np.flatnonzero(accuracy <= chance + 3 * error)
     if len(stuck):
         seeds = ", ".join(str(config.seed + i) for i in stuck)

@@ -136,7 +136,8 @@ def test_each_objective_is_evaluated_on_its_output_and_target_without_its_weight
 
 
 def test_check_names_what_is_missing():
-    outputs, batch = {"main": 0, "exit_1": 0}, {"image": 0, "label": 0}
+    logits, label = jax.ShapeDtypeStruct((2, 3), "float32"), jax.ShapeDtypeStruct((2,), "int32")
+    outputs, batch = {"main": logits, "exit_1": logits}, {"image": logits, "label": label}
     objectives.check({"o": Objective("main", "label", cross_entropy)}, outputs, batch)
     with pytest.raises(ValueError, match="There is no objective"):
         objectives.check({}, outputs, batch)

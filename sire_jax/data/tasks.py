@@ -205,8 +205,17 @@ class Pairs:
 
 
 def ordered(digits: Array) -> Array:
-    """Returns 1 where the first of two digits ``[b, 2]`` is at most the second, else 0; int32."""
-    return (digits[:, 0] <= digits[:, 1]).astype(jnp.int32)
+    """Compares digits.
+
+    Args:
+        digits: ``[b, 2]``, integers.
+
+    Returns:
+        ``[b]``, int32: 1 where the first is at most the second, else 0; -1 where one is negative,
+        and so no digit.
+    """
+    order = (digits[:, 0] <= digits[:, 1]).astype(jnp.int32)
+    return jnp.where((digits >= 0).all(1), order, -1)
 
 
 TASKS = {"images": Images, "pairs": Pairs}

@@ -41,10 +41,13 @@ def expected_calibration_error(predicted: np.ndarray, labels: np.ndarray, bins: 
         The error, in [0, 1].
 
     Raises:
-        ValueError: If there are no examples.
+        ValueError: If there are no examples, the first argument holds no probabilities, or a label
+            is outside of the classes.
     """
     if not len(labels):
         raise ValueError("There are no examples to measure calibration on.")
+    _check_labels(labels, predicted.shape[-1])
+    _check_probabilities(predicted)
     confidence = np.asarray(predicted.max(-1), np.float64)
     right = predicted.argmax(-1) == labels
     bin_of = np.digitize(confidence, np.arange(1, bins) / bins, right=True)
@@ -68,12 +71,14 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
         too low for.
 
     Raises:
-        ValueError: If there are no examples, or a logit is not finite.
+        ValueError: If there are no examples, a logit is not finite, or a label is outside of the
+            classes.
     """
     if not len(labels):
         raise ValueError("There are no examples to fit a temperature on.")
     if not np.isfinite(logits).all():
         raise ValueError("Logits are not finite, so that they have no temperature.")
+    _check_labels(labels, logits.shape[-1])
     z = _shifted(logits)
     right = z[np.arange(len(z)), labels].mean()
     low, high = 1 / MOST, 1 / LEAST
@@ -89,3 +94,25 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
             break
         b = step if low < step < high else (low * high) ** 0.5
     return float(1 / b)
+
+
+def _check_labels(labels: np.ndarray, classes: int) -> None:
+    outside = np.flatnonzero((np.asarray(labels) < 0) | (np.asarray(labels) >= classes))
+    if len(outside):
+        raise ValueError(
+            f"{len(outside)} labels are outside of the {classes} classes 0..{classes - 1}: the"
+            f" first is {labels[outside[0]]} at index {outside[0]}. Leave such examples out."
+        )
+
+
+def _check_probabilities(predicted: np.ndarray) -> None:
+    sums = np.asarray(predicted, np.float64).sum(-1)
+    negative = np.asarray(predicted).min() < 0
+    # Of float32, and of half precision.
+    if negative or not np.allclose(sums, 1, atol=1e-2):
+        worst = float(sums[np.argmax(np.abs(sums - 1))])
+        raise ValueError(
+            f"Calibration is measured of probabilities, at least 0 with the sum 1; these have the"
+            f" sum {worst:.4g} and the least value {float(np.min(predicted)):.4g}. Of logits take"
+            " calibration.probabilities(logits)."
+        )

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from sire_jax import traced
+from sire_jax import objectives, traced
 from sire_jax.evaluate import kept_weights, open_run
 from sire_jax.experiment import Experiment
 from sire_jax.inference.cascade import filled
 from sire_jax.inference.stages import Stage, split
-from sire_jax.metrics import class_logits, is_classification
+from sire_jax.metrics import class_logits
 from sire_jax.networks import MAIN
 from sire_jax.runs import Runs
 
@@ -25,9 +25,10 @@ PyTree = Any
 
 def classified(parts: Experiment, output: str) -> list[str]:
     """Returns the targets, one label an example, that an output is trained to classify."""
-    chosen = [o.target for o in parts.objectives.values() if o.output == output]
-    flat = [target for target in chosen if parts.batch[target].ndim == 1]
-    return [t for t in flat if is_classification(parts.outputs[output], parts.batch[t])]
+    names = objectives.accurate(parts.objectives, parts.outputs, parts.batch)
+    chosen = [parts.objectives[name] for name in names]
+    targets = [o.target for o in chosen if o.output == output]
+    return [target for target in targets if parts.batch[target].ndim == 1]
 
 
 def find_exits(parts: Experiment) -> tuple[list[str], str]:
