@@ -67,7 +67,7 @@ class Groups:
             int32 of that shape, -1 where a label is none of these: outside of [0, classes).
         """
         inside = is_label(labels, len(self.assignment))
-        groups = jnp.asarray(self.assignment, jnp.int32)[jnp.where(inside, labels, 0)]
+        groups = jnp.asarray(self.assignment, jnp.int32)[jnp.where(inside, labels.astype(jnp.int32), 0)]
         return jnp.where(inside, groups, -1)
 
     def labels(self) -> tuple[tuple[str, ...], ...]:

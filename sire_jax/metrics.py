@@ -77,7 +77,7 @@ def at_label(values: Array, labels: Array) -> Array:
         ``[b, …]``; not a number where the label is outside of [0, classes), on whichever side.
     """
     inside = is_label(labels, values.shape[-1])
-    chosen = jnp.where(inside, labels, 0)[..., None]
+    chosen = jnp.where(inside, labels.astype(jnp.int32), 0)[..., None]
     looked_up = jnp.take_along_axis(values, chosen, axis=-1)[..., 0]
     return jnp.where(inside, looked_up, jnp.nan)
 
@@ -101,7 +101,8 @@ def top_k(logits: Array, labels: Array, k: int) -> Array:
         ``[b, …]``, booleans. Of equal logits the class with the smaller index counts as larger.
     """
     right = at_label(logits, labels)[..., None]
-    before = jnp.arange(logits.shape[-1]).reshape((1,) * labels.ndim + (-1,)) < labels[..., None]
+    places = jnp.arange(logits.shape[-1], dtype=jnp.int32).reshape((1,) * labels.ndim + (-1,))
+    before = places < labels.astype(jnp.int32)[..., None]
     larger = (logits > right) | ((logits == right) & before)
     # Not a number compares false with everything: without this it would count as right.
     known = is_label(labels, logits.shape[-1]) & ~jnp.isnan(logits).any(-1)

@@ -45,7 +45,7 @@ def cross_entropy(logits: Array, labels: Array) -> Array:
         ``[b]``; not a number where a label is outside of its classes.
     """
     inside = is_label(labels, logits.shape[-1])
-    chosen = jnp.where(inside, labels, 0)
+    chosen = jnp.where(inside, labels.astype(jnp.int32), 0)
     each = optax.softmax_cross_entropy_with_integer_labels(logits, chosen)
     return _sum_positions(jnp.where(inside, each, jnp.nan))
 

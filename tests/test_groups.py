@@ -3,6 +3,7 @@
 import json
 import re
 
+import jax.numpy as jnp
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -199,3 +200,9 @@ def test_what_does_not_make_a_file_is_refused(tmp_path, groupings, message):
     with pytest.raises(ValueError, match=message):
         groups.save(tmp_path / "groups.json", groupings, "by hand")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_label_that_is_none_is_in_no_group():
+    labels = jnp.asarray([[0, 4, 2], [-1, 5, 255]])
+    assert THREE.of(labels).tolist() == [[0, 2, 0], [-1, -1, -1]]
+    assert THREE.of(labels).dtype == jnp.int32

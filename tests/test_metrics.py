@@ -129,3 +129,36 @@ def test_an_output_classifies_if_its_target_is_integers_with_an_axis_less():
     assert not metrics.is_classification(_shape(3, 10), jnp.zeros(3))
     assert not metrics.is_classification(_shape(3, 10), jnp.zeros((3, 10), jnp.int32))
     assert not metrics.is_classification(_shape(3, 2, 10), jnp.zeros(3, jnp.int32))
+
+
+def test_a_fractional_mask_weighs_values():
+    average = Average.of(jnp.asarray([1.0, 3.0, jnp.nan]), jnp.asarray([0.5, 0.25, 0.0]))
+    assert (float(average.total), float(average.count)) == (1.25, 0.75)
+    right = metrics.classification(
+        "x", jnp.eye(3), jnp.asarray([0, 1, 0]), jnp.asarray([0.5, 0.5, 0.5])
+    )
+    assert float(right["x/top_1"].mean()) == pytest.approx(2 / 3)
+
+
+def test_a_mask_may_be_of_positions():
+    values = jnp.asarray([[1.0, 2.0], [3.0, 4.0]])
+    average = Average.of(values, jnp.asarray([[1.0, 0.0], [1.0, 1.0]]))
+    assert (float(average.total), float(average.count)) == (8, 3)
+
+
+@pytest.mark.parametrize("label", [-3, -1, 3, 255])
+def test_a_label_outside_of_its_classes_is_never_right_nor_looked_up(label):
+    logits = jnp.asarray([[0.0, 1.0, 2.0]] * 2)
+    labels = jnp.asarray([label, 2])
+    for k in (1, 2, 3):
+        assert top_k(logits, labels, k).tolist() == [False, True]
+    np.testing.assert_array_equal(metrics.at_label(logits, labels), [np.nan, 2.0])
+    binary = metrics.classification("x", jnp.asarray([[9.0]]), jnp.asarray([label]))
+    assert float(binary["x/top_1"].total) == 0
+
+
+def test_unsigned_and_boolean_labels_are_labels():
+    logits = jnp.asarray([[0.0, 1.0, 2.0], [3.0, 1.0, 2.0]])
+    assert top_k(logits, jnp.asarray([2, 255], jnp.uint8), 1).tolist() == [True, False]
+    found = metrics.classification("x", jnp.asarray([[1.0], [1.0]]), jnp.asarray([True, False]))
+    assert float(found["x/top_1"].mean()) == 0.5

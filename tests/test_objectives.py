@@ -243,3 +243,32 @@ def test_a_bad_section_of_a_loss_is_refused(loss, message):
         configuration.loss("smothed_cross_entropy")
     with pytest.raises(ValueError, match=r"has no setting 'smoothin'. Did you mean 'smoothing'"):
         configuration.loss("smoothed_cross_entropy", smoothin=0.2)
+
+
+# ---- Labels outside of their classes.
+
+
+@pytest.mark.parametrize("label", [-1, 3, 255])
+@pytest.mark.parametrize("loss", [cross_entropy, negative_probability, SmoothedCrossEntropy(0.1)])
+def test_a_loss_of_a_label_outside_of_its_classes_is_not_a_number(loss, label):
+    losses = loss(LOGITS, jnp.asarray([label, 1]))
+    np.testing.assert_array_equal(np.isnan(losses), [True, False])
+    np.testing.assert_array_equal(losses[1], loss(LOGITS, jnp.asarray([0, 1]))[1])
+
+
+@pytest.mark.parametrize("loss", [binary_cross_entropy, binary_squared_error])
+def test_a_binary_loss_of_what_is_no_probability_is_not_a_number(loss):
+    losses = loss(jnp.ones((5, 1)), jnp.asarray([-1, 0, 1, 2, 255]))
+    assert np.isnan(losses).tolist() == [True, False, False, True, True]
+    soft = loss(jnp.ones((2, 1)), jnp.asarray([0.25, 1.5]))
+    assert np.isnan(soft).tolist() == [False, True]
+
+
+def test_sections_may_say_what_counts():
+    section = configuration.objective("main", "label", "cross_entropy", ignore=255, mask="known")
+    made = objective_sections.create(ConfigDict({"main": section}), {}, {}, {})["main"]
+    assert (made.ignore, made.mask, made.classifies) == (255, "known", None)
+    assert "ignore" not in configuration.objective("main", "label", "cross_entropy")
+    wrong = {**section.to_dict(), "ignore": "all"}
+    with pytest.raises(ValueError, match=r"objectives.main.ignore is 'all', a str; .* a int"):
+        objective_sections.check("main", ConfigDict(wrong))

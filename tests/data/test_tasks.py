@@ -176,3 +176,7 @@ def test_equal_digits_are_in_order():
     digits = jnp.array([[a, b] for a in range(10) for b in range(10)])
     assert ordered(digits).tolist() == [int(a <= b) for a in range(10) for b in range(10)]
     assert int(ordered(digits).sum()) == 55
+
+
+def test_an_order_of_what_is_no_digit_is_unknown():
+    assert ordered(jnp.asarray([[3, 5], [-1, 5], [5, -1]])).tolist() == [1, -1, -1]

@@ -113,3 +113,24 @@ def test_what_can_not_be_calibrated_is_refused():
         fit_temperature(nothing, np.zeros(0, int))
     with pytest.raises(ValueError, match="Logits are not finite"):
         fit_temperature(np.array([[0.0, np.nan]]), np.array([0]))
+
+
+def test_calibration_of_logits_is_refused():
+    labels = np.array([0, 1])
+    for logits, message in (
+        (np.array([[3.0, 1.0], [0.5, 2.0]]), r"have the sum 4 and the least value 0.5. Of logits"),
+        (np.array([[1.5, -0.5], [0.5, 0.5]]), r"the least value -0.5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            expected_calibration_error(logits, labels)
+        assert 0 <= expected_calibration_error(probabilities(logits), labels) <= 1
+
+
+@pytest.mark.parametrize("label", [-1, 2])
+def test_labels_outside_of_the_classes_are_refused(label):
+    labels = np.array([0, label])
+    message = rf"1 labels are outside of the 2 classes 0..1: the first is {label} at index 1"
+    with pytest.raises(ValueError, match=message):
+        expected_calibration_error(_two([0.5, 0.5]), labels)
+    with pytest.raises(ValueError, match=message):
+        fit_temperature(np.zeros((2, 2)), labels)
