@@ -62,8 +62,9 @@ def is_classification(output: jax.ShapeDtypeStruct | Array, target: Array) -> bo
 
 
 def is_label(labels: Array, classes: int) -> Array:
-    """Tells which integers are labels: those in [0, classes)."""
-    return (labels >= 0) & (labels < classes)
+    """Tells which integers, or booleans, are labels: those in [0, classes)."""
+    whole = labels.astype(jnp.int32)
+    return (whole >= 0) & (whole < classes)
 
 
 def at_label(values: Array, labels: Array) -> Array:
