@@ -14,8 +14,53 @@ PyTree = Any
 
 
 def scale(factor: Array, values: Array) -> Array:
-    """Multiplies values, which keep their dtype, by a scalar."""
-    return factor.astype(values.dtype) * values
+    """Multiplies values, which keep their dtype, by a scalar, in float32 or what is wider."""
+    # The inverse of a small weight, or of a short gradient, is no float16.
+    wide = jnp.promote_types(values.dtype, jnp.float32)
+    return (factor.astype(wide) * values.astype(wide)).astype(values.dtype)
+
+
+def keep_dtypes(new: PyTree, old: PyTree) -> PyTree:
+    """Returns a state in the dtypes of the one before, or every step would be compiled anew."""
+
+    def keep(new: Array, old: Array) -> Array:
+        new, dtype = jnp.asarray(new), jnp.asarray(old).dtype
+        return new if new.dtype == dtype else new.astype(dtype)
+
+    return jax.tree.map(keep, new, old)
+
+
+def masked(optimizer: optax.GradientTransformation, mask: PyTree) -> optax.GradientTransformation:
+    """Restricts an optimizer to some parameters, whose state keeps its dtypes.
+
+    Args:
+        optimizer: Any ``optax`` transformation.
+        mask: A tree over the parameters, true where they are the optimizer's.
+
+    Returns:
+        The transformation; what is not the optimizer's has no state, and its gradient as step.
+    """
+    inner = optax.masked(optimizer, mask)
+
+    def update(
+        gradient: PyTree, state: PyTree, params: PyTree | None = None
+    ) -> tuple[PyTree, PyTree]:
+        step, new = inner.update(gradient, state, params)
+        return step, keep_dtypes(new, state)
+
+    return optax.GradientTransformation(inner.init, update)
+
+
+def move(params: PyTree, step: PyTree, mask: PyTree) -> PyTree:
+    """Adds a step to the parameters of a mask, which keep their dtypes; the others stay."""
+
+    def add(moves: Any, param: Array, step: Array) -> Array:
+        if not moves:
+            return param
+        dtype = jnp.promote_types(param.dtype, step.dtype)
+        return (param.astype(dtype) + step.astype(dtype)).astype(param.dtype)
+
+    return jax.tree.map(add, mask, params, step)
 
 
 @dataclass(frozen=True)
@@ -43,11 +88,18 @@ class Reached:
             The order.
 
         Raises:
-            ValueError: If no loss reaches any parameter.
+            ValueError: If there is no loss, or one that reaches no parameter.
         """
+        if not reach:
+            raise ValueError("An update rule needs at least one objective; it is given none.")
+        for name, tree in reach.items():
+            if not any(jax.tree.leaves(tree)):
+                raise ValueError(
+                    f"The objective '{name}' reaches no parameter, so nothing can be learned from"
+                    " it: its loss depends on none, or only through stop_gradient or whole numbers,"
+                    " or the weights are not in 'params', as those of a module other than Linen's."
+                )
         found = cls(tuple(reach), reach)
-        if not any(found.by_leaf):
-            raise ValueError(f"None of the losses {sorted(reach)} reaches a parameter.")
         sizes = {name: sum(found._shares(name)) for name in reach}
         return cls(tuple(sorted(reach, key=lambda name: (name == main, sizes[name]))), reach)
 
@@ -81,10 +133,21 @@ class Reached:
         """Returns the tree of what any loss reaches."""
         return jax.tree.map(lambda *each: any(each), *self.trees.values())
 
-    def move(self, params: PyTree, step: PyTree) -> PyTree:
-        """Adds a step to the parameters that any loss reaches; the others stay as they are."""
-        moved = optax.apply_updates(params, step)
-        return jax.tree.map(lambda r, new, old: new if r else old, self.any(), moved, params)
+    def check(self, weights: Mapping[str, Array]) -> None:
+        """Checks that a step is of these losses.
+
+        Args:
+            weights: The weights of the step's losses.
+
+        Raises:
+            ValueError: If they are not those of the reach.
+        """
+        if set(weights) != set(self.names):
+            raise ValueError(
+                f"The step has the objectives {', '.join(sorted(weights))}, but its update rule was"
+                f" made for {', '.join(sorted(self.names))}; make the rule anew, from the reach of"
+                " the objectives that the step has."
+            )
 
     def divisors(self, weights: Mapping[str, Array]) -> dict[str, Array]:
         """Returns by how much the steps of each loss's own backpropagation are smaller.
