@@ -61,6 +61,7 @@ def effective_joint(
             " weight_decay). The one that it is given has no such form."
         )
     reached = Reached.of(reach, main)
+    reached.check_apart()
     check_aggregator(aggregator, reached)
     everything = reached.any()
     descent = masked(optimizer.linear, everything)

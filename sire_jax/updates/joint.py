@@ -46,6 +46,8 @@ def joint(
     """
     reached = Reached.of(reach, main)
     check_aggregator(aggregator, reached)
+    if adjust:
+        reached.check_apart()
     everything = reached.any()
     descent = masked(optimizer, everything)
 

@@ -58,6 +58,7 @@ def multiway(
         ValueError: If a loss reaches no parameter, or there is nothing to aggregate.
     """
     reached = Reached.of(reach, main)
+    reached.check_apart()
     check_aggregator(aggregator, reached)
     steps = Steps(optimizer, reached, adjust, scale_own, shared_state)
 

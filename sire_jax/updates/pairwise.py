@@ -55,6 +55,7 @@ def pairwise(
         ValueError: If a loss reaches no parameter, or there is nothing to aggregate.
     """
     reached = Reached.of(reach, main)
+    reached.check_apart()
     check_aggregator(aggregator, reached)
     steps = Steps(optimizer, reached, adjust, scale_own, shared_state=False)
 

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from sire_jax.slices import Partly, together
+
 PyTree = Any
 
 
@@ -52,13 +54,14 @@ def masked(optimizer: optax.GradientTransformation, mask: PyTree) -> optax.Gradi
 
 
 def move(params: PyTree, step: PyTree, mask: PyTree) -> PyTree:
-    """Adds a step to the parameters of a mask, which keep their dtypes; the others stay."""
+    """Adds a step to the parameters, or slices, of a mask, which keep their dtypes."""
 
-    def add(moves: Any, param: Array, step: Array) -> Array:
+    def add(moves: bool | Partly, param: Array, step: Array) -> Array:
         if not moves:
             return param
         dtype = jnp.promote_types(param.dtype, step.dtype)
-        return (param.astype(dtype) + step.astype(dtype)).astype(param.dtype)
+        moved = (param.astype(dtype) + step.astype(dtype)).astype(param.dtype)
+        return jnp.where(moves.mask, moved, param) if isinstance(moves, Partly) else moved
 
     return jax.tree.map(add, mask, params, step)
 
@@ -70,7 +73,7 @@ class Reached:
     Attributes:
         names: Losses from shallow to deep: each after those that reach part of what it reaches; the
             main one last.
-        trees: For each loss a tree of booleans over the parameters.
+        trees: For each loss a tree over the parameters of what it reaches, from ``traced.reach``.
     """
 
     names: tuple[str, ...]
@@ -81,7 +84,7 @@ class Reached:
         """Puts losses in order.
 
         Args:
-            reach: For each loss a tree of booleans over the parameters, from ``traced.reach``.
+            reach: For each loss a tree over the parameters, from ``traced.reach``.
             main: Name of the final output's loss; the deepest takes its place if there is none.
 
         Returns:
@@ -119,7 +122,11 @@ class Reached:
         """Returns the parameters that the same losses share, two or more, by those losses.
 
         Of losses at rising depth these are the segments of the network between them.
+
+        Raises:
+            ValueError: If losses can't be told apart (``check_apart``).
         """
+        self.check_apart()
         found: dict[tuple[str, ...], list[int]] = {}
         for i, names in enumerate(self.by_leaf):
             if len(names) > 1:
@@ -130,8 +137,28 @@ class Reached:
         return [name in names and len(names) > 1 for names in self.by_leaf]
 
     def any(self) -> PyTree:
-        """Returns the tree of what any loss reaches."""
-        return jax.tree.map(lambda *each: any(each), *self.trees.values())
+        """Returns the tree of what any loss reaches, of slices if none reaches the others."""
+        return jax.tree.map(lambda *reach: together(reach), *self.trees.values())
+
+    def check_apart(self) -> None:
+        """Checks that losses can be treated apart: what reaches part of an array reaches it all.
+
+        Raises:
+            ValueError: If a loss reaches some slices of a parameter, and another loss others.
+        """
+        everything = jax.tree.leaves(self.any())
+        for name in self.names:
+            leaves, _ = jax.tree_util.tree_flatten_with_path(self.trees[name])
+            for (path, reach), whole in zip(leaves, everything, strict=True):
+                if isinstance(reach, Partly) and not reach.covers(whole):
+                    where = jax.tree_util.keystr(path, simple=True, separator="/")
+                    raise ValueError(
+                        f"The objective '{name}' reaches {reach} of the parameter '{where}',"
+                        f" {reach.shape}, of which others reach more: layers that share an array,"
+                        " as those of nn.scan, can't be treated apart. Give the layers parameters"
+                        " of their own, such as by a Python loop in place of nn.scan, or take the"
+                        " update rule 'joint' with the aggregator 'sum' and without adjust."
+                    )
 
     def check(self, weights: Mapping[str, Array]) -> None:
         """Checks that a step is of these losses.
