@@ -92,7 +92,9 @@ def one_hot(
             hot = {other: jnp.float32(other == name) for other in named}
             found[name] = steps.weigh(name, backward(hot)[0], weights[name])
         for name in reached.names:
-            params, state = steps.take(name, found[name], divisors[name], params, state)
+            params, state = steps.take(
+                name, found[name], weights[name], divisors[name], params, state
+            )
         return Updated(params, state, new_model_state, named, outputs)
 
     return UpdateRule(steps.init, update)

@@ -1,7 +1,8 @@
 """What JAX's traced programs are made of: the one place that reads the parameters of equations.
 
 Their names and kinds are not part of JAX's public interface and have changed between versions; all
-of JAX 0.6 to 0.12 is understood. Where shapes tell, nothing else is read.
+of JAX 0.6 to 0.12 is understood. Where shapes tell, nothing else is read. What the parameters of
+``jax.lax``'s own functions say of an array's axes is read by ``slices``.
 """
 
 import math
@@ -24,12 +25,14 @@ class Loop(NamedTuple):
         constants: How many operands are the same in every turn.
         carried: How many operands go from turn to turn; they are the first results. Operands and
             results after them are sequences, with a slice for each turn along their first axis.
+        reverse: Whether the first turn is that of the last slices.
     """
 
     body: core.Jaxpr
     length: int
     constants: int
     carried: int
+    reverse: bool
 
 
 def _open(program: Any) -> Any:
@@ -57,7 +60,10 @@ def loop(equation: core.JaxprEqn) -> Loop | None:
         for whole, part in zip(equation.outvars, body.outvars, strict=True)
     ]
     carried = stacked.count(False)
-    return Loop(body, equation.params["length"], sequences.count(False) - carried, carried)
+    constants = sequences.count(False) - carried
+    return Loop(
+        body, equation.params["length"], constants, carried, equation.params.get("reverse", False)
+    )
 
 
 def called(equation: core.JaxprEqn) -> core.ClosedJaxpr | None:

@@ -10,9 +10,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core
 
-from sire_jax import convolution, jaxprs
+from sire_jax import convolution, jaxprs, slices
 
 PyTree = Any
 
@@ -98,7 +99,8 @@ def reach(
 
     The traced program is the vector-Jacobian product of all losses: a parameter is reached by a
     loss if its gradient depends on that loss's cotangent. A parameter that a loss reads through
-    ``stop_gradient`` is therefore not reached; one whose gradient happens to be zero is.
+    ``stop_gradient`` is therefore not reached; one whose gradient happens to be zero is. Of an
+    array of several layers, as ``nn.scan`` makes them, a loss may reach some slices alone.
 
     Args:
         losses: Maps ``(params, *args)`` to ``{name: scalar}``.
@@ -106,7 +108,8 @@ def reach(
         *args: The other arguments, or their shapes.
 
     Returns:
-        For each loss a tree like ``params`` of booleans.
+        For each loss a tree like ``params``: whether it reaches a parameter, or ``slices.Partly``,
+        true as a condition, if it reaches some slices of it and not others.
     """
     shapes = dict(jax.eval_shape(losses, params, *args))
     names = sorted(shapes)
@@ -116,13 +119,20 @@ def reach(
         return backward(cotangents)[0]
 
     program = jax.make_jaxpr(pull_back)(shapes, params, args).jaxpr
-    tree = jax.tree.structure(params)
-    own = [1 << i for i in range(len(names))]
-    marks = dependencies(program, own + [0] * (len(program.invars) - len(own)))
-    return {
-        name: jax.tree.unflatten(tree, [bool(mark & (1 << i)) for mark in marks])
-        for i, name in enumerate(names)
-    }
+    leaves, tree = jax.tree.flatten(params)
+    own: list[slices.Marks] = [{i: {}} for i in range(len(names))]
+    rest: list[slices.Marks] = [{} for _ in program.invars[len(own) :]]
+    marks = slices.dependencies(program, own + rest)
+
+    def one(mark: int) -> list[Any]:
+        return [
+            slices.Partly.of(reached[mark], jnp.shape(leaf))
+            if reached.get(mark)
+            else mark in reached
+            for leaf, reached in zip(leaves, marks, strict=True)
+        ]
+
+    return {name: jax.tree.unflatten(tree, one(i)) for i, name in enumerate(names)}
 
 
 def multiply_adds(function: Callable[..., Any], *args: Any) -> int:
@@ -188,7 +198,13 @@ def _count_equation(equation: core.JaxprEqn) -> int:
 
 
 def size(params: PyTree, chosen: PyTree | None = None) -> int:
-    """Counts the values of a tree of arrays, or of those that a tree of booleans chooses."""
+    """Counts the values of a tree of arrays, or of those that a tree from ``reach`` chooses."""
+
+    def count(param: Any, chosen: Any) -> int:
+        shape = jnp.shape(param)
+        if isinstance(chosen, slices.Partly):
+            return int(np.broadcast_to(chosen.mask, shape).sum())
+        return math.prod(shape) if chosen else 0
+
     chosen = jax.tree.map(lambda _: True, params) if chosen is None else chosen
-    sizes = jax.tree.map(lambda p, c: math.prod(jnp.shape(p)) if c else 0, params, chosen)
-    return sum(jax.tree.leaves(sizes))
+    return sum(jax.tree.leaves(jax.tree.map(count, params, chosen)))

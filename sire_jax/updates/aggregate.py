@@ -5,8 +5,10 @@ of ``J``, and returns coefficients ``c``: the aggregated gradient is ``d = sum_k
 Each loss counts once: its weight is in its gradient already. Update rules ask for coefficients in
 each group of parameters that the same losses share (of exits: the segments between them), as if it
 were a network of its own: what a method promises holds there, and parameters of one loss keep its
-gradient. The papers have one Gramian, of all parameters that all losses share. All is float32 and
-part of the compiled step; nothing is solved on the host.
+gradient. The papers have one Gramian, of all parameters that all losses share. A gradient of zeros,
+as of an objective that has no examples in a batch, has no direction and is left out: the others
+have the coefficients that they would have alone. All is float32 and part of the compiled step;
+nothing is solved on the host.
 """
 
 import math
@@ -17,7 +19,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from sire_jax.updates.correction import Cosines, multiply, normalized, smallest_correction
+from sire_jax.updates.correction import (
+    Correction,
+    Cosines,
+    multiply,
+    normalized,
+    smallest_correction,
+)
 
 
 class Aggregator(Protocol):
@@ -46,8 +54,8 @@ class PCGrad:
 
     ``d = sum_i p_i``, with ``p_i = g_i`` at first and then ``p_i <- p_i - min(p_i . g_j, 0) g_j /
     |g_j|^2`` for all ``j != i`` in a random order. Scale: without conflict the sum; ``d`` grows as
-    the gradients do. (Yu, Kumar, Gupta, Levine, Hausman and Finn, *Gradient Surgery for Multi-Task
-    Learning*, 2020, Algorithm 1)
+    the gradients do. A gradient of zeros changes which orders are drawn. (Yu, Kumar,
+    Gupta, Levine, Hausman and Finn, *Gradient Surgery for Multi-Task Learning*, 2020, Algorithm 1)
     """
 
     def __call__(self, gramian: Array, key: Array) -> Array:
@@ -80,7 +88,7 @@ class MGDA:
 
     ``d = argmin { |J' c|^2 : c >= 0, sum_k c_k = 1 }``: ``g_k . d >= |d|^2`` for all k, and ``d =
     0`` only where no direction descends on all losses. Scale: that of the shortest gradient, at
-    most; a gradient of zeros makes it 0. ``c`` is the direction of the corrections ``z`` of
+    most, of those that are not 0. ``c`` is the direction of the corrections ``z`` of
     ``smallest_correction`` as the level that is asked for grows. (Désidéri, *Multiple-gradient
     descent algorithm (MGDA) for multiobjective optimization*, 2012; Sener and Koltun, *Multi-Task
     Learning as Multi-Objective Optimization*, 2018)
@@ -94,15 +102,15 @@ class MGDA:
             key: Not used.
 
         Returns:
-            ``[k]``, in [0, 1], of sum 1.
+            ``[k]``, in [0, 1], of sum 1; 0 for a gradient of zeros.
         """
         del key
         cosines = Cosines.of(gramian)
-        demand, matrix = _equal_demand(cosines), cosines.regular()
-        start = matrix[jnp.argmin(cosines.norms)]
-        found = smallest_correction(matrix, start, demand, math.inf, math.inf)
+        shortest = jnp.argmin(jnp.where(cosines.present, cosines.norms, jnp.inf))
+        start, demand = cosines.regular()[shortest], _equal_demand(cosines)
+        found = _correct(cosines, start, demand, math.inf, math.inf)
         amounts = jnp.maximum(found.direction, 0) * demand
-        return amounts / amounts.sum()
+        return amounts / jnp.where(cosines.present.any(), amounts.sum(), 1.0)
 
 
 @dataclass(frozen=True)
@@ -144,7 +152,7 @@ class CAGrad:
         squared = jnp.maximum((cosines.norms * agreement).sum(), 0)
         length = self.radius * jnp.sqrt(squared)
         demand = _equal_demand(cosines)
-        found = smallest_correction(cosines.regular(), agreement, demand, math.inf, length)
+        found = _correct(cosines, agreement, demand, math.inf, length)
         return 1 + cosines.per_norm(found.amounts)
 
 
@@ -169,13 +177,13 @@ class UPGrad:
         """
         del key
         cosines = Cosines.of(gramian)
-        matrix = cosines.regular()
         demand = jnp.ones_like(cosines.norms)
 
         def amounts(agreement: Array) -> Array:
-            return smallest_correction(matrix, agreement, demand, 0.0, math.inf).amounts
+            return _correct(cosines, agreement, demand, 0.0, math.inf).amounts
 
-        return 1 + cosines.per_norm(multiply(cosines.norms, jax.vmap(amounts)(matrix)))
+        corrections = jax.vmap(amounts)(cosines.regular())
+        return 1 + cosines.per_norm(multiply(cosines.norms, corrections))
 
 
 @dataclass(frozen=True)
@@ -185,9 +193,8 @@ class IMTLG:
     ``d . g_k / |g_k|`` is the same for all k and ``sum_k c_k = 1``: ``c_k`` is proportional to
     ``(C^-1 1)_k / |g_k|``, with ``C`` the cosines. Scale: the paper's, an affine combination of the
     gradients; multiplying one of them changes the length of ``d`` only. Coefficients can be
-    negative, and where the sum that normalizes them is, ``d`` ascends on all losses. A gradient of
-    zeros has no direction and is left out. (Liu, Li, Kuang, Xue, Chen, Yang, Liao and Zhang,
-    *Towards Impartial Multi-task Learning*, 2021)
+    negative, and where the sum that normalizes them is, ``d`` ascends on all losses. (Liu,
+    Li, Kuang, Xue, Chen, Yang, Liao and Zhang, *Towards Impartial Multi-task Learning*, 2021)
     """
 
     def __call__(self, gramian: Array, key: Array) -> Array:
@@ -198,11 +205,11 @@ class IMTLG:
             key: Not used.
 
         Returns:
-            ``[k]``, of sum 1, unless it nearly cancels; 0 if all gradients are.
+            ``[k]``, of sum 1, unless it nearly cancels; 0 for a gradient of zeros.
         """
         del key
         cosines = Cosines.of(gramian)
-        present = jnp.where(cosines.norms > 0, 1.0, 0.0)
+        present = jnp.where(cosines.present, 1.0, 0.0)
         shares = cosines.per_norm(jnp.linalg.solve(cosines.regular(), present))
         total, least = shares.sum(), 1e-6 * jnp.abs(shares).sum()
         total = jnp.where(jnp.abs(total) < least, jnp.copysign(least, total), total)
@@ -215,10 +222,10 @@ class NashMTL:
 
     ``G c = 1 / c`` element by element, ``c > 0``: the minimum of ``c' G c / 2 - sum_k log c_k``, by
     Newton's method. Scale: the paper's, ``|d|^2 = K`` however long the gradients are, so that the
-    learning rate alone sets the step; where gradients cancel, ``d`` is shorter. A gradient of zeros
-    has no direction: its coefficient is 0. The authors' program also shortens ``d`` to a norm of 1;
-    clip the gradient in the optimizer for that. (Navon, Shamsian, Achituve, Maron, Kawaguchi,
-    Chechik and Fetaya, *Multi-Task Learning as a Bargaining Game*, 2022, Algorithm 1)
+    learning rate alone sets the step; where gradients cancel, ``d`` is shorter. The
+    authors' program also shortens ``d`` to a norm of 1; clip the gradient in the optimizer for
+    that. (Navon, Shamsian, Achituve, Maron, Kawaguchi, Chechik and Fetaya, *Multi-Task Learning as
+    a Bargaining Game*, 2022, Algorithm 1)
     """
 
     def __call__(self, gramian: Array, key: Array) -> Array:
@@ -259,8 +266,10 @@ class AlignedMTL:
             ``[k]``; 0 if all gradients are.
         """
         del key
-        values, vectors = jnp.linalg.eigh(normalized(gramian)[0])
-        present = values > len(values) * jnp.finfo(jnp.float32).eps * values.max()
+        matrix, _ = normalized(gramian)
+        values, vectors = jnp.linalg.eigh(matrix)
+        count = (jnp.diag(matrix) > 0).sum().astype(jnp.float32)
+        present = values > count * jnp.finfo(jnp.float32).eps * values.max()
         smallest = jnp.where(present, values, jnp.inf).min()
         ratios = jnp.where(present, smallest / jnp.where(present, values, 1.0), 0.0)
         return multiply(vectors, jnp.sqrt(ratios) * vectors.sum(0))
@@ -273,7 +282,21 @@ _SHORTEST = 1e-12
 def _equal_demand(cosines: Cosines) -> Array:
     """Returns what unit gradients need so that all gradients have one inner product, in (0, 1]."""
     norms = jnp.maximum(cosines.norms, _SHORTEST)
-    return norms.min() / norms
+    shortest = jnp.where(cosines.present, norms, jnp.inf).min()
+    return jnp.where(cosines.present, shortest / norms, 1.0)
+
+
+def _correct(
+    cosines: Cosines,
+    agreement: Array,
+    demand: Array,
+    level: Array | float,
+    length: Array | float,
+) -> Correction:
+    """Returns the smallest correction under which all gradients agree that are not zeros."""
+    # What agrees without end never asks for anything.
+    agreement = jnp.where(cosines.present, agreement, jnp.inf)
+    return smallest_correction(cosines.regular(), agreement, demand, level, length)
 
 
 def _bargain(matrix: Array) -> Array:

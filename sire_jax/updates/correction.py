@@ -62,13 +62,18 @@ class Cosines(NamedTuple):
         cosines = jnp.clip(rows / jnp.where(norms > 0, norms, 1.0)[None, :], -1, 1)
         return cls(jnp.where(jnp.eye(len(norms), dtype=bool), 1.0, cosines), norms, longest)
 
+    @property
+    def present(self) -> Array:
+        """Which gradients have a direction, ``[k]``: those that are not zeros."""
+        return self.norms > 0
+
     def regular(self) -> Array:
         """Returns the matrix with a slightly larger diagonal, positive definite."""
         return self.matrix + RIDGE * jnp.eye(len(self.norms), dtype=jnp.float32)
 
     def per_norm(self, amounts: Array) -> Array:
         """Turns amounts of unit gradients ``[k]`` into coefficients; 0 for a gradient of zeros."""
-        return jnp.where(self.norms > 0, amounts / jnp.where(self.norms > 0, self.norms, 1.0), 0.0)
+        return jnp.where(self.present, amounts / jnp.where(self.present, self.norms, 1.0), 0.0)
 
 
 class Correction(NamedTuple):
@@ -117,7 +122,8 @@ def smallest_correction(
 
     Args:
         matrix: ``M``, positive definite: the gradients' inner products, ``[k, k]``.
-        agreement: ``b``, the inner products with the gradient that is corrected, ``[k]``.
+        agreement: ``b``, the inner products with the gradient that is corrected, ``[k]``; infinite
+            for a gradient that is left out.
         demand: ``h``, how much of the level is asked for by each, above 0, ``[k]``.
         level: Where to stop, infinite for no end.
         length: Where to stop, at least 0, infinite for no end.

@@ -11,7 +11,7 @@ from jax import Array
 from sire_jax.optimizers import LinearOptimizer
 from sire_jax.updates.aggregate import SUM, Aggregator
 from sire_jax.updates.aggregated import aggregated_gradient, check_aggregator
-from sire_jax.updates.reached import Reached, scale
+from sire_jax.updates.reached import Reached, masked, move, scale
 from sire_jax.updates.rule import Losses, Updated, UpdateRule
 
 PyTree = Any
@@ -33,8 +33,8 @@ def effective_joint(
     multi-way backpropagation gains beyond its weights, step sizes and decay would be a difference
     to this rule: backpropagation is linear, so separate passes at the same features add up.
 
-    A loss whose weight is 0 leaves the parameters that it alone reaches as they are, where
-    multi-way backpropagation trains them: there the rule is no control.
+    A loss whose weight is 0 in a step is absent from it, as in multi-way backpropagation: it has no
+    gradient and no part in the decay. What is left of its momentum acts here all the same.
 
     Cost: that of ``joint``, whatever the number of losses; with an aggregator that of ``multiway``.
 
@@ -51,7 +51,7 @@ def effective_joint(
         The rule.
 
     Raises:
-        ValueError: If the optimizer is not such a one, no loss reaches a parameter, or there is
+        ValueError: If the optimizer is not such a one, a loss reaches no parameter, or there is
             nothing to aggregate.
     """
     if not isinstance(optimizer, LinearOptimizer):
@@ -61,8 +61,10 @@ def effective_joint(
             " weight_decay). The one that it is given has no such form."
         )
     reached = Reached.of(reach, main)
+    reached.check_apart()
     check_aggregator(aggregator, reached)
-    masked = optax.masked(optimizer.linear, reached.any())
+    everything = reached.any()
+    descent = masked(optimizer.linear, everything)
 
     def update(
         losses: Losses,
@@ -72,8 +74,12 @@ def effective_joint(
         state: PyTree,
         key: Array,
     ) -> Updated:
+        reached.check(weights)
         divisors = reached.divisors(weights) if adjust else dict.fromkeys(reach, 1)
-        share = {name: jnp.asarray(1 / divisors[name], jnp.float32) for name in reached.names}
+        share = {
+            name: jnp.where(weights[name] != 0, jnp.float32(1 / divisors[name]), jnp.float32(0))
+            for name in reached.names
+        }
         gradient, named, (outputs, new_model_state) = aggregated_gradient(
             losses, weights, params, model_state, reached, aggregator, key, share
         )
@@ -94,11 +100,11 @@ def effective_joint(
                 times,
                 params,
             )
-        step, new_state = masked.update(gradient, state, params)
-        moved = reached.move(params, step)
+        step, new_state = descent.update(gradient, state, params)
+        moved = move(params, step, everything)
         return Updated(moved, new_state, new_model_state, named, outputs)
 
-    return UpdateRule(masked.init, update)
+    return UpdateRule(descent.init, update)
 
 
 def _per_leaf(reached: Reached, value: Callable[[tuple[str, ...]], Array]) -> PyTree:

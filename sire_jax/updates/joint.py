@@ -9,7 +9,7 @@ from jax import Array
 
 from sire_jax.updates.aggregate import SUM, Aggregator
 from sire_jax.updates.aggregated import aggregated_gradient, check_aggregator
-from sire_jax.updates.reached import Reached, scale
+from sire_jax.updates.reached import Reached, masked, move, scale
 from sire_jax.updates.rule import Losses, Updated, UpdateRule
 
 PyTree = Any
@@ -42,12 +42,14 @@ def joint(
         The rule.
 
     Raises:
-        ValueError: If no loss reaches any parameter, or there is nothing to aggregate.
+        ValueError: If a loss reaches no parameter, or there is nothing to aggregate.
     """
     reached = Reached.of(reach, main)
     check_aggregator(aggregator, reached)
+    if adjust:
+        reached.check_apart()
     everything = reached.any()
-    masked = optax.masked(optimizer, everything)
+    descent = masked(optimizer, everything)
 
     def update(
         losses: Losses,
@@ -57,10 +59,11 @@ def joint(
         state: PyTree,
         key: Array,
     ) -> Updated:
+        reached.check(weights)
         gradient, named, (outputs, new_model_state) = aggregated_gradient(
             losses, weights, params, model_state, reached, aggregator, key
         )
-        step, new_state = masked.update(gradient, state, params)
+        step, new_state = descent.update(gradient, state, params)
         if adjust:
             step = jax.tree.map(
                 lambda r, s, d: scale(1 / d, s) if r else s,
@@ -68,7 +71,7 @@ def joint(
                 step,
                 reached.leaf_divisors(weights),
             )
-        moved = reached.move(params, step)
+        moved = move(params, step, everything)
         return Updated(moved, new_state, new_model_state, named, outputs)
 
-    return UpdateRule(masked.init, update)
+    return UpdateRule(descent.init, update)

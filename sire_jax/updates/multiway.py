@@ -32,7 +32,9 @@ def multiway(
     parameters W that loss k reaches. All gradients are those at the features of one forward pass.
     As in the authors' program each loss has an optimizer state of its own (so what K losses share
     is decayed K times a step), parameters that it alone reaches have the gradient without weight,
-    and ``S_k = max(1, sum_{j >= k} w_j)`` over the auxiliary losses (``Reached.divisors``).
+    and ``S_k = max(1, sum_{j >= k} w_j)`` over the auxiliary losses (``Reached.divisors``). A loss
+    whose weight is 0, as of an objective that has no examples in a batch, is absent from the step:
+    neither momentum nor weight decay act for it, and its optimizer state stays as it is.
 
     Cost: a forward pass, for each loss a backward pass through what it reaches, and as many
     optimizer steps; the sum is that of a joint step where outputs are independent.
@@ -53,9 +55,10 @@ def multiway(
         The rule.
 
     Raises:
-        ValueError: If no loss reaches a parameter, or there is nothing to aggregate.
+        ValueError: If a loss reaches no parameter, or there is nothing to aggregate.
     """
     reached = Reached.of(reach, main)
+    reached.check_apart()
     check_aggregator(aggregator, reached)
     steps = Steps(optimizer, reached, adjust, scale_own, shared_state)
 
@@ -67,6 +70,7 @@ def multiway(
         state: PyTree,
         key: Array,
     ) -> Updated:
+        reached.check(weights)
         named, (outputs, new_model_state), pull_back = gradients.of_each(
             losses, params, model_state
         )
@@ -75,7 +79,7 @@ def multiway(
         divisors = steps.divisors(weights)
         for name in reached.names:
             gradient = jax.tree.map(scale, scales[name], weighted[name])
-            params, state = steps.take(name, gradient, divisors[name], params, state)
+            params, state = steps.take(name, gradient, weights[name], divisors[name], params, state)
         return Updated(params, state, new_model_state, named, outputs)
 
     return UpdateRule(steps.init, update)

@@ -30,7 +30,8 @@ def pairwise(
 
     From shallow to deep, the main loss last: ``W <- W - 1/S_k optimizer_k(w_k dL_k(W)/dW)`` for the
     parameters W that loss k reaches (Guo et al., *The Shallow End*, Section 3.2.2). States, weights
-    and sizes of steps are those of ``multiway``; the paper says nothing of them here.
+    and sizes of steps are those of ``multiway``, where a loss of weight 0 is absent; the paper says
+    nothing of them here.
 
     Cost: for each loss a forward pass as far as its output, a backward pass from there and an
     optimizer step. An aggregator costs a multi-way pass more, at the parameters before the step,
@@ -51,9 +52,10 @@ def pairwise(
         The rule. Each loss is the one before its own step.
 
     Raises:
-        ValueError: If no loss reaches a parameter, or there is nothing to aggregate.
+        ValueError: If a loss reaches no parameter, or there is nothing to aggregate.
     """
     reached = Reached.of(reach, main)
+    reached.check_apart()
     check_aggregator(aggregator, reached)
     steps = Steps(optimizer, reached, adjust, scale_own, shared_state=False)
 
@@ -65,6 +67,7 @@ def pairwise(
         state: PyTree,
         key: Array,
     ) -> Updated:
+        reached.check(weights)
         divisors = steps.divisors(weights)
         scales = None
         if not isinstance(aggregator, Sum):
@@ -84,7 +87,7 @@ def pairwise(
             gradient = steps.weigh(name, gradient, weights[name])
             if scales is not None:
                 gradient = jax.tree.map(scale, scales[name], gradient)
-            params, state = steps.take(name, gradient, divisors[name], params, state)
+            params, state = steps.take(name, gradient, weights[name], divisors[name], params, state)
         new_model_state = jax.tree.map(lambda i, *each: each[i], last, *changed)
         return Updated(params, state, new_model_state, named, outputs)
 

@@ -10,12 +10,60 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from sire_jax.slices import Partly, together
+
 PyTree = Any
 
 
 def scale(factor: Array, values: Array) -> Array:
-    """Multiplies values, which keep their dtype, by a scalar."""
-    return factor.astype(values.dtype) * values
+    """Multiplies values, which keep their dtype, by a scalar, in float32 or what is wider."""
+    # The inverse of a small weight, or of a short gradient, is no float16.
+    wide = jnp.promote_types(values.dtype, jnp.float32)
+    return (factor.astype(wide) * values.astype(wide)).astype(values.dtype)
+
+
+def keep_dtypes(new: PyTree, old: PyTree) -> PyTree:
+    """Returns a state in the dtypes of the one before, or every step would be compiled anew."""
+
+    def keep(new: Array, old: Array) -> Array:
+        new, dtype = jnp.asarray(new), jnp.asarray(old).dtype
+        return new if new.dtype == dtype else new.astype(dtype)
+
+    return jax.tree.map(keep, new, old)
+
+
+def masked(optimizer: optax.GradientTransformation, mask: PyTree) -> optax.GradientTransformation:
+    """Restricts an optimizer to some parameters, whose state keeps its dtypes.
+
+    Args:
+        optimizer: Any ``optax`` transformation.
+        mask: A tree over the parameters, true where they are the optimizer's.
+
+    Returns:
+        The transformation; what is not the optimizer's has no state, and its gradient as step.
+    """
+    inner = optax.masked(optimizer, mask)
+
+    def update(
+        gradient: PyTree, state: PyTree, params: PyTree | None = None
+    ) -> tuple[PyTree, PyTree]:
+        step, new = inner.update(gradient, state, params)
+        return step, keep_dtypes(new, state)
+
+    return optax.GradientTransformation(inner.init, update)
+
+
+def move(params: PyTree, step: PyTree, mask: PyTree) -> PyTree:
+    """Adds a step to the parameters, or slices, of a mask, which keep their dtypes."""
+
+    def add(moves: bool | Partly, param: Array, step: Array) -> Array:
+        if not moves:
+            return param
+        dtype = jnp.promote_types(param.dtype, step.dtype)
+        moved = (param.astype(dtype) + step.astype(dtype)).astype(param.dtype)
+        return jnp.where(moves.mask, moved, param) if isinstance(moves, Partly) else moved
+
+    return jax.tree.map(add, mask, params, step)
 
 
 @dataclass(frozen=True)
@@ -25,7 +73,7 @@ class Reached:
     Attributes:
         names: Losses from shallow to deep: each after those that reach part of what it reaches; the
             main one last.
-        trees: For each loss a tree of booleans over the parameters.
+        trees: For each loss a tree over the parameters of what it reaches, from ``traced.reach``.
     """
 
     names: tuple[str, ...]
@@ -36,18 +84,25 @@ class Reached:
         """Puts losses in order.
 
         Args:
-            reach: For each loss a tree of booleans over the parameters, from ``traced.reach``.
+            reach: For each loss a tree over the parameters, from ``traced.reach``.
             main: Name of the final output's loss; the deepest takes its place if there is none.
 
         Returns:
             The order.
 
         Raises:
-            ValueError: If no loss reaches any parameter.
+            ValueError: If there is no loss, or one that reaches no parameter.
         """
+        if not reach:
+            raise ValueError("An update rule needs at least one objective; it is given none.")
+        for name, tree in reach.items():
+            if not any(jax.tree.leaves(tree)):
+                raise ValueError(
+                    f"The objective '{name}' reaches no parameter, so nothing can be learned from"
+                    " it: its loss depends on none, or only through stop_gradient or whole numbers,"
+                    " or the weights are not in 'params', as those of a module other than Linen's."
+                )
         found = cls(tuple(reach), reach)
-        if not any(found.by_leaf):
-            raise ValueError(f"None of the losses {sorted(reach)} reaches a parameter.")
         sizes = {name: sum(found._shares(name)) for name in reach}
         return cls(tuple(sorted(reach, key=lambda name: (name == main, sizes[name]))), reach)
 
@@ -67,7 +122,11 @@ class Reached:
         """Returns the parameters that the same losses share, two or more, by those losses.
 
         Of losses at rising depth these are the segments of the network between them.
+
+        Raises:
+            ValueError: If losses can't be told apart (``check_apart``).
         """
+        self.check_apart()
         found: dict[tuple[str, ...], list[int]] = {}
         for i, names in enumerate(self.by_leaf):
             if len(names) > 1:
@@ -78,13 +137,44 @@ class Reached:
         return [name in names and len(names) > 1 for names in self.by_leaf]
 
     def any(self) -> PyTree:
-        """Returns the tree of what any loss reaches."""
-        return jax.tree.map(lambda *each: any(each), *self.trees.values())
+        """Returns the tree of what any loss reaches, of slices if none reaches the others."""
+        return jax.tree.map(lambda *reach: together(reach), *self.trees.values())
 
-    def move(self, params: PyTree, step: PyTree) -> PyTree:
-        """Adds a step to the parameters that any loss reaches; the others stay as they are."""
-        moved = optax.apply_updates(params, step)
-        return jax.tree.map(lambda r, new, old: new if r else old, self.any(), moved, params)
+    def check_apart(self) -> None:
+        """Checks that losses can be treated apart: what reaches part of an array reaches it all.
+
+        Raises:
+            ValueError: If a loss reaches some slices of a parameter, and another loss others.
+        """
+        everything = jax.tree.leaves(self.any())
+        for name in self.names:
+            leaves, _ = jax.tree_util.tree_flatten_with_path(self.trees[name])
+            for (path, reach), whole in zip(leaves, everything, strict=True):
+                if isinstance(reach, Partly) and not reach.covers(whole):
+                    where = jax.tree_util.keystr(path, simple=True, separator="/")
+                    raise ValueError(
+                        f"The objective '{name}' reaches {reach} of the parameter '{where}',"
+                        f" {reach.shape}, of which others reach more: layers that share an array,"
+                        " as those of nn.scan, can't be treated apart. Give the layers parameters"
+                        " of their own, such as by a Python loop in place of nn.scan, or take the"
+                        " update rule 'joint' with the aggregator 'sum' and without adjust."
+                    )
+
+    def check(self, weights: Mapping[str, Array]) -> None:
+        """Checks that a step is of these losses.
+
+        Args:
+            weights: The weights of the step's losses.
+
+        Raises:
+            ValueError: If they are not those of the reach.
+        """
+        if set(weights) != set(self.names):
+            raise ValueError(
+                f"The step has the objectives {', '.join(sorted(weights))}, but its update rule was"
+                f" made for {', '.join(sorted(self.names))}; make the rule anew, from the reach of"
+                " the objectives that the step has."
+            )
 
     def divisors(self, weights: Mapping[str, Array]) -> dict[str, Array]:
         """Returns by how much the steps of each loss's own backpropagation are smaller.

@@ -1,6 +1,7 @@
 """Steps of one loss at a time, in the parameters that it reaches."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from sire_jax.updates.reached import Reached, scale
+from sire_jax.updates.reached import Reached, masked, move, scale
 
 PyTree = Any
 _SHARED = "shared"
@@ -16,6 +17,9 @@ _SHARED = "shared"
 
 class Steps:
     """What multi-way and pair-wise backpropagation do with the gradient of one loss.
+
+    A loss whose weight is 0 in a step is absent from it: it takes no step, whatever momentum and
+    weight decay would do, and its optimizer state stays as it is.
 
     Args:
         optimizer: Any ``optax`` transformation.
@@ -38,14 +42,14 @@ class Steps:
         self._masks = {name: reached.trees[name] for name in reached.names}
         if shared_state:
             everything = reached.any()
-            self._optimizers = {_SHARED: optax.masked(optimizer, everything)}
+            self._optimizers = {_SHARED: masked(optimizer, everything)}
             # As the state has it: nothing where no loss reaches.
             self._touched = {
                 name: jax.tree.map(lambda r, m: m if r else optax.MaskedNode(), everything, mask)
                 for name, mask in self._masks.items()
             }
         else:
-            self._optimizers = {n: optax.masked(optimizer, m) for n, m in self._masks.items()}
+            self._optimizers = {n: masked(optimizer, m) for n, m in self._masks.items()}
 
     def init(self, params: PyTree) -> PyTree:
         """Returns the optimizer states: of each loss, or the shared one."""
@@ -67,19 +71,27 @@ class Steps:
         return {name: jnp.ones((), jnp.float32) for name in self._reached.names}
 
     def take(
-        self, name: str, gradient: PyTree, divisor: Array, params: PyTree, state: PyTree
+        self,
+        name: str,
+        gradient: PyTree,
+        weight: Array,
+        divisor: Array,
+        params: PyTree,
+        state: PyTree,
     ) -> tuple[PyTree, PyTree]:
         """Takes a loss's step.
 
         Args:
             name: The loss.
             gradient: Its gradient.
+            weight: Its weight; at 0 nothing changes.
             divisor: What the step is divided by.
             params: Parameters.
             state: The optimizer states.
 
         Returns:
-            New parameters and states; what the loss does not reach is as it was.
+            New parameters and states; what the loss does not reach is as it was. Both keep their
+            dtypes.
         """
         mask = self._masks[name]
         holder = name if name in self._optimizers else _SHARED
@@ -95,7 +107,12 @@ class Steps:
                 transform_non_params=lambda _: True,
             )
             new = jax.tree.map(lambda m, a, b: a if m else b, touched, new, state[holder])
+        step = jax.tree.map(partial(scale, 1 / divisor), step)
+        choose = partial(jnp.where, weight != 0)
         moved = jax.tree.map(
-            lambda reached, p, s: p + scale(1 / divisor, s) if reached else p, mask, params, step
+            lambda reached, new, old: choose(new, old) if reached else old,
+            mask,
+            move(params, step, mask),
+            params,
         )
-        return moved, {**state, holder: new}
+        return moved, {**state, holder: jax.tree.map(choose, new, state[holder])}

@@ -1,13 +1,16 @@
 """An update rule under a weighting of the losses."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from sire_jax.slices import Partly
 from sire_jax.updates import gradients
+from sire_jax.updates.reached import Reached, keep_dtypes
 from sire_jax.updates.rule import Losses, Updated, UpdateRule
 from sire_jax.updates.weighting import Fixed, GradNorm, Observed, Weighting
 
@@ -18,12 +21,15 @@ def weighted(rule: UpdateRule, weighting: Weighting, reach: Mapping[str, PyTree]
     """Makes an update rule whose losses are weighted by a weighting.
 
     The rule is given the objectives' own weights times the weighting's factors; the weighting then
-    sees the step. The losses that the rule returns stay unweighted.
+    sees the step. A loss whose own weight is 0 in a step, as of an objective that has no examples
+    in a batch, is absent from what it sees; a step with a loss that is not finite, or after which
+    the weighting's state would not be, is not seen at all. The losses that the rule returns stay
+    unweighted.
 
     Args:
         rule: Any update rule.
         weighting: Any weighting.
-        reach: For each loss a tree of booleans over the parameters, from ``traced.reach``.
+        reach: For each loss a tree over the parameters, from ``traced.reach``.
 
     Returns:
         The rule, with the state ``{"rule": …, "weighting": …}``; of ``Fixed`` weights ``rule``
@@ -31,11 +37,15 @@ def weighted(rule: UpdateRule, weighting: Weighting, reach: Mapping[str, PyTree]
 
     Raises:
         ValueError: If there are fewer than two losses to weigh, or ``GradNorm`` has no parameter
-            that all losses reach.
+            that all losses reach, all of it.
     """
     if isinstance(weighting, Fixed):
         return rule
-    shared = jax.tree.map(lambda *each: all(each), *reach.values())
+    reached = Reached.of(reach)
+    shared = jax.tree.map(
+        lambda *reach: all(reach) and not any(isinstance(each, Partly) for each in reach),
+        *reach.values(),
+    )
     _check(weighting, reach, shared)
 
     def init(params: PyTree) -> PyTree:
@@ -49,6 +59,7 @@ def weighted(rule: UpdateRule, weighting: Weighting, reach: Mapping[str, PyTree]
         state: PyTree,
         key: Array,
     ) -> Updated:
+        reached.check(weights)
         updating, drawing = jax.random.split(key)
         factors = weighting.weights(state["weighting"], drawing)
         products = {name: weight * factors[name] for name, weight in weights.items()}
@@ -57,11 +68,22 @@ def weighted(rule: UpdateRule, weighting: Weighting, reach: Mapping[str, PyTree]
             updated.losses,
             lambda: losses(updated.params, updated.model_state)[0],
             lambda: _norms(losses, shared, params, model_state, sorted(reach)),
+            {n: (w != 0) & jnp.isfinite(updated.losses[n]) for n, w in weights.items()},
         )
-        new = weighting.update(state["weighting"], observed)
+        old = state["weighting"]
+        new = keep_dtypes(weighting.update(old, observed), old)
+        present = {n: jnp.where(w != 0, updated.losses[n], 0.0) for n, w in weights.items()}
+        seen = _are_finite(present) & _are_finite(new)
+        new = jax.tree.map(partial(jnp.where, seen), new, old)
         return updated._replace(state={"rule": updated.state, "weighting": new})
 
     return rule._replace(init=init, update=update)
+
+
+def _are_finite(tree: PyTree) -> Array:
+    """Tells whether all numbers of a tree are finite."""
+    numbers = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return jnp.stack([jnp.ones((), bool), *(jnp.isfinite(x).all() for x in numbers)]).all()
 
 
 def _check(weighting: Weighting, reach: Mapping[str, PyTree], shared: PyTree) -> None:
@@ -74,7 +96,7 @@ def _check(weighting: Weighting, reach: Mapping[str, PyTree], shared: PyTree) ->
     if isinstance(weighting, GradNorm) and not any(jax.tree.leaves(shared)):
         raise ValueError(
             f"{kind} compares gradients to the parameters that all losses reach, but no parameter"
-            f" is reached by all of {sorted(reach)}."
+            f" is reached, all of it, by all of {sorted(reach)}."
         )
 
 

@@ -1,8 +1,11 @@
 """Loss weightings: factors of the objectives' own weights that change as training goes on.
 
 ``L = sum_k w_k f_k L_k``: the own weights ``w_k`` say what the user prefers, a weighting finds the
-factors ``f_k`` from the unweighted losses ``L_k``. Losses should be positive; where one is not,
-each weighting says what it does.
+factors ``f_k`` from the unweighted losses ``L_k``. The sum of the factors is that of all K losses,
+whether a step has them or not. Most weightings are for positive losses, and each says what it does
+with others, such as a Gaussian likelihood, whose zero means nothing: fixed weights suit those. A
+loss is present in a step if its own weight is not 0 and its value is finite; of one that is absent
+a weighting learns nothing. Factors and states are finite whatever the losses are.
 """
 
 import math
@@ -19,6 +22,8 @@ from sire_jax import optimizers
 
 PyTree = Any
 Named = dict[str, Array]
+# What losses and norms count as at most: sums of them, and their products, stay finite.
+_LARGEST = 1e15
 
 
 class Observed(NamedTuple):
@@ -29,11 +34,14 @@ class Observed(NamedTuple):
         after: Returns the losses of the same batch after the step; costs a forward pass.
         norms: Returns the norm of each unweighted loss's gradient to the parameters that all losses
             reach; costs a backward pass for each loss.
+        present: Whether the step has a loss: its own weight is not 0, and it is finite. ``None``
+            of a step that has all that are finite.
     """
 
     losses: Mapping[str, Array]
     after: Callable[[], Mapping[str, Array]]
     norms: Callable[[], Mapping[str, Array]]
+    present: Mapping[str, Array] | None = None
 
 
 class Weighting(Protocol):
@@ -49,9 +57,16 @@ class Weighting(Protocol):
         """Returns the state after a step."""
 
 
-def stack(values: Mapping[str, Array]) -> Array:
+def seen(observed: Observed) -> Named:
+    """Returns which losses a step has (``Observed.present``), a boolean each."""
+    finite = {name: jnp.isfinite(loss) for name, loss in observed.losses.items()}
+    present = observed.present
+    return finite if present is None else {name: finite[name] & present[name] for name in finite}
+
+
+def stack(values: Mapping[str, Array], dtype: Any = jnp.float32) -> Array:
     """Stacks scalars in the order of their names, ``[k]``."""
-    return jnp.stack([values[name].astype(jnp.float32) for name in sorted(values)])
+    return jnp.stack([values[name].astype(dtype) for name in sorted(values)])
 
 
 def unstack(names: Iterable[str], values: Array) -> Named:
@@ -101,7 +116,8 @@ class Uncertainty:
     ``f_k = exp(-s_k)``, twice the paper's, so that it starts at 1. The regularizer ``s_k`` is in
     what is learned, by gradient descent: ``s_k <- s_k - rate (1 - exp(-s_k) L_k)``, which is at
     rest where ``f_k = 1 / L_k``; it has no gradient to the network, and the reported losses leave
-    it out. ``s_k`` stays in [-10, 10], which bounds the factor of a loss that is not positive.
+    it out. It is for positive losses: of one that is not above 0, or absent, ``s_k`` stays as it
+    is. ``s_k`` is kept in [-10, 10].
 
     Attributes:
         learning_rate: Of the log variances, above 0.
@@ -117,18 +133,21 @@ class Uncertainty:
         return _constant(names, 0.0)
 
     def weights(self, state: PyTree, key: Array) -> Named:
-        """Returns the factors, above 0."""
+        """Returns the factors, in [exp(-10), exp(10)]."""
         del key
         return {name: jnp.exp(-log_variance) for name, log_variance in state.items()}
 
     def update(self, state: PyTree, observed: Observed) -> PyTree:
         """Takes a step of gradient descent on the log variances."""
+        present = seen(observed)
 
-        def learn(log_variance: Array, loss: Array) -> Array:
-            gradient = 1 - jnp.exp(-log_variance) * loss.astype(jnp.float32)
-            return jnp.clip(log_variance - self.learning_rate * gradient, -10, 10)
+        def learn(name: str, log_variance: Array) -> Array:
+            loss = observed.losses[name].astype(jnp.float32)
+            gradient = 1 - jnp.exp(-log_variance) * loss
+            learned = jnp.clip(log_variance - self.learning_rate * gradient, -10, 10)
+            return jnp.where(present[name] & (loss > 0), learned, log_variance)
 
-        return {name: learn(each, observed.losses[name]) for name, each in state.items()}
+        return {name: learn(name, log_variance) for name, log_variance in state.items()}
 
 
 @dataclass(frozen=True)
@@ -137,7 +156,8 @@ class DynamicAverage:
 
     ``f_k = K softmax_k(r / T)``, with ``r_k`` the loss's mean over the last period divided by its
     mean over the one before; 1 in the first two periods. A ratio is kept in [0, 10], and is 1 where
-    the earlier mean is not positive.
+    the earlier mean is not positive: a loss that stays below 0 always has the ratio 1. Means are
+    over the steps in which a loss is present; after a period without it they stay as they are.
 
     Attributes:
         period: Number of steps of a period, at least 1: those of an epoch in the paper.
@@ -156,8 +176,8 @@ class DynamicAverage:
         _check_above_0("DynamicAverage: temperature", self.temperature)
 
     def init(self, names: Sequence[str]) -> PyTree:
-        """Returns sums and means of 0."""
-        means = {key: _constant(names, 0.0) for key in ("sums", "last", "earlier")}
+        """Returns sums, counts and means of 0."""
+        means = {key: _constant(names, 0.0) for key in ("sums", "counts", "last", "earlier")}
         return {"steps": jnp.zeros((), jnp.int32), **means}
 
     def weights(self, state: PyTree, key: Array) -> Named:
@@ -172,14 +192,25 @@ class DynamicAverage:
         """Adds a step's losses, and closes a period at its last step."""
         steps = state["steps"] + 1
         closes = steps % self.period == 0
-        losses = {name: observed.losses[name].astype(jnp.float32) for name in state["sums"]}
+        present = seen(observed)
+        losses = {name: _bounded(observed.losses[name], present[name]) for name in state["sums"]}
         sums = {name: total + losses[name] for name, total in state["sums"].items()}
-        means = {name: total / self.period for name, total in sums.items()}
+        counts = {
+            name: count + present[name].astype(jnp.float32)
+            for name, count in state["counts"].items()
+        }
+        means = {name: total / jnp.maximum(counts[name], 1) for name, total in sums.items()}
+        ends = {name: closes & (count > 0) for name, count in counts.items()}
+        zeros = _constant(sums, 0.0)
         return {
             "steps": steps,
-            "sums": _choose(closes, _constant(sums, 0.0), sums),
-            "last": _choose(closes, means, state["last"]),
-            "earlier": _choose(closes, state["last"], state["earlier"]),
+            "sums": _choose(closes, zeros, sums),
+            "counts": _choose(closes, zeros, counts),
+            "last": {n: jnp.where(ends[n], means[n], last) for n, last in state["last"].items()},
+            "earlier": {
+                n: jnp.where(ends[n], state["last"][n], earlier)
+                for n, earlier in state["earlier"].items()
+            },
         }
 
 
@@ -187,9 +218,16 @@ def _choose(condition: Array, new: PyTree, old: PyTree) -> PyTree:
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
 
 
+def _bounded(values: Array, present: Array) -> Array:
+    """Returns losses or norms as float32 numbers whose sums are finite; 0 where one is absent."""
+    bounded = jnp.clip(values.astype(jnp.float32), -_LARGEST, _LARGEST)
+    return jnp.where(present, bounded, 0.0)
+
+
 def _ratio(values: Array, earlier: Array) -> Array:
-    """Divides losses by what they were; 1 where that is not positive."""
-    return jnp.where(earlier > 0, values / jnp.where(earlier > 0, earlier, 1.0), 1.0)
+    """Divides losses by what they were, at most 1e15; 1 where that is not positive."""
+    ratio = values / jnp.where(earlier > 0, earlier, 1.0)
+    return jnp.where(earlier > 0, jnp.minimum(ratio, _LARGEST), 1.0)
 
 
 @dataclass(frozen=True)
@@ -226,7 +264,9 @@ class FAMO:
     It differs from them in this: the ``L_k`` in ``f_k`` are those seen last, after the step before,
     all 1 at first, because factors are known before the forward pass; the factors' sum is K, not 1;
     the losses after a step are of the same dropout; the gradient is not clipped to a norm of 1,
-    which is up to the optimizer. A loss counts as at least 1e-8.
+    which is up to the optimizer. It is for positive losses, which count as at least 1e-8: of one
+    that is not above 0 before and after a step, or absent, the last positive value is kept, and
+    its logit neither moves nor moves the others.
 
     Attributes:
         learning_rate: Of Adam on the logits, above 0.
@@ -247,7 +287,7 @@ class FAMO:
         return {"logits": logits, "adam": adam, "losses": _constant(names, 1.0)}
 
     def weights(self, state: PyTree, key: Array) -> Named:
-        """Returns the factors, above 0, of sum K."""
+        """Returns the factors, at least 0, of sum K."""
         del key
         # The softmax of x - log L: no loss is divided by.
         shares = jax.nn.softmax(state["logits"] - _log(stack(state["losses"])))
@@ -255,14 +295,22 @@ class FAMO:
 
     def update(self, state: PyTree, observed: Observed) -> PyTree:
         """Takes a step of Adam on the logits."""
-        found = observed.after()
-        after = {name: found[name].astype(jnp.float32) for name in state["losses"]}
-        before = stack({name: observed.losses[name] for name in after})
-        fallen = _log(before) - _log(stack(after))
-        shares = jax.nn.softmax(state["logits"])
+        last, logits = state["losses"], state["logits"]
+        before, after = stack(observed.losses), stack(observed.after())
+        moves = stack(seen(observed), jnp.bool_) & (before > 0) & (after > 0)
+        moves &= jnp.isfinite(after)
+        fallen = jnp.where(moves, _log(before) - _log(after), 0.0)
+        # Of the losses that move alone; without any nothing is learned below.
+        shares = jax.nn.softmax(logits, where=moves)
         gradient = shares * (fallen - (shares * fallen).sum())
-        step, adam = self._adam().update(gradient, state["adam"], state["logits"])
-        return {"logits": state["logits"] + step, "adam": adam, "losses": after}
+        step, adam = self._adam().update(gradient, state["adam"], logits)
+        # Moments are one for each loss, the count of steps is all losses'.
+        kept = jax.tree.map(
+            lambda new, old: jnp.where(moves if new.ndim else moves.any(), new, old),
+            (logits + step, adam, jnp.where(moves, after, stack(last))),
+            (logits, state["adam"], stack(last)),
+        )
+        return {"logits": kept[0], "adam": kept[1], "losses": unstack(last, kept[2])}
 
     def _adam(self) -> optax.GradientTransformation:
         return optimizers.adam(self.learning_rate, self.weight_decay)
@@ -282,7 +330,9 @@ class GradNorm:
     that over all losses; ``m r_k^alpha`` is taken as a constant. ``f_k <- f_k - rate sign(f_k n_k -
     m r_k^alpha) n_k / mean(n)``, at least 1e-3, and then multiplied so that the sum is K. The
     division by the mean norm, which makes the rate independent of the losses' scale, and the least
-    value are not in the paper. A first loss that is not positive waits for one that is.
+    value are not in the paper. It is for positive losses: one that is not counts as 0, the first
+    waits for one that is. A loss that is absent from a step has no part in its means, and keeps its
+    factor; the others' are multiplied so that the sum of all is K.
 
     Attributes:
         alpha: How much losses that fall slowly are favoured, at least 0; 0 makes norms equal.
@@ -308,20 +358,30 @@ class GradNorm:
     def update(self, state: PyTree, observed: Observed) -> PyTree:
         """Takes a step of gradient descent on the factors."""
         names = state["factors"]
-        losses = stack({name: observed.losses[name] for name in names})
+        norms = stack(observed.norms())
+        present = stack(seen(observed), jnp.bool_) & jnp.isfinite(norms)
+        losses, norms = _bounded(stack(observed.losses), present), _bounded(norms, present)
         first = stack(state["first"])
-        first = jnp.where(first > 0, first, losses)
-        factors = self._descend(stack(names), stack(observed.norms()), _ratio(losses, first))
+        first = jnp.where((first > 0) | ~present, first, losses)
+        factors = self._descend(stack(names), norms, _ratio(losses, first), present)
         return {"factors": unstack(names, factors), "first": unstack(names, first)}
 
-    def _descend(self, factors: Array, norms: Array, ratios: Array) -> Array:
+    def _descend(self, factors: Array, norms: Array, ratios: Array, present: Array) -> Array:
+        count = present.sum().astype(jnp.float32)
+
+        def mean(values: Array) -> Array:
+            return jnp.where(present, values, 0.0).sum() / jnp.maximum(count, 1)
+
         ratios = jnp.maximum(ratios, 0)
-        relative = ratios / jnp.maximum(ratios.mean(), 1e-8)
+        relative = ratios / jnp.maximum(mean(ratios), 1e-8)
         lengths = factors * norms
-        above = jnp.sign(lengths - lengths.mean() * relative**self.alpha)
-        gradient = above * norms / jnp.maximum(norms.mean(), 1e-30)
-        factors = jnp.maximum(factors - self.learning_rate * gradient, 1e-3)
-        return len(factors) * factors / factors.sum()
+        above = jnp.sign(lengths - mean(lengths) * relative**self.alpha)
+        gradient = above * norms / jnp.maximum(mean(norms), 1e-30)
+        moved = jnp.maximum(factors - self.learning_rate * gradient, 1e-3)
+        absent = jnp.where(present, 0.0, factors).sum()
+        total = jnp.where(present, moved, 0.0).sum()
+        moved = (len(factors) - absent) * moved / jnp.where(total > 0, total, 1.0)
+        return jnp.where(present, moved, factors)
 
 
 WEIGHTINGS = {

@@ -176,9 +176,14 @@ def _corrected(matrix, agreement, level):
 @given(gradients=st.one_of(RANDOM, DEGENERATE))
 def test_mgda_is_the_shortest_vector_of_the_hull(gradients):
     coefficients = _coefficients(MGDA(), gradients)
+    present = _lengths(gradients) > 0
     assert (coefficients >= 0).all()
-    assert coefficients.sum() == pytest.approx(1, abs=1e-5)
+    assert coefficients.sum() == pytest.approx(float(present.any()), abs=1e-5)
+    assert (coefficients[~present] == 0).all()
+    if not present.any():
+        return
     shortest = coefficients @ gradients
+    gradients = gradients[present]
     assert np.linalg.norm(shortest) <= _lengths(gradients).min() * (1 + 1e-4) + 1e-6
     slack = 2e-3 * _lengths(gradients).max() ** 2
     assert (gradients @ shortest >= shortest @ shortest - slack).all()
@@ -272,16 +277,41 @@ def test_any_gramian_has_finite_coefficients(aggregator):
             assert np.isfinite(found @ gradients).all()
 
 
-def test_of_zeros_nothing_is_asked():
-    gradients = [[0.0, 0], [2, 0], [-1, 1]]
-    for aggregator in (PCGrad(), UPGrad()):
-        np.testing.assert_allclose(_coefficients(aggregator, gradients), [1, 1.5, 2], rtol=1e-4)
-    np.testing.assert_allclose(_coefficients(MGDA(), gradients), [1, 0, 0], atol=1e-6)
-    expected = [0, ROOT_2 - 1, 2 - ROOT_2]
-    np.testing.assert_allclose(_coefficients(IMTLG(), gradients), expected, rtol=1e-4)
-    nash = _coefficients(NashMTL(), gradients)
-    np.testing.assert_allclose(nash[1:], _coefficients(NashMTL(), CONFLICT), rtol=1e-4)
-    assert nash[0] == 0
+FOUR = np.random.default_rng(5).normal(size=(4, 6)).astype(np.float32) * [[1], [0.5], [2], [1]]
+LEFT_OUT = [
+    *((aggregator, CONFLICT) for aggregator in SOLVED),
+    *((aggregator, FOUR) for aggregator in DETERMINISTIC),
+]
+
+
+@pytest.mark.parametrize(
+    ("aggregator", "gradients"), LEFT_OUT, ids=[f"{type(a).__name__}-{len(g)}" for a, g in LEFT_OUT]
+)
+def test_a_gradient_of_zeros_is_left_out(aggregator, gradients):
+    alone = _coefficients(aggregator, gradients)
+    for i in range(len(gradients) + 1):
+        padded = _coefficients(aggregator, np.insert(np.asarray(gradients), i, 0, axis=0))
+        np.testing.assert_allclose(np.delete(padded, i), alone, rtol=5e-5, atol=1e-6)
+        own = 1 if isinstance(aggregator, PCGrad | CAGrad | UPGrad) else 0
+        assert padded[i] == pytest.approx(own, abs=1e-6)
+
+
+@pytest.mark.parametrize("aggregator", SOLVED, ids=lambda each: type(each).__name__)
+def test_of_several_gradients_of_zeros_nothing_is_asked(aggregator):
+    found = _coefficients(aggregator, [[0, 0], [2, 0], [0, 0], [-1, 1]])
+    np.testing.assert_allclose(found[[1, 3]], _coefficients(aggregator, CONFLICT), rtol=2e-5)
+    only = _coefficients(aggregator, [[0, 0], [3, 4]])
+    assert only[1] == pytest.approx(_coefficients(aggregator, [[3, 4]])[0], rel=1e-4)
+
+
+def test_a_gradient_of_zeros_leaves_pcgrad_one_of_its_orders():
+    gradients = np.asarray([[1.0, 0, 0.5], [-1, 1, 0.3], [-0.5, -1.5, 1]])
+    others = [list(itertools.permutations({0, 1, 2} - {i})) for i in range(3)]
+    known = [_pcgrad(gradients, orders) for orders in itertools.product(*others)]
+    padded = np.insert(gradients, 1, 0, axis=0)
+    for seed in range(4):
+        found = _coefficients(PCGrad(), padded, jax.random.key(seed)) @ padded
+        assert min(np.abs(found - order).max() for order in known) < 1e-5
 
 
 @pytest.mark.parametrize("aggregator", [UPGrad(), MGDA()])

@@ -24,8 +24,17 @@ from branched import (
 from jax import lax
 
 from sire_jax import optimizers, traced
-from sire_jax.updates import UPDATES, effective_joint, gradients, joint, multiway, pairwise
+from sire_jax.updates import (
+    UPDATES,
+    effective_joint,
+    gradients,
+    joint,
+    multiway,
+    pairwise,
+    weighted,
+)
 from sire_jax.updates.reached import Reached
+from sire_jax.updates.weighting import Uncertainty
 
 # Adam of optax mixes integer steps with floats.
 mixes_dtypes = pytest.mark.optax_dtypes
@@ -101,10 +110,31 @@ def test_losses_at_one_place_count_for_each_other():
 
 
 @pytest.mark.parametrize("rule", UPDATES.values())
-def test_losses_that_reach_nothing_are_refused(rule):
-    nothing = traced.reach(lambda p: {"main": lax.stop_gradient(p["w"])}, {"w": jnp.ones(())})
-    with pytest.raises(ValueError, match=r"None of the losses \['main'\] reaches a parameter"):
-        rule(optimizers.sgd(), nothing)
+def test_a_loss_that_reaches_nothing_is_refused(rule):
+    stopped = traced.reach(
+        lambda p: {"main": p["w"] ** 2, "probe": lax.stop_gradient(p["w"])}, {"w": jnp.ones(())}
+    )
+    message = r"The objective 'probe' reaches no parameter, so nothing can be learned from it: .*st"
+    with pytest.raises(ValueError, match=message):
+        rule(optimizers.sgd(), stopped)
+    with pytest.raises(ValueError, match="needs at least one objective; it is given none"):
+        rule(optimizers.sgd(), {})
+
+
+@pytest.mark.parametrize("rule", UPDATES.values())
+def test_a_step_of_other_objectives_is_refused(rule):
+    made = rule(optimizers.sgd(), reach())
+    message = r"has the objectives {}, but its update rule was made for early, main, middle, probe,"
+    fewer = {name: weight for name, weight in weights().items() if name != "side"}
+    for given, names in (
+        (weights(later=1.0), "early, later, main"),
+        (fewer, "early, main, middle"),
+    ):
+        for update in (made, weighted(made, Uncertainty(), reach())):
+            with pytest.raises(ValueError, match=message.format(f"{names}.*")):
+                update.update(
+                    losses, given, params(), state(), jax.eval_shape(update.init, params()), KEY
+                )
 
 
 # ---- The gradient of each loss.
@@ -126,18 +156,6 @@ def test_the_gradient_of_a_constant_is_zero():
     assert float(named["a"]) == 3
     assert_close(pull_back("a"), {"w": np.zeros(2)})
     assert_close(pull_back("main"), {"w": np.ones(2)})
-    # Such a loss takes no step, but is reported.
-    trees = traced.reach(lambda p: constant(p, {})[0], {"w": jnp.ones(2)})
-    for rule in UPDATES.values():
-        updated = run(
-            rule(optimizers.sgd(0.5, momentum=0.0), trees),
-            start={"w": jnp.ones(2)},
-            given={"main": jnp.float32(1), "a": jnp.float32(0.1)},
-            losses=constant,
-            model_state={"none": jnp.zeros(())},
-        )
-        assert updated.params["w"].tolist() == [0.5, 0.5]
-        assert float(updated.losses["a"]) == 3
 
 
 # ---- Joint.
@@ -363,8 +381,12 @@ GAMMAS = {"a": 1 / 9, "b": 25 / 81, "c": 49 / 81, "d": 1.0, "main": 1.0}
 
 def _nested(params, state):
     """Loss k reads the first k of five parameters, each along an axis of its own."""
-    named = {name: sum(params[f"p{i}"][k] for i in range(k + 1)) for k, name in enumerate(GAMMAS)}
-    return named, ({}, state)
+    axes = jnp.eye(5)
+
+    def loss(k):
+        return sum(axes[k] @ params[f"p{i}"] for i in range(k + 1))
+
+    return {name: loss(k) for k, name in enumerate(GAMMAS)}, ({}, state)
 
 
 def _control(decay):
