@@ -291,11 +291,11 @@ def _data(config: ConfigDict, name: str, options: list[str], recipe: dict[str, A
 
 
 def _group_file(name: str, options: list[str]) -> str:
-    """Names the file of groups; only CIFAR-100's comes with the configs."""
+    """Names the file of groups, here or shipped; only CIFAR-100's is."""
     data = "tiny_imagenet" if "tiny" in options else "cifar100"
     data = "imagenet" if name == "imagenet_resnet50" else data
     criterion = "split" if "split" in options else "join"
-    return str(configuration.repository_configs() / "groups" / f"{data}_{criterion}.json")
+    return f"configs/groups/{data}_{criterion}.json"
 
 
 def _combine(config: ConfigDict, combined: str, classes: int, kind: Any, scale: float) -> None:

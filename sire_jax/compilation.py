@@ -10,6 +10,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 # Below, reading a program back is not much faster than compiling it.
 _WORTH_KEEPING = 0.2
+_DIRECTORY = "jax_compilation_cache_dir"
 
 
 def keep(directory: str) -> None:
@@ -32,9 +33,9 @@ def keep(directory: str) -> None:
                 stacklevel=2,
             )
             path = None
-    if path == jax.config.values["jax_compilation_cache_dir"]:
+    if path == getattr(jax.config, _DIRECTORY):
         return
-    jax.config.update("jax_compilation_cache_dir", path)
+    jax.config.update(_DIRECTORY, path)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", _WORTH_KEEPING)
     # It remembers the directory that it began with.
     compilation_cache.reset_cache()
@@ -75,6 +76,7 @@ def counts() -> Counts:
     return replace(_counts)
 
 
+# JAX does not document the names of its events; these are those of all of JAX 0.6.1 to 0.12.
 _BACKEND = "/jax/core/compile/backend_compile_duration"
 _RETRIEVAL = "/jax/compilation_cache/cache_retrieval_time_sec"
 

@@ -25,6 +25,8 @@ from sire_jax.optimizers import OPTIMIZERS
 from sire_jax.updates import AGGREGATORS, UPDATES, WEIGHTINGS
 
 SPLITS = ("train", "validation", "test")
+# The directory of configs, tables and groups, in the repository and in one of the user's.
+CONFIGS = Path("configs")
 
 
 def default() -> ConfigDict:
@@ -233,7 +235,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
     """Loads a config file as the command line does.
 
     Args:
-        path: ``configs/X.py`` or ``configs/X.py:variant``.
+        path: ``configs/X.py`` or ``configs/X.py:variant``; where ``find`` finds it.
         overrides: ``--config.a.b=value`` each.
 
     Returns:
@@ -245,9 +247,15 @@ def load(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
         FileNotFoundError: If there is no such file.
     """
     file, _, chosen = path.partition(":")
-    if not Path(file).is_file():
-        raise FileNotFoundError(f"There is no config file {file}.")
-    get_config = runpy.run_path(file).get("get_config")
+    place = find(file)
+    if place is None:
+        shipped = repository_configs()
+        known = [each.name for each in shipped.glob("*.py")]
+        raise FileNotFoundError(
+            f"There is no config file {file}.{names.nearest(Path(file).name, known)} It was looked"
+            f" for in {Path.cwd()}, in {CONFIGS} there, and among those known, in {shipped}."
+        )
+    get_config = runpy.run_path(str(place)).get("get_config")
     if get_config is None:
         raise ValueError(f"{file} has no function get_config.")
     try:
@@ -278,8 +286,9 @@ def with_groups(config: ConfigDict) -> ConfigDict:
     # Whether these are sections `experiment.build` checks.
     for name, section in found.items() if isinstance(found, ConfigDict) else ():
         groups.check_section(name, section)
-        if not section.assignment and Path(section.file).expanduser().is_file():
-            read = groups.from_section(name, section)
+        place = None if section.assignment else find(section.file)
+        if place is not None:
+            read = groups.from_section(name, {**section, "file": str(place)})
             section.update(file="", classes=read.classes, assignment=read.assignment)
     return config
 
@@ -431,8 +440,33 @@ def _short(value: Any) -> str:
 
 
 def repository_configs() -> Path:
-    """Returns the directory ``configs`` beside the package, where the shipped configs are."""
-    return Path(__file__).resolve().parent.parent / "configs"
+    """Returns the directory of the shipped configs, their tables and groups.
+
+    It is ``configs`` beside the package in the repository, and inside of it where it is installed.
+    """
+    package = Path(__file__).resolve().parent
+    installed = package / CONFIGS
+    return installed if installed.is_dir() else package.parent / CONFIGS
+
+
+def find(file: str | Path) -> Path | None:
+    """Finds a config, a table or a file of groups, here or among the shipped ones.
+
+    What is in the current directory, or in ``configs`` there, comes before what is shipped.
+
+    Args:
+        file: Its path; for a shipped one ``configs/pairs.py`` or ``pairs.py``,
+            ``configs/groups/cifar100_join.json`` or ``groups/cifar100_join.json``.
+
+    Returns:
+        Where it is; ``None`` if it is nowhere.
+    """
+    path = Path(file).expanduser()
+    places = [path]
+    if not path.is_absolute() and ".." not in path.parts:
+        inner = path.relative_to(CONFIGS) if path.is_relative_to(CONFIGS) else path
+        places += [CONFIGS / inner, repository_configs() / inner]
+    return next((place for place in places if place.is_file()), None)
 
 
 def variant(variants: Mapping[str, Any], name: str) -> Any:

@@ -24,7 +24,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from sire_jax import __version__, command, configuration
+from sire_jax import __version__, command, configuration, coordination
 from sire_jax.watch import SECONDS_BETWEEN_SIGNS, Watch, explain_abort
 
 # Exchanged values wait for the slowest process, which may decode a data set meanwhile.
@@ -51,7 +51,7 @@ def start() -> None:
     global _watch
     if not _connect() or jax.process_count() == 1:
         return
-    _watch = Watch(_client(), jax.process_index(), jax.process_count())
+    _watch = Watch(coordination.service(), jax.process_index(), jax.process_count())
     _watch.start()
     explain_abort()
 
@@ -92,14 +92,6 @@ def _connect() -> bool:
     return False
 
 
-def _client() -> Any:
-    """Returns the client of JAX's coordination service: small values that all processes see."""
-    # There is no public way to these.
-    from jax._src import distributed
-
-    return distributed.global_state.client
-
-
 def is_main() -> bool:
     """Tells whether this process is the one that writes logs and results."""
     return jax.process_index() == 0
@@ -117,15 +109,15 @@ def exchange(value: str) -> list[str]:
     if jax.process_count() == 1:
         return [value]
     _exchanges += 1
-    client, place = _client(), f"sire_jax/exchange/{_exchanges}"
-    client.key_value_set(f"{place}/{jax.process_index()}", value)
+    service, place = coordination.service(), f"sire_jax/exchange/{_exchanges}"
+    service.key_value_set(f"{place}/{jax.process_index()}", value)
     values = [
-        client.blocking_key_value_get(f"{place}/{i}", _PATIENCE * 1000)
+        service.blocking_key_value_get(f"{place}/{i}", _PATIENCE * 1000)
         for i in range(jax.process_count())
     ]
     if is_main() and _exchanges > 1:
         # All have read those, or they would not have come to this one.
-        client.key_value_delete(f"sire_jax/exchange/{_exchanges - 1}/")
+        service.key_value_delete(f"sire_jax/exchange/{_exchanges - 1}/")
     return values
 
 
@@ -191,10 +183,11 @@ _OWN = {"data.dir", "data.cache", "data.workers", "data.threads", "compilation_c
 
 
 def _code() -> str:
-    """Returns a digest of this package's source."""
+    """Returns a digest of this package's source; of configs what they say is compared."""
     digest = hashlib.sha256()
     root = Path(__file__).parent
-    for path in sorted(root.rglob("*.py")):
+    installed = set(root.glob("configs/*.py"))
+    for path in sorted({*root.rglob("*.py")} - installed):
         digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 

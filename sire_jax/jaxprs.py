@@ -1,7 +1,7 @@
 """What JAX's traced programs are made of: the one place that reads the parameters of equations.
 
 Their names and kinds are not part of JAX's public interface and have changed between versions; all
-of JAX 0.6 to 0.12 is understood. Where shapes tell, nothing else is read. What the parameters of
+of JAX 0.6.1 to 0.12 is understood. Where shapes tell, nothing else is read. What the parameters of
 ``jax.lax``'s own functions say of an array's axes is read by ``slices``.
 """
 

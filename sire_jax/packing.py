@@ -133,4 +133,11 @@ def _place(data: np.ndarray, like: Any) -> Any:
         return data
     sharding = like.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     array = jax.make_array_from_callback(data.shape, sharding, data.__getitem__)
-    return jax.random.wrap_key_data(array, impl=like.dtype) if _is_key(like) else array
+    return jax.random.wrap_key_data(array, impl=_implementation(like)) if _is_key(like) else array
+
+
+def _implementation(like: jax.Array | jax.ShapeDtypeStruct) -> Any:
+    """Returns what makes random keys of a kind, which JAX tells of keys, but not of a shape."""
+    told: list[Any] = []
+    jax.eval_shape(lambda keys: told.append(jax.random.key_impl(keys)), like)
+    return told[0]

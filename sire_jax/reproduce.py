@@ -2,7 +2,8 @@
 
 ``python -m sire_jax.reproduce --table=pairs_1 --seeds=10 [--config.data.dir=DIR …]``
 
-Tables are data, ``configs/tables/NAME.json``. A row that has been trained is not trained again.
+Tables are data, ``configs/tables/NAME.json``, of the current directory or shipped. A row that has
+been trained is not trained again.
 """
 
 import json
@@ -31,6 +32,17 @@ from sire_jax.train import InterruptedRunError, NonFiniteLossError, train
 from sire_jax.workdir import read_config, read_results
 
 Table = dict[str, Any]
+_TABLES = "tables"
+
+
+def find_configs(name: str) -> Path:
+    """Returns the directory of the configs that has a table; that of the shipped ones if none has.
+
+    Args:
+        name: The table.
+    """
+    table = configuration.find(configuration.CONFIGS / _TABLES / f"{name}.json")
+    return table.parent.parent if table else configuration.repository_configs()
 
 
 def load_table(name: str, configs: Path) -> Table:
@@ -46,7 +58,7 @@ def load_table(name: str, configs: Path) -> Table:
     Raises:
         ValueError: If there is no such table.
     """
-    known = {path.stem: path for path in (configs / "tables").glob("*.json")}
+    known = {path.stem: path for path in (configs / _TABLES).glob("*.json")}
     return json.loads(registry.choose(known, name, "table").read_text())
 
 
@@ -297,7 +309,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--option", default="", help="a reading of the paper, such as as_released")
     parser.add_argument("--workdir", help="where the runs are kept; runs/TABLE by default")
     known, overrides = parser.parse_known_args(arguments)
-    configs = configuration.repository_configs()
+    configs = find_configs(known.table)
     if known.seeds is not None:
         overrides.append(f"--config.seeds={known.seeds}")
     workdir = Path(

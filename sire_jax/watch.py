@@ -18,6 +18,7 @@ from typing import Any
 import jax
 
 from sire_jax import command
+from sire_jax.coordination import Service
 
 SECONDS_BETWEEN_SIGNS = 1.0
 # Until the config says otherwise.
@@ -123,15 +124,15 @@ class Watch(threading.Thread):
     """Gives signs of life and ends the process where another gives none.
 
     Args:
-        client: JAX's coordination service.
+        service: JAX's coordination service.
         process: This process.
         count: Number of processes.
     """
 
-    def __init__(self, client: Any, process: int, count: int):
+    def __init__(self, service: Service, process: int, count: int):
         super().__init__(name="watch", daemon=True)
         self.signs = Signs(process, count, _TIMEOUT, time.monotonic())
-        self._client, self._process = client, process
+        self._service, self._process = service, process
         self._lock = threading.Lock()
 
     def run(self) -> None:
@@ -149,7 +150,7 @@ class Watch(threading.Thread):
             # The service may be slow for once; if it is gone, JAX aborts (explain_abort).
             with contextlib.suppress(RuntimeError):
                 self._publish()
-                for key, text in self._client.key_value_dir_get(_SIGNS):
+                for key, text in self._service.key_value_dir_get(_SIGNS):
                     self.signs.read(int(key.rsplit("/", 1)[1]), text, time.monotonic())
             time.sleep(SECONDS_BETWEEN_SIGNS)
 
@@ -181,7 +182,7 @@ class Watch(threading.Thread):
     def _publish(self) -> None:
         with self._lock:
             self.signs.own.beat += 1
-            self._client.key_value_set(
+            self._service.key_value_set(
                 f"{_SIGNS}{self._process}", self.signs.own.written(), allow_overwrite=True
             )
 

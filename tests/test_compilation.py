@@ -12,7 +12,7 @@ from sire_jax import compilation
 def directory(tmp_path, monkeypatch):
     """A directory that keeps every program, however quickly it was compiled."""
     monkeypatch.setattr(compilation, "_WORTH_KEEPING", 0.0)
-    before = jax.config.values["jax_compilation_cache_dir"]
+    before = jax.config.jax_compilation_cache_dir
     yield tmp_path / "a" / "compiled"
     compilation.keep(before or "")
 
@@ -60,7 +60,7 @@ def test_a_directory_that_cannot_be_written_is_reported(directory, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.warns(UserWarning, match=r"can't be kept in .*file/compiled \(Not a directory\)"):
         compilation.keep(str(tmp_path / "file" / "compiled"))
-    assert jax.config.values["jax_compilation_cache_dir"] is None
+    assert jax.config.jax_compilation_cache_dir is None
 
 
 def test_one_program_is_singular():

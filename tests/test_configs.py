@@ -1,5 +1,8 @@
 """The shipped configs themselves, on the bundled digits and shrunk to one step."""
 
+import os
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,3 +83,101 @@ def test_every_row_of_a_table_has_a_config(name):
                 *config.evaluate_splits,
                 "test",
             }
+
+
+# ---- Where they are found.
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """An empty directory, which is the current one."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def _write(directory, name):
+    """Writes a config of one's own that has the file name of a shipped one."""
+    directory.mkdir(exist_ok=True)
+    (directory / "pairs.py").write_text(
+        "from sire_jax import configuration\n"
+        "def get_config():\n"
+        "    config = configuration.default()\n"
+        f"    config.name = {name!r}\n"
+        "    return config\n"
+    )
+
+
+@pytest.mark.parametrize("path", ["pairs.py:conv", "configs/pairs.py:conv", "./pairs.py:conv"])
+@pytest.mark.usefixtures("elsewhere")
+def test_shipped_configs_are_found_from_anywhere(path):
+    assert configuration.load(path).name == "pairs/conv"
+
+
+def test_a_config_of_the_current_directory_comes_before_one_in_configs_and_a_shipped_one(elsewhere):
+    _write(elsewhere / "configs", "in configs")
+    assert configuration.load("pairs.py").name == "in configs"
+    assert configuration.load("configs/pairs.py").name == "in configs"
+    _write(elsewhere, "here")
+    assert configuration.load("pairs.py").name == "here"
+    assert configuration.load("configs/pairs.py").name == "in configs"
+
+
+@pytest.mark.parametrize("path", ["/configs/pairs.py", "../pairs.py", "other/pairs.py"])
+@pytest.mark.usefixtures("elsewhere")
+def test_a_path_to_somewhere_else_is_not_taken_for_a_shipped_config(path):
+    with pytest.raises(FileNotFoundError, match=f"There is no config file {path}"):
+        configuration.load(path)
+
+
+def test_a_config_that_is_nowhere_is_reported_with_the_places_and_the_shipped_ones(elsewhere):
+    with pytest.raises(FileNotFoundError) as raised:
+        configuration.load("configs/pair.py:conv")
+    assert str(raised.value) == (
+        "There is no config file configs/pair.py. Did you mean 'pairs.py'? Known: auxnet.py,"
+        " pairs.py, quickstart.py, sire.py, ssal.py. It was looked for in"
+        f" {elsewhere}, in configs there, and among those known, in {CONFIGS}."
+    )
+
+
+def test_a_config_in_the_home_directory_is_found(elsewhere):
+    _write(elsewhere / "mine", "mine")
+    assert os.environ["HOME"] == str(elsewhere)
+    assert configuration.load("~/mine/pairs.py").name == "mine"
+
+
+@pytest.mark.parametrize("file", ["configs/groups/cifar100_join.json", "groups/cifar100_join.json"])
+@pytest.mark.usefixtures("elsewhere")
+def test_shipped_groups_are_found_from_anywhere(file):
+    config = configuration.load(
+        "ssal.py:resnet18,small", [f"--config.data.groups.groups_1.file={file}"]
+    )
+    section = config.data.groups.groups_1
+    assert (section.file, max(section.assignment)) == ("", section.groups - 1)
+
+
+def test_groups_of_the_current_directory_come_before_shipped_ones(elsewhere):
+    shipped = configuration.load("ssal.py:resnet18,small").data.groups.groups_1.assignment
+    (elsewhere / "configs" / "groups").mkdir(parents=True)
+    own = elsewhere / "configs" / "groups" / "cifar100_join.json"
+    shutil.copy(CONFIGS / "groups" / "cifar100_split.json", own)
+    assert configuration.load("ssal.py:resnet18,small").data.groups.groups_1.assignment != shipped
+
+
+def test_tables_are_found_here_and_among_the_shipped_ones(elsewhere):
+    assert reproduce.find_configs("quickstart") == CONFIGS
+    own = elsewhere / "configs" / "tables" / "quickstart.json"
+    own.parent.mkdir(parents=True)
+    own.write_text((CONFIGS / "tables" / "quickstart.json").read_text())
+    configs = reproduce.find_configs("quickstart")
+    assert configs.resolve() == elsewhere / "configs"
+    # Of a table of one's own, too, the config may be a shipped one.
+    table = reproduce.load_table("quickstart", configs)
+    config = reproduce.row_config(table, table["rows"][0], configs, "", [])
+    assert config.name == "quickstart/main_only"
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_a_table_that_is_nowhere_is_reported(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        reproduce.main(["--table=quickstrat"])
+    assert "There is no table 'quickstrat'. Did you mean 'quickstart'?" in capsys.readouterr().err

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from sire_jax import configuration, experiment, registry, validation
+from sire_jax import compilation, configuration, experiment, registry, validation
 from sire_jax.backbones import BACKBONES
 from sire_jax.data.augmentation import AUGMENTATIONS
 from sire_jax.data.tasks import TASKS
@@ -43,16 +43,10 @@ def nothing_is_traced(monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("A network is traced before the config has been checked.")
 
-    compiled = []
-
-    def note(event, *_, **__):
-        compiled.extend([event] * ("compile" in event))
-
     monkeypatch.setattr(jax, "eval_shape", refuse)
-    jax.monitoring.register_event_duration_secs_listener(note)
+    before = compilation.counts()
     yield
-    jax.monitoring.unregister_event_duration_listener(note)
-    assert not compiled
+    assert compilation.counts() == before
 
 
 UNTRACED = pytest.mark.usefixtures("nothing_is_traced")
