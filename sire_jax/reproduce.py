@@ -304,7 +304,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         known.workdir or Path("runs") / "-".join(filter(None, (known.table, known.option)))
     )
     started = time.perf_counter()
-    with command.readable_errors(NonFiniteLossError):
+    with command.readable_errors(NonFiniteLossError, goes_on=True):
         table = load_table(known.table, configs)
         rows = choose_rows(table, [name for name in known.rows.split(",") if name])
         try:

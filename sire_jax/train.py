@@ -152,6 +152,7 @@ def _train(
                 break
             called = time.perf_counter()
             state, sums, broken = runs.take_steps(state, sums, order, first, count)
+            stop.unsaved = True
             _check_finite(broken, config.seed, directory)
             pace.note(count, time.perf_counter() - called)
             step_seconds.append((time.perf_counter() - called) / count)
@@ -169,28 +170,27 @@ def _train(
         if stopped or step == config.epochs * steps or (due and first == steps):
             save()
     progress.close()
+    # Before it is said that it has been saved.
+    checkpoints.wait()
     if stopped:
-        # Before it is said that it has been saved.
-        checkpoints.wait()
-        raise InterruptedRunError(
-            f"{stop.signal or 'Another process was asked to stop'}: saved after step {step} in"
-            f" {directory.path}.",
-            command.INTERRUPTED if stop.by_person else command.AGAIN,
-        )
+        raise _interrupted(stop, step, directory)
+    stop.unsaved = False
 
     # ---- Measure the weights that count.
     kept = best if best is not None else state
     fitted = runs.fit(kept.params, kept.model_state)
+    measured = {}
+    for split in dict.fromkeys((*config.evaluate_splits, "test")):
+        if distributed.agree(bool(stop.signal), 1)[0]:
+            raise _interrupted(stop, step, directory)
+        measured[split] = _lists(runs.measure(kept.params, kept.model_state, split, fitted))
     results = {
         "step": step,
         "seconds": round(seconds(), 2),
         # Of all runs together; the median leaves compilation out.
         "step_seconds": float(np.median(step_seconds)) if step_seconds else None,
         "weights": "best validation accuracy" if best is not None else "last",
-        "splits": {
-            split: _lists(runs.measure(kept.params, kept.model_state, split, fitted))
-            for split in dict.fromkeys((*config.evaluate_splits, "test"))
-        },
+        "splits": measured,
         # Damaged ones, of this start, in training and measuring.
         "skipped_images": runs.number_skipped(),
     }
@@ -198,6 +198,14 @@ def _train(
         directory.write_results(results)
         _draw(config, directory.path)
     return results
+
+
+def _interrupted(stop: Stop, step: int, directory: Workdir) -> InterruptedRunError:
+    return InterruptedRunError(
+        f"{stop.signal or 'Another process was asked to stop'}: saved after step {step} in"
+        f" {directory.path}.",
+        command.INTERRUPTED if stop.by_person else command.AGAIN,
+    )
 
 
 def _draw(config: ConfigDict, directory: Path) -> None:
@@ -411,7 +419,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     known, overrides = parser.parse_known_args(arguments)
     with (
         distributed.ended_together(),
-        command.readable_errors(NonFiniteLossError, distributed.PeerError),
+        command.readable_errors(NonFiniteLossError, distributed.PeerError, goes_on=True),
     ):
         distributed.start()
         try:
