@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from sire_jax import files
+
 # Exit statuses: an error that its message explains, as argparse has it; ended by Ctrl-C; another
 # process was lost, and ended by the system after saving: the same command goes on.
 EXPLAINED, INTERRUPTED, PEER, AGAIN = 2, 130, 75, 85
@@ -118,26 +120,37 @@ def check_new(path: str | Path) -> Path:
 
     Raises:
         FileExistsError: If it is there.
-        FileNotFoundError: If there is no such directory.
+        OSError: If it can't be written (``files.check_writable``).
     """
-    path = Path(path).expanduser()
-    if path.exists():
+    path = files.expanded(path)
+    if path.exists() and not path.is_dir():
         raise FileExistsError(f"{path} exists; choose another --out, or remove it.")
-    check_directory(path)
-    return path
+    return files.check_writable(path)
 
 
-def check_directory(path: str | Path) -> None:
-    """Checks, before any work, that there is a directory to write a file to.
+def check_picture(path: str | Path) -> Path:
+    """Checks, before any work, that a picture can be drawn there; one that is there is replaced.
 
     Args:
-        path: The file.
+        path: The picture.
+
+    Returns:
+        Its path.
 
     Raises:
-        FileNotFoundError: If there is no such directory.
+        ValueError: If its name ends as that of no picture.
+        OSError: If it can't be written (``files.check_writable``).
     """
-    if not Path(path).absolute().parent.is_dir():
-        raise FileNotFoundError(f"There is no directory to write {path} to.")
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    path = files.check_writable(path)
+    kinds = sorted(FigureCanvasBase.get_supported_filetypes())
+    if path.suffix[1:].lower() not in kinds:
+        raise ValueError(
+            f"{path} ends as no picture that can be drawn; --out should end with one of"
+            f" .{', .'.join(kinds)}."
+        )
+    return path
 
 
 def _raised_here(error: BaseException) -> bool:

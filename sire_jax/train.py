@@ -1,5 +1,6 @@
 """Trains a network: ``python -m sire_jax.train --config=configs/X.py:variant --workdir=DIR``."""
 
+import contextlib
 import json
 import math
 import sys
@@ -20,6 +21,8 @@ from sire_jax import (
     distributed,
     experiment,
     figures,
+    files,
+    lock,
     parallel,
     tables,
     traced,
@@ -73,7 +76,13 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
         PeerError: If another process failed.
         NonFiniteLossError: If a loss is not finite.
         InterruptedRunError: If a signal asked to stop; the state has been saved.
+        BlockingIOError: If another program trains in the workdir.
     """
+    with contextlib.ExitStack() as held:
+        return _train_alone(config, workdir, held)
+
+
+def _train_alone(config: ConfigDict, workdir: str, held: contextlib.ExitStack) -> dict[str, Any]:
     distributed.check_same(distributed.identity(config))
     with distributed.together("reading the config"):
         config = configuration.with_groups(config)
@@ -84,6 +93,8 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     distributed.check_same({"data": runs.fingerprint})
     directory.check_shared()
     with distributed.together("opening the workdir"):
+        if distributed.is_main():
+            held.enter_context(lock.held(directory.path))
         shapes = runs.checkpoint_shapes()
         directory.check_room(sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes)))
         logs = Logs(directory, config.tensorboard)
@@ -100,6 +111,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
             return _train(config, parts, runs, directory, logs, checkpoints, stop)
     finally:
         checkpoints.close()
+        logs.close()
 
 
 def _train(
@@ -126,7 +138,7 @@ def _train(
         tree = (state, sums, best, runs.place(np.float32(seconds())))
         _save(checkpoints, step, tree, runs, directory)
 
-    directory.forget_after(step - 1 if unmeasured else step)
+    logs.go_on_after(step - 1 if unmeasured else step)
     images, silent = _images_per_step(parts), not distributed.is_main()
     progress = Progress(config.epochs, steps, images, step, silent)
     pace, step_seconds, stopped = Pace(config.steps_per_call), list[float](), False
@@ -429,7 +441,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sys.exit(stopped.status)
     distributed.say(
         f"{results['step']} steps in {results['seconds']} s ({results['weights']} weights)\n"
-        f"{summary(results)}\nCurves: {Path(known.workdir) / 'curves.png'}"
+        f"{summary(results)}\nCurves: {files.expanded(known.workdir) / 'curves.png'}"
     )
 
 
