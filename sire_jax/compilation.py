@@ -17,6 +17,7 @@ from sire_jax import files
 
 # Below, reading a program back is not much faster than compiling it.
 _WORTH_KEEPING = 0.2
+_DIRECTORY = "jax_compilation_cache_dir"
 
 
 def keep(directory: str) -> None:
@@ -40,15 +41,20 @@ def keep(directory: str) -> None:
                 stacklevel=2,
             )
             path = None
-    if path == jax.config.values["jax_compilation_cache_dir"]:
+    if path == getattr(jax.config, _DIRECTORY):
         return
-    jax.config.update("jax_compilation_cache_dir", path)
+    jax.config.update(_DIRECTORY, path)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", _WORTH_KEEPING)
     # It remembers the directory that it began with.
     compilation_cache.reset_cache()
     if path is not None:
         entries, _ = cache.get_file_cache(path) or (None, None)
         cache._cache, cache._cache_initialized = entries and _Entries(entries), True
+
+
+def kept() -> bool:
+    """Tells whether compiled programs are kept."""
+    return getattr(jax.config, _DIRECTORY) is not None
 
 
 class _Entries(CacheInterface):

@@ -115,7 +115,7 @@ class Stop:
 
 @contextmanager
 def stop_on_signals() -> Iterator[Stop]:
-    """Notes Ctrl-C, SIGTERM and SIGUSR1 instead of dying of them, and leaves handlers as they were.
+    """Notes signals (``signals.SIGNALS``) instead of dying of them; handlers are then as before.
 
     A second Ctrl-C has its usual effect; in a program, which a thread of its own listens for, it
     ends at once, as does the first signal while nothing would be lost. The others may come several

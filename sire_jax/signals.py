@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGUSR1 to a program, whatever its main thread is doing.
+"""Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP to a program, whatever its main thread is doing.
 
 Python calls a handler between two instructions of the main thread: minutes later where XLA
 compiles, and an exception raised there is lost where a library catches it. So a thread of its own
@@ -18,7 +18,8 @@ from typing import Any
 
 from sire_jax import command
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# A person's; those of systems; that of a terminal that is closed.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 # Programs that go on when they are started again; the others may die of SIGTERM as any program.
 _RESUMED = ("train", "reproduce")
 

@@ -271,7 +271,7 @@ def _until_save(config: ConfigDict, step: int) -> int:
 
 
 def _kept(config: ConfigDict) -> str:
-    return f" (kept in {config.compilation_cache})" if config.compilation_cache else ""
+    return f" (kept in {config.compilation_cache})" if compilation.kept() else ""
 
 
 def _images_per_step(parts: experiment.Experiment) -> int:

@@ -15,7 +15,7 @@ from sire_jax import compilation
 def directory(tmp_path, monkeypatch):
     """A directory that keeps every program, however quickly it was compiled."""
     monkeypatch.setattr(compilation, "_WORTH_KEEPING", 0.0)
-    before = jax.config.values["jax_compilation_cache_dir"]
+    before = jax.config.jax_compilation_cache_dir
     yield tmp_path / "a" / "compiled"
     compilation.keep(before or "")
 
@@ -99,11 +99,12 @@ def test_a_user_without_a_home_keeps_nothing(monkeypatch):
     monkeypatch.setattr(Path, "expanduser", no_home)
     with pytest.warns(UserWarning, match="can't be kept in ~/cache .*this user has none"):
         compilation.keep("~/cache")
-    assert jax.config.values["jax_compilation_cache_dir"] is None
+    assert not compilation.kept()
 
 
 def test_nothing_is_kept_where_the_user_says_so(directory):
     compilation.keep("")
+    assert not compilation.kept()
     jax.clear_caches()
     _compile()
     assert not directory.exists()
@@ -113,7 +114,8 @@ def test_a_directory_that_cannot_be_written_is_reported(directory, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.warns(UserWarning, match=r"can't be kept in .*file/compiled \(Not a directory\)"):
         compilation.keep(str(tmp_path / "file" / "compiled"))
-    assert jax.config.values["jax_compilation_cache_dir"] is None
+    assert jax.config.jax_compilation_cache_dir is None
+    assert not compilation.kept()
 
 
 def test_one_program_is_singular():

@@ -23,20 +23,21 @@ def test_a_call_takes_about_a_second_and_at_most_what_is_asked_for():
     assert pace.steps == 2
 
 
-NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 @pytest.fixture(autouse=True)
 def _handlers():
-    """Ctrl-C as in a terminal, whatever started the tests; and all as before at the end."""
+    """As in a terminal, whatever started the tests; and all as before at the end."""
     before = {number: signal.getsignal(number) for number in NUMBERS}
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_a_system_may_ask_several_times(number):
     with stop_on_signals() as stop:
         assert stop.signal == ""

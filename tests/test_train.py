@@ -21,6 +21,7 @@ from sire_jax import (
     evaluate,
     experiment,
     inspect,
+    lock,
     parallel,
     reproduce,
     train,
@@ -209,6 +210,16 @@ def test_a_finished_run_is_left_as_it_is(trained):
     written = (directory / "results.json").stat().st_mtime_ns
     assert train.train(config, str(directory)) == results
     assert (directory / "results.json").stat().st_mtime_ns == written
+
+
+def test_a_workdir_in_which_another_program_trains_is_refused_and_can_be_read(trained):
+    directory, config, results = trained
+    with lock.held(directory):
+        with pytest.raises(BlockingIOError, match=rf"{directory} is in use: process {os.getpid()}"):
+            train.train(config, str(directory))
+        found = evaluate.evaluate(directory)["outputs"]["main"]["loss"]["runs"]
+        assert found == results["splits"]["test"]["main/loss"]
+    assert train.train(config, str(directory)) == results
 
 
 def test_runs_differ_in_weights_data_and_order():
