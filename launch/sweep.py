@@ -26,7 +26,7 @@ from typing import Any
 from tqdm import tqdm
 
 from sire_jax import command, configuration, experiment, registry, tables
-from sire_jax.workdir import Workdir, read_results
+from sire_jax.workdir import Workdir, at, read_results
 
 _HERE = Path(__file__).parent
 # What ends a job of launch/slurm.sbatch ends those of a sweep, too.
@@ -139,7 +139,7 @@ def combinations(
     for config, *chosen in itertools.product(configs, *choices):
         for seed in seeds:
             name = _name(config, chosen) + ("" if seed is None else f"-seed={seed}")
-            found.append(Combination(config, tuple(chosen), seed, Path(workdir) / name))
+            found.append(Combination(config, tuple(chosen), seed, at(workdir) / name))
     paths = [each.path for each in found]
     twice = sorted({path.name for path in paths if paths.count(path) > 1})
     if twice:
@@ -377,7 +377,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the program with command line arguments."""
     known = _parser().parse_args(arguments)
     try:
-        with command.readable_errors():
+        with command.readable_errors(goes_on=True):
             print(_sweep(known))
     except SweepError as error:
         print(f"Error: {error}", file=sys.stderr, flush=True)
@@ -396,7 +396,7 @@ def _sweep(known: argparse.Namespace) -> str:
     if known.local:
         states |= zip(todo, run_here(todo), strict=True)
     elif todo and not known.dry_run:
-        jobs = submit(todo, Path(known.workdir) / "jobs" / "%j", _options(known), further)
+        jobs = submit(todo, at(known.workdir) / "jobs" / "%j", _options(known), further)
         states |= zip(todo, [f"job {job}" for job in jobs], strict=True)
     return overview(states)
 

@@ -1,6 +1,9 @@
 """What all command line programs have in common."""
 
 import argparse
+import errno
+import io
+import os
 import sys
 import traceback
 import warnings
@@ -9,9 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from sire_jax import files
+
 # Exit statuses: an error that its message explains, as argparse has it; ended by Ctrl-C; another
 # process was lost, and ended by the system after saving: the same command goes on.
 EXPLAINED, INTERRUPTED, PEER, AGAIN = 2, 130, 75, 85
+# Nobody read what it printed, as a shell has it of what ended by SIGPIPE.
+UNREAD = 141
 
 
 def parser(documentation: str | None) -> argparse.ArgumentParser:
@@ -28,21 +35,73 @@ def parser(documentation: str | None) -> argparse.ArgumentParser:
 
 
 @contextmanager
-def readable_errors(*others: type[Exception]) -> Iterator[None]:
+def readable_errors(*others: type[Exception], goes_on: bool = False) -> Iterator[None]:
     """Ends the program with one message, not a traceback, where the user can mend the cause.
+
+    Where nobody reads the output any more (``| head``), the program ends without a word, or goes on
+    without one if it has more to do than to print.
 
     Args:
         *others: Exceptions that speak to the user, beside ``ValueError`` and ``OSError``.
+        goes_on: Whether the program goes on when its output can't be written.
     """
+    _guard_output(goes_on)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show
             yield
+    except KeyboardInterrupt:
+        print("SIGINT: ended.", file=sys.stderr, flush=True)
+        sys.exit(INTERRUPTED)
     except Exception as error:
         if isinstance(error, (ValueError, OSError, *others)) and _raised_here(error):
             print(f"Error: {error}", file=sys.stderr, flush=True)
             sys.exit(EXPLAINED)
         raise
+
+
+class _Output(io.FileIO):
+    """Standard output or error of a program, which may lose its reader.
+
+    Args:
+        descriptor: Its number.
+        goes_on: Whether what can't be written is left out; else the program ends where nobody
+            reads any more.
+    """
+
+    def __init__(self, descriptor: int, goes_on: bool):
+        super().__init__(descriptor, "w", closefd=False)
+        self._goes_on = goes_on
+
+    def write(self, data: Any) -> int:
+        """Writes bytes, or says that it has."""
+        try:
+            return super().write(data)
+        except OSError as error:
+            if self._goes_on:
+                return len(data)
+            if error.errno == errno.EPIPE:
+                os._exit(UNREAD)
+            raise
+
+
+def _guard_output(goes_on: bool) -> None:
+    """Has the standard streams lose their readers in order; others, as of tests, are left alone."""
+    for name in ("stdout", "stderr"):
+        stream, original = getattr(sys, name), getattr(sys, f"__{name}__")
+        if stream is None:
+            # Closed by whoever started the program (`>&-`).
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
+        elif stream is original and isinstance(stream, io.TextIOWrapper):
+            stream.flush()
+            output: Any = _Output(stream.fileno(), goes_on)
+            if isinstance(stream.buffer, io.BufferedWriter):  # Not with `python -u`.
+                output = io.BufferedWriter(output)
+            text = io.TextIOWrapper(output, stream.encoding, stream.errors)
+            text.reconfigure(
+                line_buffering=stream.line_buffering, write_through=stream.write_through
+            )
+            setattr(sys, name, text)
 
 
 def _show(message: Warning | str, *where: Any, **settings: Any) -> None:
@@ -61,26 +120,37 @@ def check_new(path: str | Path) -> Path:
 
     Raises:
         FileExistsError: If it is there.
-        FileNotFoundError: If there is no such directory.
+        OSError: If it can't be written (``files.check_writable``).
     """
-    path = Path(path).expanduser()
-    if path.exists():
+    path = files.expanded(path)
+    if path.exists() and not path.is_dir():
         raise FileExistsError(f"{path} exists; choose another --out, or remove it.")
-    check_directory(path)
-    return path
+    return files.check_writable(path)
 
 
-def check_directory(path: str | Path) -> None:
-    """Checks, before any work, that there is a directory to write a file to.
+def check_picture(path: str | Path) -> Path:
+    """Checks, before any work, that a picture can be drawn there; one that is there is replaced.
 
     Args:
-        path: The file.
+        path: The picture.
+
+    Returns:
+        Its path.
 
     Raises:
-        FileNotFoundError: If there is no such directory.
+        ValueError: If its name ends as that of no picture.
+        OSError: If it can't be written (``files.check_writable``).
     """
-    if not Path(path).absolute().parent.is_dir():
-        raise FileNotFoundError(f"There is no directory to write {path} to.")
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    path = files.check_writable(path)
+    kinds = sorted(FigureCanvasBase.get_supported_filetypes())
+    if path.suffix[1:].lower() not in kinds:
+        raise ValueError(
+            f"{path} ends as no picture that can be drawn; --out should end with one of"
+            f" .{', .'.join(kinds)}."
+        )
+    return path
 
 
 def _raised_here(error: BaseException) -> bool:

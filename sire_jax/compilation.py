@@ -1,12 +1,19 @@
 """Compiled programs: kept on disk for the next start, and counted with the time that they take."""
 
+import contextlib
 import tempfile
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
+
+# There is no public way to its entries.
+from jax._src import compilation_cache as cache
+from jax._src.compilation_cache_interface import CacheInterface
 from jax.experimental.compilation_cache import compilation_cache
+
+from sire_jax import files
 
 # Below, reading a program back is not much faster than compiling it.
 _WORTH_KEEPING = 0.2
@@ -21,15 +28,16 @@ def keep(directory: str) -> None:
     Args:
         directory: Where; "" for nowhere. One that can't be written is reported, and not used.
     """
-    path = str(Path(directory).expanduser()) if directory else None
-    if path is not None:
+    path = None
+    if directory:
         try:
+            path = str(files.expanded(directory))
             Path(path).mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=path).close()
         except OSError as error:
             warnings.warn(
-                f"Compiled programs can't be kept in {directory} ({error.strerror}); the next start"
-                " compiles again. Choose another --config.compilation_cache.",
+                f"Compiled programs can't be kept in {directory} ({error.strerror or error}); the"
+                " next start compiles again. Choose another --config.compilation_cache.",
                 stacklevel=2,
             )
             path = None
@@ -39,6 +47,51 @@ def keep(directory: str) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", _WORTH_KEEPING)
     # It remembers the directory that it began with.
     compilation_cache.reset_cache()
+    if path is not None:
+        entries, _ = cache.get_file_cache(path) or (None, None)
+        cache._cache, cache._cache_initialized = entries and _Entries(entries), True
+
+
+def kept() -> bool:
+    """Tells whether compiled programs are kept."""
+    return getattr(jax.config, _DIRECTORY) is not None
+
+
+class _Entries(CacheInterface):
+    """Entries of JAX's cache, of which those that can't be used are as if absent, and replaced.
+
+    JAX warns of one that a kill or a full disk cut off, and leaves it there for ever.
+
+    Args:
+        entries: JAX's own.
+    """
+
+    def __init__(self, entries: CacheInterface):
+        self._entries, self._path = entries, entries._path
+
+    def get(self, key: str) -> bytes | None:
+        """Returns an entry; ``None`` if there is none that can be used."""
+        try:
+            entry = self._entries.get(key)
+            if entry is not None:
+                cache.decompress_executable(entry)
+            return entry
+        except Exception:  # Of the system, or of whichever library compresses.
+            self._remove(key)
+            return None
+
+    def put(self, key: str, value: bytes) -> None:
+        """Adds an entry, or nothing."""
+        try:
+            self._entries.put(key, value)
+        except OSError:
+            self._remove(key)
+            raise
+
+    def _remove(self, key: str) -> None:
+        # In a directory of others it may have to stay.
+        with contextlib.suppress(OSError):
+            Path(self._path, f"{key}-cache").unlink(missing_ok=True)
 
 
 @dataclass

@@ -24,7 +24,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from sire_jax import __version__, command, configuration, coordination
+from sire_jax import __version__, command, configuration, coordination, signals
 from sire_jax.watch import SECONDS_BETWEEN_SIGNS, Watch, explain_abort
 
 # Exchanged values wait for the slowest process, which may decode a data set meanwhile.
@@ -49,10 +49,14 @@ def start() -> None:
         ValueError: If only some of the variables are set, or they are no numbers.
     """
     global _watch
-    if not _connect() or jax.process_count() == 1:
+    connected = _connect()
+    # JAX takes SIGTERM for itself.
+    signals.listen_again()
+    if not connected or jax.process_count() == 1:
         return
     _watch = Watch(coordination.service(), jax.process_index(), jax.process_count())
     _watch.start()
+    signals.leave_by(_watch.end)
     explain_abort()
 
 

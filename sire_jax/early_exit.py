@@ -259,18 +259,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
     known, overrides = parser.parse_known_args(arguments)
     with command.readable_errors():
-        command.check_directory(known.out)
+        out = command.check_picture(known.out)
         asked = Wish(known.budget, known.fractions, known.thresholds)
         found = measure(
             known.workdir, asked, RULES[known.rule], known.points, known.batch_size, overrides
         )
-        draw(found).savefig(Path(known.out), dpi=150)
+        draw(found).savefig(out, dpi=150)
     if known.json:
         print(json.dumps(found))
         return
     print(f"{found['rule']}, {found['images']} test images after step {found['step']}")
     print(report(found))
-    print(f"{known.out}: accuracy against multiply-adds")
+    print(f"{out}: accuracy against multiply-adds")
 
 
 if __name__ == "__main__":

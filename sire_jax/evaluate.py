@@ -16,7 +16,7 @@ from sire_jax.checkpoint import Checkpoints
 from sire_jax.runs import Runs
 from sire_jax.step import Best, TrainState
 from sire_jax.streamed_runs import open_runs
-from sire_jax.workdir import CHECKPOINTS, read_config
+from sire_jax.workdir import CHECKPOINTS, at, read_config
 
 METRICS = ("top_1", "top_5", "loss")
 
@@ -55,7 +55,7 @@ def kept_weights(runs: Runs, workdir: str | Path) -> TrainState | Best:
     Raises:
         FileNotFoundError: If there is no checkpoint.
     """
-    state, best = restore(runs, Path(workdir).expanduser() / CHECKPOINTS)
+    state, best = restore(runs, at(workdir) / CHECKPOINTS)
     return state if best is None else best
 
 

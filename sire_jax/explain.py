@@ -150,15 +150,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
     known, overrides = parser.parse_known_args(arguments)
     with command.readable_errors():
-        command.check_directory(known.out)
-        found = explain(known.workdir, known.image, known.out, overrides)
+        out = command.check_picture(known.out)
+        found = explain(known.workdir, known.image, out, overrides)
     if known.json:
         print(json.dumps(found))
         return
     if found["resized"]:
         print(f"{known.image} was {found['resized']}.")
     print(report(found))
-    print(f"{known.out}: where each output finds its class")
+    print(f"{out}: where each output finds its class")
 
 
 if __name__ == "__main__":

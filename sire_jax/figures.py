@@ -9,6 +9,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from sire_jax import files
 from sire_jax.networks import MAIN
 from sire_jax.workdir import read_metrics
 
@@ -101,7 +102,7 @@ def curves(directory: str | Path) -> Path | None:
     Returns:
         The picture ``curves.png`` in it, ``None`` if there is nothing to draw.
     """
-    directory = Path(directory)
+    directory = files.expanded(directory)
     lines = read_metrics(directory)
     if not any(line["split"] != "steps" for line in lines):
         return None

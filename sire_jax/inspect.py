@@ -4,6 +4,17 @@ For each output its shape, the parameters of the sub-network that computes it an
 of one example, read from the traced program: nothing is trained and no data are needed.
 """
 
+# Before other imports, which come here where Python looks into this directory first.
+if __name__ == "inspect":
+    import sys
+
+    print(
+        "Error: the programs of sire_jax are run by module, and from another directory than their"
+        " own, such as python -m sire_jax.train; here inspect.py hides Python's own.",
+        file=sys.stderr,
+    )
+    sys.exit(2)
+
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -2,14 +2,18 @@
 
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
+
+from sire_jax import signals
 
 _BAR = "{percentage:3.0f}% |{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
 
@@ -65,6 +69,7 @@ class Progress:
         """Prints a line above the bar."""
         if not self._silent:
             tqdm.write(message)
+            sys.stdout.flush()
 
     def close(self) -> None:
         """Leaves the bar as it is."""
@@ -96,9 +101,11 @@ class Stop:
 
     Attributes:
         signal: Name of the signal received; "" if none.
+        unsaved: Whether steps have been taken that would be lost if the program ended at once.
     """
 
     signal: str = ""
+    unsaved: bool = False
 
     @property
     def by_person(self) -> bool:
@@ -108,12 +115,42 @@ class Stop:
 
 @contextmanager
 def stop_on_signals() -> Iterator[Stop]:
-    """Notes Ctrl-C, SIGTERM and SIGUSR1 instead of dying of them.
+    """Notes signals (``signals.SIGNALS``) instead of dying of them; handlers are then as before.
 
-    A second Ctrl-C has its usual effect. The others may come several times, as a cluster sends them
-    to a job and to its steps; once one has come they are ignored, until the process ends.
+    A second Ctrl-C has its usual effect; in a program, which a thread of its own listens for, it
+    ends at once, as does the first signal while nothing would be lost. The others may come several
+    times, as a cluster sends them to a job and to its steps: a program that ends because of one
+    ignores them. In a thread that is not the main one, as of a notebook's widgets, there are no
+    signals to note.
     """
     stop = Stop()
+    if signals.listening():
+        try:
+            with signals.passed_to(partial(_note, stop)):
+                yield stop
+        finally:
+            if stop.signal and not stop.by_person:
+                signals.ignore_system()
+    elif threading.current_thread() is threading.main_thread():
+        with _handlers(stop):
+            yield stop
+    else:
+        yield stop
+
+
+def _note(stop: Stop, number: signal.Signals) -> None:
+    """Notes a signal, in the thread that listens."""
+    by_person = number == signal.SIGINT
+    if (by_person and stop.signal) or not (stop.unsaved or stop.signal):
+        signals.end(number)
+    if by_person:
+        print("\nSIGINT: saving first; once more ends it at once.", file=sys.stderr, flush=True)
+    stop.signal = stop.signal or number.name
+
+
+@contextmanager
+def _handlers(stop: Stop) -> Iterator[None]:
+    """Has Python call handlers that note signals, in the main thread."""
     before: dict[signal.Signals, Any] = {}
 
     def note(number: int, frame: Any) -> None:
@@ -121,11 +158,14 @@ def stop_on_signals() -> Iterator[Stop]:
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, before[signal.SIGINT])
 
-    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        before[each] = signal.signal(each, note)
     try:
-        yield stop
+        for number in signals.SIGNALS:
+            handler = signal.getsignal(number)
+            # What was ignored at the start stays so; None: it is not Python's to put back.
+            if handler not in (signal.SIG_IGN, None):
+                before[number] = handler
+                signal.signal(number, note)
+        yield
     finally:
-        for each, handler in before.items():
-            ignored = stop.signal and not stop.by_person and each != signal.SIGINT
-            signal.signal(each, signal.SIG_IGN if ignored else handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)

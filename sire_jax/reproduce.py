@@ -23,13 +23,14 @@ from sire_jax import (
     configuration,
     experiment,
     figures,
+    files,
     names,
     registry,
     tables,
     traced,
 )
 from sire_jax.train import InterruptedRunError, NonFiniteLossError, train
-from sire_jax.workdir import read_config, read_results
+from sire_jax.workdir import check_writable, read_config, read_results
 
 Table = dict[str, Any]
 _TABLES = "tables"
@@ -215,7 +216,7 @@ def _number(value: Sequence[float | None] | None, form: str) -> str:
 def reproduce(
     table: Table,
     rows: Sequence[Mapping[str, Any]],
-    workdir: Path,
+    workdir: str | Path,
     configs: Path,
     option: str = "",
     overrides: Sequence[str] = (),
@@ -236,11 +237,13 @@ def reproduce(
 
     Raises:
         ValueError: If the table has no such option, or as ``train`` raises.
+        PermissionError: If the workdir can't be written to.
     """
     if option and option not in table["options"]:
         raise ValueError(
             f"The table has no option '{option}'.{names.nearest(option, table['options'])}"
         )
+    workdir = check_writable(workdir)
     lines: list[dict[str, Any]] = []
     points: list[dict[str, Any]] = []
     drawn: dict[str, tuple[Path, str]] = {}
@@ -312,21 +315,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     configs = find_configs(known.table)
     if known.seeds is not None:
         overrides.append(f"--config.seeds={known.seeds}")
-    workdir = Path(
-        known.workdir or Path("runs") / "-".join(filter(None, (known.table, known.option)))
-    )
+    if known.workdir is None:
+        known.workdir = Path("runs") / "-".join(filter(None, (known.table, known.option)))
     started = time.perf_counter()
-    with command.readable_errors(NonFiniteLossError):
+    with command.readable_errors(NonFiniteLossError, goes_on=True):
         table = load_table(known.table, configs)
         rows = choose_rows(table, [name for name in known.rows.split(",") if name])
         try:
-            lines = reproduce(table, rows, workdir, configs, known.option, overrides)
+            lines = reproduce(table, rows, known.workdir, configs, known.option, overrides)
         except InterruptedRunError as stopped:
             print(stopped, flush=True)
             sys.exit(stopped.status)
     print(f"\n{table['title']}\n\n{_note(overrides)}{markdown(lines, table)}\n")
     seconds = time.perf_counter() - started
-    print(f"{seconds:.0f} s; curves: {workdir / 'table.png'}, and in each row's directory")
+    drawn = files.expanded(known.workdir) / "table.png"
+    print(f"{seconds:.0f} s; curves: {drawn}, and in each row's directory")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Trains a network: ``python -m sire_jax.train --config=configs/X.py:variant --workdir=DIR``."""
 
+import contextlib
 import json
 import math
 import sys
@@ -20,6 +21,8 @@ from sire_jax import (
     distributed,
     experiment,
     figures,
+    files,
+    lock,
     parallel,
     tables,
     traced,
@@ -73,7 +76,13 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
         PeerError: If another process failed.
         NonFiniteLossError: If a loss is not finite.
         InterruptedRunError: If a signal asked to stop; the state has been saved.
+        BlockingIOError: If another program trains in the workdir.
     """
+    with contextlib.ExitStack() as held:
+        return _train_alone(config, workdir, held)
+
+
+def _train_alone(config: ConfigDict, workdir: str, held: contextlib.ExitStack) -> dict[str, Any]:
     distributed.check_same(distributed.identity(config))
     with distributed.together("reading the config"):
         config = configuration.with_groups(config)
@@ -84,6 +93,8 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     distributed.check_same({"data": runs.fingerprint})
     directory.check_shared()
     with distributed.together("opening the workdir"):
+        if distributed.is_main():
+            held.enter_context(lock.held(directory.path))
         shapes = runs.checkpoint_shapes()
         directory.check_room(sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes)))
         logs = Logs(directory, config.tensorboard)
@@ -100,6 +111,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
             return _train(config, parts, runs, directory, logs, checkpoints, stop)
     finally:
         checkpoints.close()
+        logs.close()
 
 
 def _train(
@@ -126,7 +138,7 @@ def _train(
         tree = (state, sums, best, runs.place(np.float32(seconds())))
         _save(checkpoints, step, tree, runs, directory)
 
-    directory.forget_after(step - 1 if unmeasured else step)
+    logs.go_on_after(step - 1 if unmeasured else step)
     images, silent = _images_per_step(parts), not distributed.is_main()
     progress = Progress(config.epochs, steps, images, step, silent)
     pace, step_seconds, stopped = Pace(config.steps_per_call), list[float](), False
@@ -152,6 +164,7 @@ def _train(
                 break
             called = time.perf_counter()
             state, sums, broken = runs.take_steps(state, sums, order, first, count)
+            stop.unsaved = True
             _check_finite(broken, config.seed, directory)
             pace.note(count, time.perf_counter() - called)
             step_seconds.append((time.perf_counter() - called) / count)
@@ -169,28 +182,27 @@ def _train(
         if stopped or step == config.epochs * steps or (due and first == steps):
             save()
     progress.close()
+    # Before it is said that it has been saved.
+    checkpoints.wait()
     if stopped:
-        # Before it is said that it has been saved.
-        checkpoints.wait()
-        raise InterruptedRunError(
-            f"{stop.signal or 'Another process was asked to stop'}: saved after step {step} in"
-            f" {directory.path}.",
-            command.INTERRUPTED if stop.by_person else command.AGAIN,
-        )
+        raise _interrupted(stop, step, directory)
+    stop.unsaved = False
 
     # ---- Measure the weights that count.
     kept = best if best is not None else state
     fitted = runs.fit(kept.params, kept.model_state)
+    measured = {}
+    for split in dict.fromkeys((*config.evaluate_splits, "test")):
+        if distributed.agree(bool(stop.signal), 1)[0]:
+            raise _interrupted(stop, step, directory)
+        measured[split] = _lists(runs.measure(kept.params, kept.model_state, split, fitted))
     results = {
         "step": step,
         "seconds": round(seconds(), 2),
         # Of all runs together; the median leaves compilation out.
         "step_seconds": float(np.median(step_seconds)) if step_seconds else None,
         "weights": "best validation accuracy" if best is not None else "last",
-        "splits": {
-            split: _lists(runs.measure(kept.params, kept.model_state, split, fitted))
-            for split in dict.fromkeys((*config.evaluate_splits, "test"))
-        },
+        "splits": measured,
         # Damaged ones, of this start, in training and measuring.
         "skipped_images": runs.number_skipped(),
     }
@@ -198,6 +210,14 @@ def _train(
         directory.write_results(results)
         _draw(config, directory.path)
     return results
+
+
+def _interrupted(stop: Stop, step: int, directory: Workdir) -> InterruptedRunError:
+    return InterruptedRunError(
+        f"{stop.signal or 'Another process was asked to stop'}: saved after step {step} in"
+        f" {directory.path}.",
+        command.INTERRUPTED if stop.by_person else command.AGAIN,
+    )
 
 
 def _draw(config: ConfigDict, directory: Path) -> None:
@@ -251,7 +271,7 @@ def _until_save(config: ConfigDict, step: int) -> int:
 
 
 def _kept(config: ConfigDict) -> str:
-    return f" (kept in {config.compilation_cache})" if config.compilation_cache else ""
+    return f" (kept in {config.compilation_cache})" if compilation.kept() else ""
 
 
 def _images_per_step(parts: experiment.Experiment) -> int:
@@ -412,7 +432,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     known, overrides = parser.parse_known_args(arguments)
     with (
         distributed.ended_together(),
-        command.readable_errors(NonFiniteLossError, distributed.PeerError),
+        command.readable_errors(NonFiniteLossError, distributed.PeerError, goes_on=True),
     ):
         distributed.start()
         try:
@@ -422,7 +442,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sys.exit(stopped.status)
     distributed.say(
         f"{results['step']} steps in {results['seconds']} s ({results['weights']} weights)\n"
-        f"{summary(results)}\nCurves: {Path(known.workdir) / 'curves.png'}"
+        f"{summary(results)}\nCurves: {files.expanded(known.workdir) / 'curves.png'}"
     )
 
 

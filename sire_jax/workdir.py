@@ -1,5 +1,6 @@
 """The directory of a run: its config, its metrics, its checkpoints, its results."""
 
+import errno
 import json
 import os
 import shutil
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from sire_jax import configuration, distributed, untrusted
+from sire_jax import configuration, distributed, files, untrusted
 
 # {metric name: a value for each run}
 Values = Mapping[str, np.ndarray]
@@ -34,12 +35,12 @@ class Workdir:
 
     Raises:
         ValueError: If the directory holds a run of another config; the message has the difference.
+            If the path is empty.
         PermissionError: If nothing can be written there.
     """
 
     def __init__(self, path: str | Path, config: ConfigDict):
-        self.path = Path(path).expanduser()
-        self._check_writable()
+        self.path = check_writable(path)
         stored = self.path / "config.json"
         if stored.exists():
             changed = configuration.differences(read_config(self.path, building=False), config)
@@ -54,21 +55,6 @@ class Workdir:
     def write_config(self) -> None:
         """Writes ``config.json``: from now on the directory is this run's."""
         _replace(self.path / "config.json", configuration.to_json(self._config))
-
-    def _check_writable(self) -> None:
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            probe = self.path / f".writable-{os.getpid()}"
-            try:
-                # Something, as a full disk still takes empty files.
-                probe.write_bytes(bytes(_BLOCK))
-            finally:
-                probe.unlink(missing_ok=True)
-        except OSError as error:
-            raise PermissionError(
-                f"The workdir {self.path} can't be written to ({error.strerror});"
-                " choose another --workdir."
-            ) from error
 
     def check_room(self, size: int) -> None:
         """Checks that there is room for a checkpoint.
@@ -132,6 +118,48 @@ class Workdir:
         _replace(self.path / "results.json", json.dumps(results, indent=2) + "\n")
 
 
+def at(path: str | Path) -> Path:
+    """Returns the path of a workdir.
+
+    Raises:
+        ValueError: If it is empty, which would be the current directory.
+    """
+    if not str(path):
+        raise ValueError("The workdir is empty; name a directory, such as --workdir=runs/first.")
+    return files.expanded(path)
+
+
+def check_writable(path: str | Path) -> Path:
+    """Checks that a workdir can be written to; it is made if need be.
+
+    Args:
+        path: The directory.
+
+    Returns:
+        Its path.
+
+    Raises:
+        ValueError: If the path is empty.
+        PermissionError: If nothing can be written there.
+    """
+    path = at(path)
+    try:
+        if path.exists() and not path.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "It is a file")
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".writable-{os.getpid()}"
+        try:
+            # Something, as a full disk still takes empty files.
+            probe.write_bytes(bytes(_BLOCK))
+        finally:
+            probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise PermissionError(
+            f"The workdir {path} can't be written to ({error.strerror}); choose another --workdir."
+        ) from error
+    return path
+
+
 def _replace(path: Path, text: str) -> None:
     """Writes a file aside and renames it: a crash leaves the old one or the new one, whole."""
     if not distributed.is_main():
@@ -150,7 +178,7 @@ def read_results(path: str | Path) -> dict[str, Any] | None:
     Raises:
         ValueError: If the file holds something else.
     """
-    stored = Path(path).expanduser() / "results.json"
+    stored = at(path) / "results.json"
     if not stored.exists():
         return None
     found = untrusted.read_json(stored)
@@ -179,7 +207,7 @@ def read_config(path: str | Path, building: bool = True) -> ConfigDict:
         FileNotFoundError: If there is no run.
         ValueError: If the file is damaged, or names code that is not allowed.
     """
-    stored = Path(path).expanduser() / "config.json"
+    stored = at(path) / "config.json"
     if not stored.exists():
         raise FileNotFoundError(f"{path} holds no run: there is no config.json.")
     config = configuration.from_json(untrusted.read_text(stored), str(stored))
@@ -205,7 +233,7 @@ def titles(paths: Sequence[str]) -> dict[str, str]:
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """Reads ``metrics.jsonl`` of the run in a directory; a line cut off by a crash is left out."""
-    stored = Path(path).expanduser() / "metrics.jsonl"
+    stored = at(path) / "metrics.jsonl"
     lines = []
     # What is no text is no measurement, either.
     text = stored.read_text(encoding="utf-8", errors="replace") if stored.exists() else ""

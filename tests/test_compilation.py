@@ -1,5 +1,8 @@
 """Compiled programs that are kept, and what is said of them."""
 
+import errno
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,8 +52,59 @@ def test_another_directory_is_used_from_then_on(directory, tmp_path):
     assert any((tmp_path / "b").iterdir())
 
 
+@pytest.mark.parametrize("spoilt", [b"", lambda entry: entry[: len(entry) // 2], b"no entry"])
+def test_an_entry_that_cannot_be_used_is_replaced(directory, spoilt):
+    compilation.keep(str(directory))
+    jax.clear_caches()
+    _compile()
+    (entry,) = directory.glob("*-cache")
+    whole = entry.read_bytes()
+    entry.write_bytes(spoilt(whole) if callable(spoilt) else spoilt)
+    jax.clear_caches()
+    assert _compile().startswith("1 program compiled")
+    jax.clear_caches()
+    assert _compile().startswith("0 programs compiled in 0.0 s, 1 loaded")
+
+
+def test_an_entry_that_cannot_be_read_is_as_if_absent(directory):
+    compilation.keep(str(directory))
+    jax.clear_caches()
+    _compile()
+    (entry,) = directory.glob("*-cache")
+    # As what another user keeps for himself, in a directory of his own.
+    entry.unlink()
+    entry.mkdir()
+    jax.clear_caches()
+    assert _compile().startswith("1 program compiled")
+    assert entry.is_dir()
+
+
+def test_an_entry_that_cannot_be_written_is_not_left_in_part(tmp_path):
+    class Full:
+        _path = tmp_path
+
+        def put(self, key, value):
+            (tmp_path / f"{key}-cache").write_bytes(value[:2])
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        compilation._Entries(Full()).put("program-1", b"entry")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_user_without_a_home_keeps_nothing(monkeypatch):
+    def no_home(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", no_home)
+    with pytest.warns(UserWarning, match="can't be kept in ~/cache .*this user has none"):
+        compilation.keep("~/cache")
+    assert not compilation.kept()
+
+
 def test_nothing_is_kept_where_the_user_says_so(directory):
     compilation.keep("")
+    assert not compilation.kept()
     jax.clear_caches()
     _compile()
     assert not directory.exists()
@@ -61,6 +115,7 @@ def test_a_directory_that_cannot_be_written_is_reported(directory, tmp_path):
     with pytest.warns(UserWarning, match=r"can't be kept in .*file/compiled \(Not a directory\)"):
         compilation.keep(str(tmp_path / "file" / "compiled"))
     assert jax.config.jax_compilation_cache_dir is None
+    assert not compilation.kept()
 
 
 def test_one_program_is_singular():

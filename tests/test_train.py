@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -20,6 +21,7 @@ from sire_jax import (
     evaluate,
     experiment,
     inspect,
+    lock,
     parallel,
     reproduce,
     train,
@@ -31,6 +33,14 @@ from sire_jax.runs import Runs
 pytestmark = pytest.mark.optax_dtypes
 
 CONFIGS = configuration.repository_configs()
+
+
+@pytest.fixture(autouse=True)
+def _ctrl_c():
+    """As in a terminal, whatever started the tests."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def _config(variant="auxiliary", *overrides):
@@ -151,6 +161,33 @@ def test_a_run_stopped_while_it_measures_measures_again_and_is_bitwise_the_same(
     assert workdir.read_metrics(tmp_path) == workdir.read_metrics(whole)
 
 
+def test_a_run_stopped_before_its_last_measurement_measures_when_it_goes_on(
+    trained, tmp_path, monkeypatch
+):
+    _, config, results = trained
+    measured = Runs.measure
+
+    def stop(self, params, model_state, split, fitted=None):
+        if fitted is not None:
+            os.kill(os.getpid(), signal.SIGINT)
+        return measured(self, params, model_state, split, fitted)
+
+    monkeypatch.setattr(Runs, "measure", stop)
+    with pytest.raises(train.InterruptedRunError, match="SIGINT: saved after step 4") as stopped:
+        train.train(config, str(tmp_path))
+    assert stopped.value.status == command.INTERRUPTED
+    assert not (tmp_path / "results.json").exists()
+    monkeypatch.undo()
+    assert train.train(config, str(tmp_path))["splits"] == results["splits"]
+
+
+def test_training_in_a_thread_is_training(trained, tmp_path):
+    _, config, results = trained
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(train.train, config, str(tmp_path)).result()
+    assert found["splits"] == results["splits"]
+
+
 def test_a_run_none_of_whose_checkpoints_is_intact_is_not_begun_again(tmp_path):
     config = _config("auxiliary", "seeds=1", "checkpoint_every=1")
     train.train(config, str(tmp_path))
@@ -173,6 +210,16 @@ def test_a_finished_run_is_left_as_it_is(trained):
     written = (directory / "results.json").stat().st_mtime_ns
     assert train.train(config, str(directory)) == results
     assert (directory / "results.json").stat().st_mtime_ns == written
+
+
+def test_a_workdir_in_which_another_program_trains_is_refused_and_can_be_read(trained):
+    directory, config, results = trained
+    with lock.held(directory):
+        with pytest.raises(BlockingIOError, match=rf"{directory} is in use: process {os.getpid()}"):
+            train.train(config, str(directory))
+        found = evaluate.evaluate(directory)["outputs"]["main"]["loss"]["runs"]
+        assert found == results["splits"]["test"]["main/loss"]
+    assert train.train(config, str(directory)) == results
 
 
 def test_runs_differ_in_weights_data_and_order():

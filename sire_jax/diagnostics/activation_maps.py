@@ -312,11 +312,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", default="activation_maps.png", help="the picture")
     known, overrides = parser.parse_known_args(arguments)
     with command.readable_errors():
-        command.check_directory(known.out)
+        out = command.check_picture(known.out)
         if known.images < 1:
             raise ValueError(f"--images is {known.images}; it should be at least 1.")
-        draw_tests(known.workdir, known.images, known.bare, overrides).savefig(known.out, dpi=130)
-    print(f"{known.out}: where each output finds its class; below, what it found")
+        draw_tests(known.workdir, known.images, known.bare, overrides).savefig(out, dpi=130)
+    print(f"{out}: where each output finds its class; below, what it found")
 
 
 if __name__ == "__main__":

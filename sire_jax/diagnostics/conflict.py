@@ -119,14 +119,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="print the cosines as JSON")
     known, overrides = parser.parse_known_args(arguments)
     with command.readable_errors():
-        command.check_directory(known.out)
+        out = command.check_picture(known.out)
         cosines = measure(Trained.load(known.workdir, overrides))
-        draw(cosines).savefig(known.out, dpi=130)
+        draw(cosines).savefig(out, dpi=130)
     if known.json:
         groups = [{"losses": list(n), "cosines": m.tolist()} for n, m in cosines.items()]
         print(json.dumps(groups))
     else:
-        print(known.out)
+        print(out)
 
 
 if __name__ == "__main__":

@@ -184,7 +184,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", default="gradient_flow.png", help="the picture")
     known = parser.parse_args(arguments)
     with command.readable_errors():
-        print(draw(workdir.titles(known.workdir), known.out))
+        out = command.check_picture(known.out)
+        print(draw(workdir.titles(known.workdir), out))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from sire_jax import command, configuration, experiment
 from sire_jax.evaluate import restore
 from sire_jax.heads.decoder import Decoder
 from sire_jax.streamed_runs import open_runs
-from sire_jax.workdir import CHECKPOINTS, read_config, titles
+from sire_jax.workdir import CHECKPOINTS, at, read_config, titles
 
 
 def pixels(images: np.ndarray, data: ConfigDict) -> np.ndarray:
@@ -61,7 +61,7 @@ def reconstruct(
     if not names:
         raise ValueError(f"The network of {workdir} has no decoder.")
     runs = open_runs(parts)
-    state, best = restore(runs, Path(workdir).expanduser() / CHECKPOINTS)
+    state, best = restore(runs, at(workdir) / CHECKPOINTS)
     kept = state if best is None else best
     image = runs.look("test", count, parts.ready_cropped)["image"]
     first = jax.tree.map(lambda x: x[0], {"params": kept.params, **kept.model_state})
@@ -110,6 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", default="reconstructions.png", help="the picture")
     known, overrides = parser.parse_known_args(arguments)
     with command.readable_errors():
+        out = command.check_picture(known.out)
         if known.images < 1:
             raise ValueError(f"--images is {known.images}; it should be at least 1.")
         found = {
@@ -120,8 +121,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if any(not np.array_equal(image, each) for each, _ in found.values()):
             raise ValueError("The runs have different test images; show them one by one.")
         figure = draw(image, {label: outputs for label, (_, outputs) in found.items()})
-        figure.savefig(known.out, dpi=150)
-    print(f"{known.out}: input and decoders, with the mean squared error above each")
+        figure.savefig(out, dpi=150)
+    print(f"{out}: input and decoders, with the mean squared error above each")
 
 
 if __name__ == "__main__":

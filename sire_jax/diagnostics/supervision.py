@@ -11,7 +11,6 @@ one for the way that it was trained.
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -233,12 +232,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="print the ratios as JSON")
     known, overrides = parser.parse_known_args(arguments)
     with command.readable_errors():
-        command.check_directory(known.out)
+        out = command.check_picture(known.out)
         measured = {}
         for title, path in titles(known.workdir).items():
             trained = Trained.load(path, overrides)
             measured[title] = (measure(trained), trained.parts.config.update_rule.name)
-        draw(measured).savefig(known.out, dpi=130)
+        draw(measured).savefig(out, dpi=130)
     if known.json:
         lines = {
             title: {"layers": norms.layers, **{k: v.tolist() for k, v in ratios(norms).items()}}
@@ -246,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         }
         print(json.dumps(lines))
     else:
-        print(Path(known.out))
+        print(out)
 
 
 if __name__ == "__main__":
