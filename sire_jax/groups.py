@@ -67,8 +67,8 @@ class Groups:
             int32 of that shape, -1 where a label is none of these: outside of [0, classes).
         """
         inside = is_label(labels, len(self.assignment))
-        groups = jnp.asarray(self.assignment, jnp.int32)[jnp.where(inside, labels.astype(jnp.int32), 0)]
-        return jnp.where(inside, groups, -1)
+        known = jnp.where(inside, labels.astype(jnp.int32), 0)
+        return jnp.where(inside, jnp.asarray(self.assignment, jnp.int32)[known], -1)
 
     def labels(self) -> tuple[tuple[str, ...], ...]:
         """Returns the names of the labels of each group, in the order of the labels."""

@@ -281,8 +281,8 @@ def _check_statistics(
     if alone and not (module.use_running_average or settings.get("use_running_average")):
         raise ValueError(
             f"The module '{'/'.join(module.path)}' is a flax.linen.BatchNorm, which would take the"
-            " statistics of each device's part of the batch. Take sire_jax.layers.BatchNorm; or have"
-            " them so deliberately: config.batch_norm='device', Shared(…, batch_norm=False)."
+            " statistics of each device's part of the batch. Take sire_jax.layers.BatchNorm; or"
+            " have them so deliberately: config.batch_norm='device', Shared(…, batch_norm=False)."
         )
     return method(*args, **settings)
 
