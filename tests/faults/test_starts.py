@@ -81,6 +81,25 @@ def test_a_program_that_is_not_resumed_ends_of_ctrl_c_with_a_line():
     assert _stopped(1, signal.SIGINT, *arguments) == (command.INTERRUPTED, "SIGINT: ended.")
 
 
+def test_what_is_started_in_the_background_ends_of_sigterm_and_not_of_ctrl_c(tmp_path):
+    train = ("sire_jax.train", programs.QUICKSTART, f"--workdir={tmp_path}", *ENDLESS)
+    process = _start("-c", _IGNORING, "-m", *train)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1)
+    process.send_signal(signal.SIGTERM)
+    assert _ended(process) == (command.AGAIN, ["", f"SIGTERM: ended. {KEPT}"])
+
+
+# As `nohup` and shells that are no terminal's start what ends in `&`.
+_IGNORING = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("after", [0.5, 1, 1.5, 2, 3, 4, 5, 6, 7, 8, 10, 12])
 def test_ctrl_c_ends_a_program_whenever_it_comes(after, tmp_path):
