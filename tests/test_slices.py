@@ -80,6 +80,21 @@ def test_a_scan_is_followed_in_calls_in_reverse_and_in_a_scan(wrap):
     assert reach["grid"]["grid"].mask.ravel().tolist() == [True, True, False]
 
 
+def test_what_lies_on_several_devices_is_told_apart_as_a_whole():
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("data")
+    mapped = jax.shard_map(
+        lambda a, b: (a * 2, b * 3), mesh=mesh, in_specs=(spec, spec), out_specs=(spec, spec)
+    )
+
+    def losses(p):
+        first, second = mapped(p["a"], p["b"])
+        return {"first": first[0], "second": second.sum()}
+
+    expected = {"first": {"a": True, "b": False}, "second": {"a": False, "b": True}}
+    assert _reach(losses, {"a": (4,), "b": (4,)}) == expected
+
+
 CASES = {
     # What layers have in common they reach as a whole: a carry adds up all turns.
     "recurrent": (
