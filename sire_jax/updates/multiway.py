@@ -55,8 +55,8 @@ def multiway(
         The rule.
 
     Raises:
-        ValueError: If a loss reaches no parameter, losses reach different slices of one, or there is
-            nothing to aggregate.
+        ValueError: If a loss reaches no parameter, losses reach different slices of one, or there
+            is nothing to aggregate.
     """
     reached = Reached.of(reach, main)
     reached.check_apart()

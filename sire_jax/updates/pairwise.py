@@ -52,8 +52,8 @@ def pairwise(
         The rule. Each loss is the one before its own step.
 
     Raises:
-        ValueError: If a loss reaches no parameter, losses reach different slices of one, or there is
-            nothing to aggregate.
+        ValueError: If a loss reaches no parameter, losses reach different slices of one, or there
+            is nothing to aggregate.
     """
     reached = Reached.of(reach, main)
     reached.check_apart()
