@@ -85,9 +85,8 @@ def dependencies(program: core.Jaxpr, inputs: Sequence[Marks]) -> list[Marks]:
     for equation in program.eqns:
         given = [read(atom) for atom in equation.invars]
         if any(given):
-            results = _through(equation, given)
-            for variable, marks in zip(equation.outvars, results, strict=True):
-                known[variable] = _settled(marks, jaxprs.shape(variable))
+            results = map(_settled, _through(equation, given))
+            known.update(zip(equation.outvars, results, strict=True))
     return [read(atom) for atom in program.outvars]
 
 
@@ -97,13 +96,25 @@ def _through(equation: core.JaxprEqn, given: list[Marks]) -> list[Marks]:
         return _through_loop(loop, given)
     program = jaxprs.called(equation)
     if program is not None:
-        return dependencies(program.jaxpr, given)
+        return _through_call(equation, program.jaxpr, given)
     name = equation.primitive.name
     if name in _ELEMENTWISE:
         return _elementwise(equation, given)
     if name in _OPERATIONS:
         return _OPERATIONS[name](equation, given)
     return [_everything(given)] * len(equation.outvars)
+
+
+def _through_call(equation: core.JaxprEqn, program: core.Jaxpr, given: list[Marks]) -> list[Marks]:
+    inside, outside = (
+        [jaxprs.shape(each) for each in variables]
+        for variables in (program.invars + program.outvars, equation.invars + equation.outvars)
+    )
+    if inside == outside:
+        return dependencies(program, given)
+    # Of the parts of arrays that lie on several devices.
+    results = dependencies(program, [_everything([marks]) for marks in given])
+    return [_everything([marks]) for marks in results]
 
 
 def _everything(given: Iterable[Marks]) -> Marks:
@@ -130,7 +141,7 @@ def _through_loop(loop: jaxprs.Loop, given: list[Marks]) -> list[Marks]:
 # ---- Slices of one array.
 
 
-def _settled(marks: Marks, shape: Sequence[int]) -> Marks:
+def _settled(marks: Marks) -> Marks:
     """Drops axes that depend as a whole, and marks on which no slice depends."""
     return {
         mark: {axis: part for axis, part in slices.items() if 0 in part}
@@ -402,7 +413,7 @@ _ELEMENTWISE = {
     *("select_n", "convert_element_type", "reduce_precision", "copy", "copy_p", "name"),
     *("optimization_barrier", "integer_pow", "pow", "sqrt", "rsqrt", "exp", "log", "tanh"),
     *("logistic", "square", "and", "or", "not", "is_finite", "real", "imag", "conj"),
-    *("device_put", "sharding_constraint", "mul_high", "eq", "ne", "lt", "le", "gt", "ge"),
+    *("device_put", "sharding_constraint", "eq", "ne", "lt", "le", "gt", "ge"),
 }
 _OPERATIONS: dict[str, Callable[[core.JaxprEqn, list[Marks]], list[Marks]]] = {
     "reduce_sum": _reduce,

@@ -80,6 +80,21 @@ def test_a_scan_is_followed_in_calls_in_reverse_and_in_a_scan(wrap):
     assert reach["grid"]["grid"].mask.ravel().tolist() == [True, True, False]
 
 
+def test_what_lies_on_several_devices_is_told_apart_as_a_whole():
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("data")
+    mapped = jax.shard_map(
+        lambda a, b: (a * 2, b * 3), mesh=mesh, in_specs=(spec, spec), out_specs=(spec, spec)
+    )
+
+    def losses(p):
+        first, second = mapped(p["a"], p["b"])
+        return {"first": first[0], "second": second.sum()}
+
+    expected = {"first": {"a": True, "b": False}, "second": {"a": False, "b": True}}
+    assert _reach(losses, {"a": (4,), "b": (4,)}) == expected
+
+
 CASES = {
     # What layers have in common they reach as a whole: a carry adds up all turns.
     "recurrent": (
@@ -243,7 +258,7 @@ class Stacked(nn.Module):
 
 def test_a_scan_of_flax_is_followed():
     network = Stacked()
-    params = network.init(KEY, X)["params"]
+    params = jax.eval_shape(network.init, KEY, X)["params"]
     reach = traced.reach(
         lambda p: {k: (v**2).sum() for k, v in network.apply({"params": p}, X).items()}, params
     )
@@ -332,7 +347,8 @@ def test_losses_that_reach_the_same_slices_are(rule):
     trees = traced.reach(lambda p: losses(p, {})[0], start)
     made = rule(optax.chain(optax.add_decayed_weights(0.5), optax.sgd(0.1)), trees)
     weights = {"a": jnp.float32(1), "main": jnp.float32(1)}
-    moved = made.update(losses, weights, start, {}, made.init(start), KEY).params["positions"]
+    update = jax.jit(lambda *given: made.update(losses, weights, *given, KEY))
+    moved = update(start, {}, made.init(start)).params["positions"]
     assert float(jnp.abs(moved[:4] - start["positions"][:4]).min()) > 0
     assert np.asarray(moved[4:]).tobytes() == np.asarray(start["positions"][4:]).tobytes()
 

@@ -41,7 +41,7 @@ def effective_joint(
     Args:
         optimizer: A transformation whose step is linear in the gradients, with its weight decay
             known: ``optimizers.sgd``, or ``optimizers.LinearOptimizer``.
-        reach: For each loss a tree of booleans over the parameters, from ``traced.reach``.
+        reach: For each loss a tree over the parameters, from ``traced.reach``.
         main: Name of the final output's loss.
         aggregator: What each loss's gradient is multiplied by in the parameters that it shares.
         adjust: Whether ``S_k`` is that of ``Reached.divisors`` rather than 1.
@@ -51,8 +51,8 @@ def effective_joint(
         The rule.
 
     Raises:
-        ValueError: If the optimizer is not such a one, a loss reaches no parameter, or there is
-            nothing to aggregate.
+        ValueError: If the optimizer is not such a one, a loss reaches no parameter, losses reach
+            different slices of one, or there is nothing to aggregate.
     """
     if not isinstance(optimizer, LinearOptimizer):
         raise ValueError(

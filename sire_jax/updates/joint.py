@@ -31,7 +31,7 @@ def joint(
 
     Args:
         optimizer: Any ``optax`` transformation.
-        reach: For each loss a tree of booleans over the parameters, from ``traced.reach``.
+        reach: For each loss a tree over the parameters, from ``traced.reach``.
         main: Name of the final output's loss.
         aggregator: How the gradients of parameters that losses share are put together, if not
             summed.
@@ -42,7 +42,8 @@ def joint(
         The rule.
 
     Raises:
-        ValueError: If a loss reaches no parameter, or there is nothing to aggregate.
+        ValueError: If a loss reaches no parameter, there is nothing to aggregate, or losses reach
+            different slices of one parameter and are not just summed.
     """
     reached = Reached.of(reach, main)
     check_aggregator(aggregator, reached)

@@ -41,7 +41,7 @@ def multiway(
 
     Args:
         optimizer: Any ``optax`` transformation.
-        reach: For each loss a tree of booleans over the parameters, from ``traced.reach``.
+        reach: For each loss a tree over the parameters, from ``traced.reach``.
         main: Name of the final output's loss.
         aggregator: What each loss's gradient is multiplied by in the parameters that it shares,
             from the inner products of all; a sum leaves them as they are.
@@ -55,7 +55,8 @@ def multiway(
         The rule.
 
     Raises:
-        ValueError: If a loss reaches no parameter, or there is nothing to aggregate.
+        ValueError: If a loss reaches no parameter, losses reach different slices of one, or there
+            is nothing to aggregate.
     """
     reached = Reached.of(reach, main)
     reached.check_apart()

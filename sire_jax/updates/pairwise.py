@@ -42,7 +42,7 @@ def pairwise(
 
     Args:
         optimizer: Any ``optax`` transformation.
-        reach: For each loss a tree of booleans over the parameters, from ``traced.reach``.
+        reach: For each loss a tree over the parameters, from ``traced.reach``.
         main: Name of the final output's loss.
         aggregator: What each loss's gradient is multiplied by in the parameters that it shares.
         adjust: Whether steps are divided by ``S_k`` (``Reached.divisors``).
@@ -52,7 +52,8 @@ def pairwise(
         The rule. Each loss is the one before its own step.
 
     Raises:
-        ValueError: If a loss reaches no parameter, or there is nothing to aggregate.
+        ValueError: If a loss reaches no parameter, losses reach different slices of one, or there
+            is nothing to aggregate.
     """
     reached = Reached.of(reach, main)
     reached.check_apart()

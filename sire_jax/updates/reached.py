@@ -15,10 +15,15 @@ from sire_jax.slices import Partly, together
 PyTree = Any
 
 
+def _widest(*dtypes: Any) -> Any:
+    """Returns the widest of some dtypes, at least float32."""
+    return max(*dtypes, jnp.float32, key=lambda dtype: jnp.finfo(dtype).bits)
+
+
 def scale(factor: Array, values: Array) -> Array:
     """Multiplies values, which keep their dtype, by a scalar, in float32 or what is wider."""
     # The inverse of a small weight, or of a short gradient, is no float16.
-    wide = jnp.promote_types(values.dtype, jnp.float32)
+    wide = _widest(values.dtype)
     return (factor.astype(wide) * values.astype(wide)).astype(values.dtype)
 
 
@@ -59,7 +64,7 @@ def move(params: PyTree, step: PyTree, mask: PyTree) -> PyTree:
     def add(moves: bool | Partly, param: Array, step: Array) -> Array:
         if not moves:
             return param
-        dtype = jnp.promote_types(param.dtype, step.dtype)
+        dtype = _widest(param.dtype, step.dtype)
         moved = (param.astype(dtype) + step.astype(dtype)).astype(param.dtype)
         return jnp.where(moves.mask, moved, param) if isinstance(moves, Partly) else moved
 

@@ -301,7 +301,7 @@ class FAMO:
         moves &= jnp.isfinite(after)
         fallen = jnp.where(moves, _log(before) - _log(after), 0.0)
         # Of the losses that move alone; without any nothing is learned below.
-        shares = jax.nn.softmax(logits, where=moves)
+        shares = jax.nn.softmax(jnp.where(moves | ~moves.any(), logits, -jnp.inf))
         gradient = shares * (fallen - (shares * fallen).sum())
         step, adam = self._adam().update(gradient, state["adam"], logits)
         # Moments are one for each loss, the count of steps is all losses'.

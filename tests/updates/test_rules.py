@@ -25,7 +25,9 @@ from jax import lax
 
 from sire_jax import optimizers, traced
 from sire_jax.updates import (
+    AGGREGATORS,
     UPDATES,
+    WEIGHTINGS,
     effective_joint,
     gradients,
     joint,
@@ -33,8 +35,9 @@ from sire_jax.updates import (
     pairwise,
     weighted,
 )
-from sire_jax.updates.reached import Reached
-from sire_jax.updates.weighting import Uncertainty
+from sire_jax.updates.aggregate import SUM, UPGrad
+from sire_jax.updates.reached import Reached, scale
+from sire_jax.updates.weighting import FAMO, Uncertainty
 
 # Adam of optax mixes integer steps with floats.
 mixes_dtypes = pytest.mark.optax_dtypes
@@ -417,3 +420,169 @@ def test_a_weight_of_0_leaves_an_exit_and_all_else_finite():
     found = run(effective_joint(optimizers.sgd(0.1, 0.0, 0.0), reach()), 1, None, given).params
     np.testing.assert_array_equal(found["side"], params()["side"])
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(found))
+
+
+# ---- A loss of weight 0 is absent.
+
+
+@mixes_dtypes
+@pytest.mark.parametrize("rule", [multiway, pairwise])
+def test_a_loss_of_weight_0_takes_no_step(rule):
+    made = rule(optax.adamw(0.1, weight_decay=0.3), reach())
+    before = run(made, 2)
+    update = jax.jit(lambda given, *rest: made.update(losses, given, *rest, KEY))
+    found = update(weights(side=0.0), before.params, before.model_state, before.state)
+    # Neither moments nor decay act, nor does a count advance.
+    for new, old in zip(
+        jax.tree.leaves((found.params["side"], found.state["side"])),
+        jax.tree.leaves((before.params["side"], before.state["side"])),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(new, old)
+    # All else is as if there were no such loss.
+    others = {name: tree for name, tree in reach().items() if name != "side"}
+    without = rule(optax.adamw(0.1, weight_decay=0.3), others)
+    state = {name: own for name, own in before.state.items() if name != "side"}
+    given = {name: weight for name, weight in weights().items() if name != "side"}
+
+    def fewer(params, model_state):
+        named, rest = losses(params, model_state)
+        return {name: named[name] for name in others}, rest
+
+    step = jax.jit(lambda *rest: without.update(fewer, given, *rest, KEY))
+    expected = step(before.params, before.model_state, state)
+    assert_close(found.params, expected.params)
+    assert_close({name: found.state[name] for name in others}, expected.state)
+    assert float(found.losses["side"]) > 0
+
+
+def test_with_a_weight_of_0_multi_way_is_its_control():
+    optimizer, given = optimizers.sgd(0.1, 0.0, 0.9), weights(side=0.0, middle=0.0)
+    found, expected = (
+        run(rule(optimizer, reach()), 2, None, given).params for rule in (multiway, effective_joint)
+    )
+    assert_close(found, expected, 1e-4, 1e-5)
+    # What a loss that is absent shares does not decay for it.
+    one = {"w": jnp.ones(2)}
+
+    def both(params, state):
+        return {"a": 0.0 * params["w"].sum(), "main": 0.0 * params["w"].sum()}, ({}, state)
+
+    trees = traced.reach(lambda p: both(p, {})[0], one)
+    decayed = [
+        rule(optimizers.sgd(1.0, 0.5, 0.0), trees).update(
+            both, {"a": jnp.float32(0), "main": jnp.float32(1)}, one, {}, start, KEY
+        )
+        for rule in (multiway, effective_joint)
+        for start in [rule(optimizers.sgd(1.0, 0.5, 0.0), trees).init(one)]
+    ]
+    assert [updated.params["w"].tolist() for updated in decayed] == [[0.5, 0.5]] * 2
+
+
+# ---- Dtypes, and one program for all steps.
+
+
+def _linear(params, model_state):
+    h = params["first"] @ params["second"]
+    named = {"exit": (params["first"] ** 2).mean(), "main": (h**2).mean()}
+    return named, ({"main": h}, model_state)
+
+
+def _signature(tree):
+    return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.weak_type), tree)
+
+
+def _float32_steps(momentum):
+    """Makes gradient descent whose steps are float32, and whose momentum becomes it."""
+
+    def decay(gradient, state, params):
+        return jax.tree.map(lambda g, p: g + jnp.ones(p.shape) * p, gradient, params), state
+
+    return optax.chain(
+        optax.GradientTransformation(lambda params: optax.EmptyState(), decay),
+        optax.sgd(0.1, momentum),
+    )
+
+
+LINEAR = {"exit": {"first": True, "second": False}, "main": {"first": True, "second": True}}
+
+
+def _made(rule, aggregator=SUM, weighting=None, optimizer=None, **settings):
+    linear = optimizers.LinearOptimizer(optax.sgd(0.1, 0.9, accumulator_dtype=jnp.float32), 0.1)
+    optimizer = optimizer or (
+        linear if rule == "effective_joint" else optax.adamw(0.1, mu_dtype=jnp.float32)
+    )
+    made = UPDATES[rule](optimizer, LINEAR, aggregator=aggregator, **settings)
+    return weighted(made, weighting, LINEAR) if weighting else made
+
+
+def _start(dtype):
+    return {"first": jnp.ones((2, 2), dtype), "second": jnp.full((2, 2), 0.5, dtype)}
+
+
+def _update(rule):
+    ones = {"exit": jnp.float32(0.5), "main": jnp.float32(1)}
+
+    def update(params, model_state, state):
+        updated = rule.update(_linear, ones, params, model_state, state, KEY)
+        return updated.params, updated.model_state, updated.state
+
+    return update
+
+
+def _keeps_its_signature(rule, dtype):
+    start = _start(dtype)
+    given = start, {}, rule.init(start)
+    return _signature(jax.eval_shape(_update(rule), *given)) == _signature(given)
+
+
+DTYPES = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16], ids=str)
+
+
+@mixes_dtypes
+@DTYPES
+@pytest.mark.parametrize("rule", UPDATES)
+def test_parameters_and_states_keep_their_dtypes(rule, dtype):
+    for aggregator in AGGREGATORS.values():
+        assert _keeps_its_signature(_made(rule, aggregator()), dtype)
+    for name in WEIGHTINGS:
+        weighting = WEIGHTINGS[name](period=3) if name == "dwa" else WEIGHTINGS[name]()
+        assert _keeps_its_signature(_made(rule, weighting=weighting), dtype)
+    if rule != "effective_joint":
+        assert _keeps_its_signature(_made(rule, optimizer=_float32_steps(0.9)), dtype)
+    assert _keeps_its_signature(_made(rule, adjust=True), dtype)
+    if rule == "multiway":
+        assert _keeps_its_signature(_made(rule, shared_state=True), dtype)
+        shared = _made(rule, shared_state=True, optimizer=_float32_steps(0.9))
+        assert _keeps_its_signature(shared, dtype)
+
+
+@mixes_dtypes
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("rule", "settings"),
+    [
+        *((rule, {}) for rule in UPDATES),
+        ("joint", {"aggregator": UPGrad()}),
+        ("multiway", {"shared_state": True}),
+        ("joint", {"weighting": FAMO()}),
+    ],
+    ids=str,
+)
+def test_ten_steps_are_one_program(rule, settings, dtype):
+    made, params = _made(rule, **settings), _start(dtype)
+    step, state = jax.jit(_update(made)), ({}, made.init(params))
+    for _ in range(10):
+        params, *state = step(params, *state)
+    assert step._cache_size() == 1
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(params))
+    assert float(jnp.abs(params["first"] - 1).max()) > 0
+
+
+def test_a_small_factor_is_taken_in_float32():
+    # 1e-5 is a float16 of two bits, 1e6 none.
+    small, large = jnp.float32(1e-5), jnp.float32(1e6)
+    values = jnp.asarray([1024.0, 2e-4], jnp.float16)
+    assert scale(small, values)[0] == jnp.float16(1024e-5)
+    assert float(scale(large, values)[1]) == pytest.approx(200, rel=1e-3)
+    assert scale(small, values).dtype == jnp.float16

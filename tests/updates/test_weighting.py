@@ -1,3 +1,4 @@
+import functools
 import math
 
 import jax
@@ -28,11 +29,12 @@ def _not_called():
     raise AssertionError("what costs something was computed")
 
 
-def _observed(losses, after=None, norms=None):
+def _observed(losses, after=None, norms=None, absent=()):
     return Observed(
         _floats(losses),
         (lambda: _floats(after)) if after else _not_called,
         (lambda: _floats(norms)) if norms else _not_called,
+        {name: jnp.asarray(name not in absent) for name in losses},
     )
 
 
@@ -220,6 +222,185 @@ def test_factors_stay_positive_and_finite(name, losses, others):
         assert (factors > 0).all()
         if name != "uncertainty":
             assert factors.sum() == pytest.approx(len(losses), rel=1e-4)
+
+
+# ---- Losses that are absent, negative or not finite.
+
+LEARNED = [name for name in WEIGHTINGS if name not in ("fixed", "random")]
+
+
+@functools.cache
+def _compiled(name):
+    """Returns a weighting's two functions, of arrays in the order of NAMES."""
+    weighting = _make(name)
+
+    @jax.jit
+    def update(state, losses, after, norms, present):
+        def named(values):
+            return dict(zip(NAMES, values, strict=True))
+
+        observed = Observed(
+            named(losses), lambda: named(after), lambda: named(norms), named(present)
+        )
+        return weighting.update(state, observed)
+
+    return weighting.init(NAMES), update, jax.jit(lambda state: weighting.weights(state, KEY))
+
+
+def _after(name, steps):
+    """Returns the state and the factors after steps of losses, what they become, and norms."""
+    state, update, weights = _compiled(name)
+    for step in steps:
+        arrays = [np.asarray(values, np.float32) for values in step[:3]]
+        state = update(state, *arrays, np.asarray(step[3] if len(step) > 3 else [True] * 3))
+    return state, weights(state)
+
+
+def _factors(name, steps):
+    return {key: float(value) for key, value in _after(name, steps)[1].items()}
+
+
+@mixes_dtypes
+@pytest.mark.parametrize("name", LEARNED)
+def test_a_negative_loss_neither_gets_all_the_weight_nor_none(name):
+    # A Gaussian likelihood, beside losses that stay as they are, in norms of gradients, too.
+    factors = _factors(name, [([1.0, -0.5, 1.0], [1.0, -0.5, 1.0], [1.0, 1.0, 1.0])] * 300)
+    # GradNorm takes it for one that has fallen to 0.
+    least = 1e-3 if name == "gradnorm" else 0.9
+    assert least <= factors["digits"] <= 1.1
+    assert sum(factors.values()) == pytest.approx(3, rel=1e-4)
+
+
+@mixes_dtypes
+@pytest.mark.parametrize("name", LEARNED)
+def test_an_absent_loss_is_as_if_the_step_were_of_the_others(name):
+    step = ([1.0, 2.0, 3.0], [0.9, 1.5, 2.9], [1.0, 2.0, 0.5])
+    # Zero, as a mean over no example is; and what it would be does not matter.
+    absent = ([0.8, 0.0, 2.0], [0.7, 0.0, 1.9], [1.5, 0.0, 0.7], [True, False, True])
+    other = ([0.8, 7.0, 2.0], [0.7, 9.0, 1.9], [1.5, 3.0, 0.7], [True, False, True])
+    before = _factors(name, [step] * 4)
+    found, expected = (_after(name, [*[step] * 4, rest]) for rest in (absent, other))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    factors = {key: float(value) for key, value in found[1].items()}
+    assert factors["digits"] == pytest.approx(before["digits"], rel=0.3)
+    if name != "uncertainty":
+        assert sum(factors.values()) == pytest.approx(3, rel=1e-5)
+    if name in ("uncertainty", "gradnorm"):
+        assert factors["digits"] == before["digits"]
+        assert factors["main"] != before["main"]
+
+
+@mixes_dtypes
+@pytest.mark.parametrize("name", LEARNED)
+def test_a_loss_that_is_always_absent_leaves_the_others_their_own_weighting(name):
+    rng = np.random.default_rng(0)
+    steps = [rng.uniform(0.5, 2, (3, 3)) for _ in range(6)]
+    without = [(*step, [True, False, True]) for step in steps]
+    factors = _factors(name, without)
+    weighting = _make(name)
+    state = weighting.init(["main", "image"])
+    for losses, after, norms in steps:
+        two = [
+            dict(zip(("main", "image"), each[[0, 2]], strict=True))
+            for each in (losses, after, norms)
+        ]
+        state = weighting.update(state, _observed(*two))
+    alone = weighting.weights(state, KEY)
+    assert factors["main"] / factors["image"] == pytest.approx(
+        float(alone["main"] / alone["image"]), rel=1e-4
+    )
+
+
+def test_dwa_means_are_over_the_steps_that_have_a_loss():
+    one = [1.0, 4.0, 1.0]
+    steps = [
+        one,
+        [1.0, 2.0, 1.0],
+        [1.0, 0.0, 1.0],
+        [1.0, 1.0, 1.0],
+        [1.0, 0.0, 1.0],
+        [1.0, 0.0, 1.0],
+    ]
+    present = [[True] * 3, [True] * 3, [True, False, True], [True] * 3, *[[True, False, True]] * 2]
+    given = [(losses, one, one, has) for losses, has in zip(steps, present, strict=True)]
+    state, _ = _after("dwa", given[:4])
+    assert (float(state["earlier"]["digits"]), float(state["last"]["digits"])) == (3, 1)
+    # A period without the loss.
+    state, _ = _after("dwa", given)
+    assert (float(state["earlier"]["digits"]), float(state["last"]["digits"])) == (3, 1)
+    assert (float(state["earlier"]["main"]), float(state["last"]["main"])) == (1, 1)
+
+
+@mixes_dtypes
+def test_famo_keeps_the_last_positive_loss():
+    ones = [1.0, 1.0, 1.0]
+    steps = [([2.0, 2.0, 2.0], [1.0, 1.5, 1.0], ones), ([1.0, 1.5, 1.0], [1.0, -1.0, 1.0], ones)]
+    for last in (*steps[1:], (ones, [1.0, math.nan, 1.0], ones), (ones, ones, ones, [1, 0, 1])):
+        state, _ = _after("famo", [steps[0], last])
+        assert float(state["losses"]["digits"]) == 1.5
+        logits = dict(zip(sorted(NAMES), np.asarray(state["logits"]), strict=True))
+        first = dict(
+            zip(sorted(NAMES), np.asarray(_after("famo", steps[:1])[0]["logits"]), strict=True)
+        )
+        assert logits["digits"] == first["digits"]
+        assert logits["main"] != first["main"]
+
+
+ANY = st.one_of(
+    st.sampled_from([0.0, -0.0, -1.0, math.nan, math.inf, -math.inf, 3e38, -3e38, 1e-38, 1e-45]),
+    st.floats(-10, 10, width=32),
+)
+STEP = st.tuples(
+    *[st.lists(ANY, min_size=3, max_size=3)] * 3, st.lists(st.booleans(), min_size=3, max_size=3)
+)
+BOUNDS = {"uncertainty": (math.exp(-10), math.exp(10)), "gradnorm": (5e-4, 3)}
+
+
+@mixes_dtypes
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(steps=st.lists(STEP, min_size=1, max_size=8))
+@pytest.mark.parametrize("name", WEIGHTINGS)
+def test_whatever_losses_are_states_and_factors_stay_finite(name, steps):
+    steps = [(a, b, np.abs(c), d) for a, b, c, d in steps]
+    state, factors = _after(name, steps)
+    for leaf in jax.tree.leaves((state, factors)):
+        assert np.isfinite(leaf).all()
+    low, high = BOUNDS.get(name, (0, 3))
+    for factor in factors.values():
+        assert low * (1 - 1e-5) <= float(factor) <= high * (1 + 1e-5)
+    if name != "uncertainty":
+        assert float(sum(factors.values())) == pytest.approx(3, rel=1e-4)
+
+
+@mixes_dtypes
+@pytest.mark.parametrize("name", LEARNED)
+def test_a_step_that_is_not_finite_is_not_seen(name):
+    rule = weighted(joint(optax.sgd(0.01), _reach()), _make(name), _reach())
+
+    @jax.jit
+    def update(number, weights, state):
+        def losses(params, model_state):
+            named, rest = _losses(params, model_state)
+            return {**named, "second": number * named["second"]}, rest
+
+        weights = dict(zip(("first", "second"), weights, strict=True))
+        updated = rule.update(losses, weights, _params(), MODEL_STATE, state, KEY)
+        return updated.state
+
+    ones = np.ones(2, np.float32)
+    before = update(np.float32(-1), ones, rule.init(_params()))
+    for number in (math.nan, math.inf):
+        after = update(np.float32(number), ones, before)
+        jax.tree.map(np.testing.assert_array_equal, after["weighting"], before["weighting"])
+    # Of a loss that is absent nothing is seen, whatever it is.
+    absent = np.asarray([1, 0], np.float32)
+    seen = [update(np.float32(number), absent, before)["weighting"] for number in (-2, -3)]
+    jax.tree.map(np.testing.assert_array_equal, *seen)
+    later = update(np.float32(-1), ones, before)["weighting"]
+    assert any(
+        (a != b).any()
+        for a, b in zip(*map(jax.tree.leaves, (later, before["weighting"])), strict=True)
+    )
 
 
 A = np.asarray([1.0, -2.0], np.float32)
