@@ -84,9 +84,11 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     distributed.check_same({"data": runs.fingerprint})
     directory.check_shared()
     with distributed.together("opening the workdir"):
+        directory.check_data(runs.contents)
         shapes = runs.checkpoint_shapes()
         directory.check_room(sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes)))
         logs = Logs(directory, config.tensorboard)
+        directory.write_data(runs.contents)
         directory.write_config()
         # Process 0's, as a network file system may show it to some before others.
         results = json.loads(distributed.exchange(json.dumps(read_results(directory.path)))[0])
