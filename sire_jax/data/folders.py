@@ -185,10 +185,6 @@ def _directories(path: Path) -> dict[str, str]:
     for each in sorted(path.iterdir()):
         if _is_left_out(each.name):
             continue
-        if each.is_symlink() and not each.exists() and not _is_image(each.name):
-            raise ValueError(
-                f"{each} is a link to {each.readlink()}, where there is nothing; mend or remove it."
-            )
         if not each.is_dir():
             continue
         name = _composed(each.name)
@@ -241,6 +237,7 @@ def _size(path: str) -> int:
 def _by_directory(
     path: Path, classes: Sequence[str], ignored: list[Path]
 ) -> tuple[list[str], np.ndarray]:
+    _check_links(path)
     found = _directories(path)
     if not found:
         direct = sum(_is_image(each.name) for each in path.iterdir())
@@ -262,6 +259,15 @@ def _by_directory(
     numbers = {name: i for i, name in enumerate(classes)}
     label = [numbers[name] for name, listing in listings.items() for _ in listing]
     return files, np.array(label, np.int32)
+
+
+def _check_links(path: Path) -> None:
+    """Checks that no class is a link to nothing: it would be missing without a word."""
+    for each in path.iterdir():
+        if each.is_symlink() and not each.exists() and not _is_image(each.name):
+            raise ValueError(
+                f"{each} is a link to {each.readlink()}, where there is nothing; mend or remove it."
+            )
 
 
 def _images(root: Path, files: Iterator[str], ignored: list[Path]) -> list[str]:
