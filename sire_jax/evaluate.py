@@ -107,12 +107,18 @@ def _check_data(
     lines = [f"\n  {line}" for line in contents.differences(kept, now)]
     if not lines:
         return
-    if changed_data and not contents.of_names(kept, now):
+    same_classes = not contents.of_names(kept, now)
+    if changed_data and same_classes:
         warnings.warn(f"These are not the data of {workdir}:{''.join(lines)}", stacklevel=3)
         return
+    other = (
+        " Other test images of these classes are measured by evaluate --changed_data."
+        if same_classes
+        else ""
+    )
     raise ValueError(
         f"The data are not those of the run {workdir}:{''.join(lines)}\n"
-        "If they are elsewhere, say where: --config.data.dir=DIR."
+        f"If those are elsewhere, say where: --config.data.dir=DIR.{other}"
     )
 
 
