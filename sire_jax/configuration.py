@@ -51,7 +51,8 @@ def default() -> ConfigDict:
                 "dir": "~/tensorflow_datasets",
                 "feed": "device",  # all images on the device; or a "stream" of batches from disk
                 "cache": "~/.cache/sire_jax",  # decoded images; "" for none
-                "train_splits": ("train",),  # that make the training images
+                # That make the training images; also shares of splits: "train[:80%]".
+                "train_splits": ("train",),
                 "test_split": "test",
                 "draw_classes": 0,  # of the labels, at random; other kinds of labels go; 0: all
                 "draw_seed": 0,  # of that draw, which is the same for all runs
@@ -64,7 +65,7 @@ def default() -> ConfigDict:
                 "resize": 0,  # what the shorter side of images is scaled to, as they are read
                 "random_resized_crop": False,  # in training, of streamed images, to `crop`
                 "workers": 0,  # processes that read and decode a stream; 0: threads of this one
-                "threads": 8,  # of each of these processes
+                "threads": 8,  # of each of these processes; those that decode, of either feed
                 "damaged": "raise",  # on an image that can't be decoded; or "skip" and count it
                 "scale": 1 / 255,  # what pixels are multiplied by
                 "mean": (),  # what is then subtracted from each channel, if anything

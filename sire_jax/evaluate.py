@@ -5,6 +5,7 @@ as mean and standard deviation over the runs of the workdir.
 """
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ import numpy as np
 
 from sire_jax import command, configuration, experiment, tables
 from sire_jax.checkpoint import Checkpoints
-from sire_jax.runs import Runs
+from sire_jax.data import contents
+from sire_jax.runs import Runs, UnloadedRuns
 from sire_jax.step import Best, TrainState
 from sire_jax.streamed_runs import open_runs
 from sire_jax.workdir import CHECKPOINTS, at, read_config
@@ -59,32 +61,72 @@ def kept_weights(runs: Runs, workdir: str | Path) -> TrainState | Best:
     return state if best is None else best
 
 
-def open_run(workdir: str | Path, overrides: Sequence[str] = ()) -> Runs:
+def open_run(
+    workdir: str | Path,
+    overrides: Sequence[str] = (),
+    needs_data: bool = True,
+    changed_data: bool = False,
+) -> Runs:
     """Opens the run in a directory, without its weights.
 
     Args:
         workdir: The run.
         overrides: ``--config.data.dir=DIR`` and the like, where the data have moved.
+        needs_data: Whether the data are used. If not, they need not be there: what classes are
+            called is kept with the run (by a former version it was not: they are loaded).
+        changed_data: Whether data with other images than the run's are taken, with a warning.
 
     Returns:
         Its programs and data.
 
     Raises:
         FileNotFoundError: If there is no run, or the data set is not prepared.
-        ValueError: If an override changes the run.
+        ValueError: If an override changes the run, or the data are not those of the run; those that
+            moved are.
     """
     trained = read_config(workdir)
     config = configuration.override(trained, overrides)
+    kept = contents.read(workdir)
+    # How a run is measured, not what it is; and where its data are, if it is known what they are.
+    free = ("data.ten_crop:", "predictions.", *(("data.name:",) if kept else ()))
     changed = configuration.differences(trained, config)
-    # How a run is measured, not what it is.
-    changed = [each for each in changed if not each.startswith(("data.ten_crop:", "predictions."))]
+    changed = [each for each in changed if not each.startswith(free)]
     if changed:
         raise ValueError(f"An override would change the run: {'; '.join(changed)}.")
-    return open_runs(experiment.build(config))
+    if kept and not needs_data:
+        return UnloadedRuns(experiment.build(config), kept.names)
+    runs = open_runs(experiment.build(config))
+    if kept:
+        _check_data(workdir, kept, runs.contents, changed_data)
+    return runs
+
+
+def _check_data(
+    workdir: str | Path, kept: contents.Contents, now: contents.Contents, changed_data: bool
+) -> None:
+    lines = [f"\n  {line}" for line in contents.differences(kept, now)]
+    if not lines:
+        return
+    same_classes = not contents.of_names(kept, now)
+    if changed_data and same_classes:
+        warnings.warn(f"These are not the data of {workdir}:{''.join(lines)}", stacklevel=3)
+        return
+    other = (
+        " Other test images of these classes are measured by evaluate --changed_data."
+        if same_classes
+        else ""
+    )
+    raise ValueError(
+        f"The data are not those of the run {workdir}:{''.join(lines)}\n"
+        f"If those are elsewhere, say where: --config.data.dir=DIR.{other}"
+    )
 
 
 def evaluate(
-    workdir: str | Path, split: str = "test", overrides: Sequence[str] = ()
+    workdir: str | Path,
+    split: str = "test",
+    overrides: Sequence[str] = (),
+    changed_data: bool = False,
 ) -> dict[str, Any]:
     """Measures the weights of a run: the best on validation data if it has any, else the last.
 
@@ -93,16 +135,24 @@ def evaluate(
         split: ``"train"``, ``"validation"`` or ``"test"``.
         overrides: ``--config.data.dir=DIR`` and the like, where the data have moved,
             ``--config.data.ten_crop=True``, or ``--config.predictions.joint.eta=0.3``.
+        changed_data: Whether the test images may be others than those of the run, of the same
+            classes; a warning says what differs.
 
     Returns:
         ``{"step", "split", "seeds", "outputs": {name: {metric: {"mean", "std", "runs"}}},
-        "predictions": …}``.
+        "predictions": …, "skipped": [what is wrong with each damaged image that is left out]}``.
 
     Raises:
         FileNotFoundError: If there is no run, no checkpoint, or the data set is not prepared.
-        ValueError: If there are no examples of that split, or an override changes the run.
+        ValueError: If there are no examples of that split, an override changes the run, or the data
+            are not those of the run.
     """
-    runs = open_run(workdir, overrides)
+    if changed_data and split != "test":
+        raise ValueError(
+            f"--changed_data is for test images; the split is '{split}', and which images were"
+            " trained on follows from the data of the run."
+        )
+    runs = open_run(workdir, overrides, changed_data=changed_data)
     if not runs.examples[split].shape[1]:
         raise ValueError(f"The run has no {split} examples.")
     kept = kept_weights(runs, workdir)
@@ -119,6 +169,7 @@ def evaluate(
         "seeds": runs.config.seeds,
         "outputs": {k: v for k, v in measured.items() if k not in predictions},
         "predictions": {k: v for k, v in measured.items() if k in predictions},
+        "skipped": runs.newly_skipped(),
     }
 
 
@@ -155,12 +206,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--workdir", required=True, help="directory of the run")
     parser.add_argument("--split", default="test", choices=configuration.SPLITS)
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--changed_data",
+        action="store_true",
+        help="also on other test images than those of the run, of the same classes",
+    )
     known, overrides = parser.parse_known_args(arguments)
     with command.readable_errors():
-        results = evaluate(known.workdir, known.split, overrides)
+        results = evaluate(known.workdir, known.split, overrides, known.changed_data)
     if known.json:
         print(json.dumps(results))
         return
+    for message in results["skipped"]:
+        print(f"Skipped: {message}")
     print(f"{results['split']} after step {results['step']}, {results['seeds']} run(s)")
     print(report(results))
 

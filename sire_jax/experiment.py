@@ -1,6 +1,6 @@
 """From a config to the parts of a run: everything is made and checked here, nothing is compiled."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from sire_jax.data.dataset import Dataset, Selection, Source
 from sire_jax.fitted_prediction import PREDICTIONS, is_fitted
 from sire_jax.groups import Groups, check_names, from_section
 from sire_jax.heads import HEADS
+from sire_jax.names import listed
 from sire_jax.networks import MAIN, Network
 from sire_jax.parallel import INITIAL
 from sire_jax.step import (
@@ -170,19 +171,33 @@ class Experiment(Forward):
     def _decoded(self) -> Dataset[Source]:
         data = self.config.data
         dataset = sources.load(
-            data.name, data.dir, data.cache, Selection.of(data), data.resize, data.shape[-1]
+            data.name,
+            data.dir,
+            data.cache,
+            Selection.of(data),
+            data.resize,
+            data.shape[-1],
+            data.threads,
+            data.damaged,
+            data.classes.to_dict(),
         )
-        if dataset.train.image.shape[1:] != tuple(data.shape):
-            raise ValueError(
-                f"config.data.shape is {tuple(data.shape)}, but the images of {data.name} are"
-                f" {dataset.train.image.shape[1:]}."
-            )
+        for split, source in (("training", dataset.train), ("test", dataset.test)):
+            if source.image.shape[1:] != tuple(data.shape):
+                raise ValueError(
+                    f"config.data.shape is {tuple(data.shape)}, but the {split} images of"
+                    f" {data.name} are {source.image.shape[1:]}."
+                )
         return dataset
 
     def _streamed(self) -> Dataset[records.Records]:
         data = self.config.data
         return records.open_records(
-            data.name, data.dir, data.cache, Selection.of(data), data.shape[-1]
+            data.name,
+            data.dir,
+            data.cache,
+            Selection.of(data),
+            data.shape[-1],
+            data.classes.to_dict(),
         )
 
     def load(self) -> tuple[Dataset[Any], list[tasks.Draw]]:
@@ -194,17 +209,18 @@ class Experiment(Forward):
         """
         data = self.config.data
         dataset = self._streamed() if data.feed == "stream" else self._decoded()
-        drawn = data.draw_classes > 0
+        drawn, skipped = data.draw_classes > 0, len(dataset.skipped)
+        without = f", without damaged ones ({skipped} with those of the test)" * (skipped > 0)
         if data.images not in (0, len(dataset.train)):
             raise ValueError(
                 f"config.data.images is {data.images}, but {data.name} has"
-                f" {len(dataset.train)} training images{' of these classes' * drawn}."
+                f" {len(dataset.train)} training images{' of these classes' * drawn}{without}."
             )
         for kind, classes in data.classes.items():
             if dataset.classes.get(kind) != classes:
                 raise ValueError(
                     f"config.data.classes.{kind} is {classes}, but {data.name} has"
-                    f" {dict(dataset.classes)}."
+                    f" {dict(dataset.classes)}{_named(dataset.names.get(kind, ()))}."
                 )
         for name, groups in self.groups.items():
             check_names(f"config.data.groups.{name}", groups, dataset.names["label"])
@@ -228,6 +244,10 @@ class Experiment(Forward):
                     " are none; hold some out with --config.data.task.validation_per_class=50."
                 )
         return dataset, draws
+
+
+def _named(names: Sequence[str]) -> str:
+    return f" ({listed(names)})" if names else ""
 
 
 def _example_batch(

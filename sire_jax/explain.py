@@ -11,62 +11,57 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from ml_collections import ConfigDict
+from PIL import Image, ImageOps
 
 from sire_jax import command
+from sire_jax.data import images
+from sire_jax.data.images import DamagedImageError
 from sire_jax.data.sources import Source
 from sire_jax.data.tasks import Images
 from sire_jax.diagnostics.activation_maps import draw, titles
 from sire_jax.diagnostics.activation_maps import explain as explained_images
 from sire_jax.diagnostics.trained import Trained
 from sire_jax.evaluate import kept_weights, open_run
+from sire_jax.names import printable
 from sire_jax.runs import Runs
 
-# What Pillow calls images of so many channels.
-_MODES = {1: "L", 3: "RGB"}
 
-
-def read_image(path: str | Path, shape: Sequence[int]) -> tuple[np.ndarray, str]:
-    """Reads an image as a network sees it before it is scaled.
+def read_image(path: str | Path, data: ConfigDict) -> tuple[np.ndarray, str]:
+    """Reads an image as training and evaluation do: decoded and scaled alike.
 
     Args:
-        path: A file that Pillow reads, such as PNG or JPEG.
-        shape: ``(height, width, channels)`` of the network's images.
+        path: A file that Pillow reads, such as PNG or JPEG, in any colours.
+        data: The section ``config.data`` of the run.
 
     Returns:
-        The image, uint8 of that shape, and what was done to it, "" if nothing: an image of another
-        size is cropped to the same proportions around its centre, and resized.
+        The image, uint8 of the shape ``data.shape``, and what was done to it, "" if nothing. Where
+        the run does not scale images, one of another size is cropped to the same proportions around
+        its centre and scaled, as evaluation scales.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is no image, is cut off, or has another number of channels.
+        DamagedImageError: If it can't be decoded.
     """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(f"There is no image {path}.")
+        raise FileNotFoundError(f"There is no image {printable(str(path))}.")
+    height, width, channels = data.shape
+    encoded = path.read_bytes()
     try:
-        with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened)
-    except UnidentifiedImageError:
-        raise ValueError(f"{path} is not an image; give a PNG or JPEG file, for example.") from None
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"The image {path} is too large: {error}") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"The image {path} is damaged or cut off: {error}.") from None
-    height, width, channels = shape
-    if image.mode == "P":
-        image = image.convert(_MODES.get(channels, "RGB"))
-    if image.mode != _MODES.get(channels):
-        raise ValueError(
-            f"{path} has {len(image.getbands())} channels ({image.mode}), but the network sees"
-            f" images of {channels} ({_MODES.get(channels, 'not a kind of file')}); convert it"
-            " first."
-        )
-    note = ""
-    if image.size != (width, height):
-        note = f"cropped and resized from {image.size[0]} x {image.size[1]} pixels"
-        image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
-    return np.asarray(image, np.uint8).reshape(height, width, channels), note
+        image = images.decode(encoded, channels)
+    except MemoryError:
+        raise
+    except Exception as error:  # Damage makes Pillow raise errors of many kinds.
+        raise DamagedImageError.of(printable(str(path)), error) from error
+    if image.size == (width, height):
+        return images.to_array(image), ""
+    note = f"cropped and resized from {image.size[0]} x {image.size[1]} pixels"
+    if data.resize:
+        square = images.central_square(image, data.resize)
+        return images.to_array(square), f"{note}, as in training and evaluation"
+    fitted = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
+    return images.to_array(fitted), note
 
 
 def explain(
@@ -88,21 +83,23 @@ def explain(
         "contains"}}, "resized"}``.
 
     Raises:
-        FileNotFoundError: If there is no image, no run, no checkpoint or no data.
+        FileNotFoundError: If there is no image, no run or no checkpoint.
         ValueError: If the image can't be read, the run is on pairs, or the main output has no
             objective on the labels.
     """
-    run = open_run(workdir, overrides)
+    run = open_run(workdir, overrides, needs_data=False)
     if not isinstance(run.parts.task, Images):
         raise ValueError("Only runs on single images can be explained; this one is on pairs.")
-    pixels, note = read_image(image, run.config.data.shape)
+    pixels, note = read_image(image, run.config.data)
     variables = Trained.first(kept_weights(run, workdir))
     batch = _batch(run, pixels)
     (found,) = explained_images(run.parts, variables, batch)
     groups = run.parts.branches()
     texts = titles(found, groups, run.names["label"])
     row = {name: (each, texts[name]) for name, each in found.maps.items()}
-    draw(np.asarray(batch), [row], [Path(image).name], run.config.data).savefig(out, dpi=150)
+    draw(np.asarray(batch), [row], [printable(Path(image).name)], run.config.data).savefig(
+        out, dpi=150
+    )
     label = run.names["label"][found.label]
     labels = {name: groups[name].labels()[group] for name, group in found.groups.items()}
     return {
@@ -156,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(json.dumps(found))
         return
     if found["resized"]:
-        print(f"{known.image} was {found['resized']}.")
+        print(f"{printable(known.image)} was {found['resized']}.")
     print(report(found))
     print(f"{out}: where each output finds its class")
 

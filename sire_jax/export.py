@@ -269,7 +269,7 @@ def export(
         ValueError: If there is no such output or seed, or an override changes the run.
     """
     path = command.check_new(out)
-    runs = open_run(workdir, overrides)
+    runs = open_run(workdir, overrides, needs_data=False)
     parts, config = runs.parts, runs.config
     output = find_output(parts, name)
     seeds = range(config.seed, config.seed + config.seeds)

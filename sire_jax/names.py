@@ -15,4 +15,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def listed(names: Sequence[str], most: int = 10) -> str:
     """Lists names in an error message, not all of very many."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(f"'{name}'" for name in names[:most]) + more
+    return ", ".join(f"'{printable(name)}'" for name in names[:most]) + more
+
+
+def printable(text: str) -> str:
+    """Writes a file name of any bytes so that it can be printed: odd characters as escapes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

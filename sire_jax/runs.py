@@ -1,6 +1,5 @@
 """A number of independent runs: their compiled programs, and their data on the device."""
 
-import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from sire_jax import compilation, distributed, experiment, parallel
-from sire_jax.data import tasks
+from sire_jax.data import contents, tasks
 from sire_jax.data.augmentation import Batch
 from sire_jax.data.dataset import Dataset
 from sire_jax.diagnostics import gradient_flow
@@ -33,6 +32,7 @@ class Runs:
         names: For each kind of label, of the images, the names of its classes.
         examples: The examples of each split, as indices into ``arrays``, ``[runs, n, …]``.
         arrays: All images and labels, on every device.
+        contents: What the data are, wherever they lie.
         fingerprint: Of the data, which is the same on all processes.
 
     Raises:
@@ -58,8 +58,9 @@ class Runs:
     def _load(self) -> None:
         with distributed.together("loading the data"):
             dataset, draws = self.parts.load()
-        self.names = dataset.names
-        self.fingerprint = fingerprint(dataset)
+        self._describe(dataset)
+        # What is wrong with damaged images that were left out, until it is said.
+        self._skipped, self._unsaid = len(dataset.skipped), list(dataset.skipped)
         # Training and test images in one array, so that one program measures all splits of a size.
         halves = [self.parts.task.prepare(source) for source in (dataset.train, dataset.test)]
         self.arrays = self.place(
@@ -69,6 +70,11 @@ class Runs:
         test = test + len(dataset.train)
         self.examples = self.place({"train": train, "validation": validation, "test": test})
         self.steps_per_epoch = draws[0].train.shape[0] // self.config.batch_size
+
+    def _describe(self, dataset: Dataset[Any]) -> None:
+        self.names = dict(dataset.names)
+        self.contents = contents.of(dataset)
+        self.fingerprint = self.contents.brief()
 
     def place(self, tree: PyTree) -> PyTree:
         """Puts arrays of the host, which all processes have, on all devices."""
@@ -298,11 +304,12 @@ class Runs:
 
     def newly_skipped(self) -> list[str]:
         """Returns what is wrong with the damaged images skipped since the last call."""
-        return []
+        new, self._unsaid = self._unsaid, []
+        return new
 
     def number_skipped(self) -> int:
         """Returns how many damaged images have been skipped, by all processes."""
-        return 0
+        return self._skipped
 
     def look(self, split: str, number: int, ready: Callable[[Batch], Batch] | None = None) -> Batch:
         """Returns the first examples of a split of the first run, to look at.
@@ -316,16 +323,20 @@ class Runs:
         return (ready or self.parts.ready_central)(batch)
 
 
-def fingerprint(dataset: Dataset[Any]) -> str:
-    """Describes a data set so that another one has another description; alone, briefly."""
-    counts = f"{len(dataset.train):,} + {len(dataset.test):,} images of {dict(dataset.classes)}"
-    if jax.process_count() == 1:
-        return counts
-    checksum = zlib.crc32(repr(sorted(dataset.names.items())).encode())
-    for part in (dataset.train, dataset.test):
-        for values in part.identity():
-            checksum = zlib.crc32(np.ascontiguousarray(values).data, checksum)
-    return f"{counts}, checksum {checksum:08x}"
+class UnloadedRuns(Runs):
+    """Runs without their data: for what needs only weights and the names of classes.
+
+    Args:
+        parts: The parts of the run.
+        names: For each kind of label the names of its classes.
+    """
+
+    def __init__(self, parts: experiment.Experiment, names: Mapping[str, tuple[str, ...]]):
+        self.names = dict(names)
+        super().__init__(parts)
+
+    def _load(self) -> None:
+        """Loads nothing."""
 
 
 class Program:

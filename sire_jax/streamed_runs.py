@@ -21,7 +21,7 @@ from sire_jax import distributed, experiment, parallel
 from sire_jax.data import stream
 from sire_jax.data.augmentation import Batch
 from sire_jax.metrics import Metrics
-from sire_jax.runs import Program, Runs, fingerprint
+from sire_jax.runs import Program, Runs
 from sire_jax.step import TrainState
 
 PyTree = Any
@@ -66,13 +66,12 @@ class StreamedRuns(Runs):
         data = self.config.data
         with distributed.together("opening the data"):
             dataset, (draw,) = self.parts.load()
-        self.names = dataset.names
+        self._describe(dataset)
         self._records = {"train": dataset.train, "validation": dataset.train, "test": dataset.test}
         self.examples = {split: np.asarray(each)[None] for split, each in draw._asdict().items()}
         self.steps_per_epoch = len(draw.train) // self.config.batch_size
-        self.fingerprint = fingerprint(dataset)
         # What is wrong with the damaged images that this process has met, in their order.
-        self._skipped: dict[str, None] = {}
+        self._met: dict[str, None] = {}
         self._said = 0
         self._split_over_devices = NamedSharding(self.mesh, PartitionSpec("data"))
         shape = tuple(data.shape)
@@ -118,7 +117,7 @@ class StreamedRuns(Runs):
             data.damaged,
         )
         for batch in batches:
-            self._skipped |= dict.fromkeys(batch.damaged)
+            self._met |= dict.fromkeys(batch.damaged)
             yield batch
 
     def _place_part(self, arrays: Arrays) -> Batch:
@@ -251,13 +250,13 @@ class StreamedRuns(Runs):
 
     def newly_skipped(self) -> list[str]:
         """Returns what is wrong with the damaged images skipped since the last call."""
-        new = list(self._skipped)[self._said :]
+        new = list(self._met)[self._said :]
         self._said += len(new)
         return _gathered(new)
 
     def number_skipped(self) -> int:
         """Returns how many damaged images have been skipped, by all processes."""
-        return len(set(_gathered(list(self._skipped))))
+        return len(set(_gathered(list(self._met))))
 
     def look(self, split: str, number: int, ready: Callable[[Batch], Batch] | None = None) -> Batch:
         """Returns the first examples of a split, to look at; see ``Runs.look``."""

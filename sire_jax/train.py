@@ -95,9 +95,11 @@ def _train_alone(config: ConfigDict, workdir: str, held: contextlib.ExitStack) -
     with distributed.together("opening the workdir"):
         if distributed.is_main():
             held.enter_context(lock.held(directory.path))
+        directory.check_data(runs.contents)
         shapes = runs.checkpoint_shapes()
         directory.check_room(sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes)))
         logs = Logs(directory, config.tensorboard)
+        directory.write_data(runs.contents)
         directory.write_config()
         # Process 0's, as a network file system may show it to some before others.
         results = json.loads(distributed.exchange(json.dumps(read_results(directory.path)))[0])

@@ -149,6 +149,11 @@ def _check_feed(config: ConfigDict) -> None:
             "config.data.feed is 'stream', which feeds one run; config.devices_share is"
             f" '{config.devices_share}', which needs several. Set it to 'batch'."
         )
+    if data.workers and not streams:
+        raise ValueError(
+            f"config.data.workers is {data.workers}, which is for config.data.feed 'stream'; with"
+            " 'device' images are decoded once, by config.data.threads. Set it to 0."
+        )
     # One without a name is refused with the other parts.
     if streams and data.task.get("name", "images") != "images":
         raise ValueError(

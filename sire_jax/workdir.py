@@ -13,6 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from sire_jax import configuration, distributed, files, untrusted
+from sire_jax.data import contents
 
 # {metric name: a value for each run}
 Values = Mapping[str, np.ndarray]
@@ -26,8 +27,8 @@ class Workdir:
 
     ``config.json``: the resolved config. ``metrics.jsonl``: a line for each measurement,
     ``{"step", "epoch", "split", "<metric>": [a value for each seed]}``. ``checkpoints/``.
-    ``results.json``: the final measurements. ``curves.png``. Of several processes the first writes
-    them all.
+    ``results.json``: the final measurements. ``curves.png``. ``data.json``: what the data are (see
+    ``contents``). Of several processes the first writes them all.
 
     Args:
         path: The directory; made if need be.
@@ -44,6 +45,9 @@ class Workdir:
         stored = self.path / "config.json"
         if stored.exists():
             changed = configuration.differences(read_config(self.path, building=False), config)
+            if (self.path / contents.FILE).exists():
+                # What the data are decides `check_data`, whatever they are called now.
+                changed = [line for line in changed if not line.startswith("data.name:")]
             if changed:
                 lines = "\n".join(f"  {line}" for line in changed)
                 raise ValueError(
@@ -55,6 +59,27 @@ class Workdir:
     def write_config(self) -> None:
         """Writes ``config.json``: from now on the directory is this run's."""
         _replace(self.path / "config.json", configuration.to_json(self._config))
+
+    def check_data(self, data: contents.Contents) -> None:
+        """Checks that the data are those of the run in the directory, wherever they lie now.
+
+        Raises:
+            ValueError: If they are others; the message has the difference.
+        """
+        kept = contents.read(self.path) if (self.path / "config.json").exists() else None
+        changed = contents.differences(kept, data) if kept else []
+        if changed:
+            lines = "\n".join(f"  {line}" for line in changed)
+            raise ValueError(
+                f"{self.path} holds a run on other data:\n{lines}\n"
+                "Give it the data that it was begun with (where they are now:"
+                " --config.data.dir=DIR), choose another --workdir, or remove this one."
+            )
+
+    def write_data(self, data: contents.Contents) -> None:
+        """Writes ``data.json``, ahead of the config."""
+        if distributed.is_main():
+            contents.keep(self.path, data, _replace)
 
     def check_room(self, size: int) -> None:
         """Checks that there is room for a checkpoint.
@@ -160,13 +185,13 @@ def check_writable(path: str | Path) -> Path:
     return path
 
 
-def _replace(path: Path, text: str) -> None:
+def _replace(path: Path, content: str | bytes) -> None:
     """Writes a file aside and renames it: a crash leaves the old one or the new one, whole."""
     if not distributed.is_main():
         return
     partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w") as file:
-        file.write(text)
+    with partial.open("wb") as file:
+        file.write(content if isinstance(content, bytes) else content.encode())
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)

@@ -229,7 +229,10 @@ def test_the_data_of_every_run_are_drawn_from_its_seed(auxiliary):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data.shape": (4, 4, 1)}, r"shape is \(4, 4, 1\), but the images of digits are \(8, 8,"),
+        (
+            {"data.shape": (4, 4, 1)},
+            r"\(4, 4, 1\), but the training images of digits are \(8, 8, 1\)",
+        ),
         ({"data.classes": {"label": 7}}, "classes.label is 7, but digits has {'label': 10}"),
         ({"data.classes": {"coarse": 10}}, "classes.coarse is 10, but digits has {'label': 10}"),
         ({"batch_size": 501}, "batch_size is 501, but there are only 500 training examples"),

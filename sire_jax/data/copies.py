@@ -1,16 +1,25 @@
-"""Copies of what takes long to make, such as decoded images, in the user's cache directory."""
+"""Copies of what takes long to make, such as decoded images, in the user's cache directory.
+
+A copy can only save time: one that is absent, damaged or another user's is made anew.
+"""
 
 import contextlib
+import fcntl
 import hashlib
 import json
-import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+import uuid
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sire_jax import untrusted
+
+_PARTIAL = ".partial"
+# Of a title in a file name, which may have 255 bytes.
+_LONG = 48
 
 
 def place(cache: str, title: str, files: Iterable[Path], what: Sequence[Any] = ()) -> Path | None:
@@ -19,42 +28,104 @@ def place(cache: str, title: str, files: Iterable[Path], what: Sequence[Any] = (
     Args:
         cache: The directory of the copies; "" for none.
         title: What the file name starts with.
-        files: The files that it is made of.
-        what: The choices made, which JSON can hold.
+        files: The files that it is made of, in their order; links count as what they lead to.
+        what: What the files stand for and the choices made, which JSON can hold.
 
     Returns:
-        The file; None if there are to be no copies.
+        The file; None if there are to be no copies, or the user has no home for them.
     """
     if not cache:
         return None
-    statuses = [(str(path.resolve()), path.stat()) for path in sorted(files)]
-    identity: list[Any] = [(path, found.st_size, found.st_mtime) for path, found in statuses]
-    digest = hashlib.sha256(json.dumps([*identity, *what]).encode()).hexdigest()[:16]
-    return Path(cache).expanduser() / f"{title}-{digest}.npz"
+    identity = [*map(_identity, files), *what]
+    digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+    try:
+        directory = Path(cache).expanduser()
+    except RuntimeError:  # A user without a home, as in some containers.
+        return None
+    return directory / f"{title[:_LONG]}-{digest}.npz"
+
+
+def _identity(path: Path) -> Any:
+    resolved = str(path.resolve())
+    try:
+        status = path.stat()
+    except OSError:  # Where a link leads to nothing.
+        return resolved, None
+    return resolved, status.st_size, status.st_mtime_ns
 
 
 def write(path: Path | None, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes a copy, if there is to be one; without it the next start only takes longer."""
+    """Writes a copy, if there is to be one; where that fails, a warning says why."""
     if path is None:
         return
-    with contextlib.suppress(OSError):
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Written aside and renamed: whoever reads finds all of it or nothing.
-        # Hosts may share the directory, and in containers the numbers of their processes.
-        _, name = tempfile.mkstemp(suffix=".npz", prefix=f"{path.stem}.", dir=path.parent)
-        np.savez(name, allow_pickle=False, **arrays)
-        Path(name).replace(path)
+        _remove_abandoned(path.parent)
+        with _written_aside(path) as file:
+            np.savez(file, allow_pickle=False, **arrays)
+    except OSError as error:
+        warnings.warn(
+            f"No copy is kept in {path.parent}, so that the next start takes as long:"
+            f" {error.strerror or error}.",
+            stacklevel=2,
+        )
+
+
+@contextlib.contextmanager
+def _written_aside(path: Path) -> Iterator[Any]:
+    """Opens a file that takes the place of another when it is whole, or else is removed.
+
+    Whoever reads finds all of it or nothing. It is locked while it is written: hosts may share the
+    directory, and in containers the numbers of their processes.
+    """
+    partial = path.with_name(f"{path.stem}.{uuid.uuid4().hex[:8]}{_PARTIAL}")
+    try:
+        with partial.open("wb") as file:
+            _lock(file)
+            yield file
+            file.flush()
+            partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _lock(file: Any) -> bool:
+    """Locks a file; False if somebody has, or none can in this file system."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _remove_abandoned(directory: Path) -> None:
+    """Removes what programs were writing as they were killed: nobody locks it any more."""
+    for partial in directory.glob(f"*{_PARTIAL}"):
+        with contextlib.suppress(OSError), partial.open("r+b") as file:
+            if _lock(file):
+                partial.unlink(missing_ok=True)
 
 
 def read(path: Path | None) -> dict[str, np.ndarray] | None:
-    """Reads a copy; None if there is none.
-
-    Raises:
-        ValueError: If it is damaged, or holds something else.
-    """
-    if path is None or not path.exists():
+    """Reads a copy; None if there is none that can be used: one that is damaged is said."""
+    if path is None or not _is_readable(path):
         return None
     try:
         return untrusted.read_arrays(path)
-    except ValueError as error:
-        raise ValueError(f"{error} It is a copy: remove it, to have it made anew.") from None
+    except (OSError, ValueError) as error:
+        warn_unusable(str(error))
+        return None
+
+
+def _is_readable(path: Path) -> bool:
+    """Tells whether a copy is there and not kept from this user."""
+    try:
+        with path.open("rb"):
+            return True
+    except OSError:
+        return False
+
+
+def warn_unusable(why: str) -> None:
+    """Says that a copy can't be used, and what becomes of it."""
+    warnings.warn(f"{why} It is a copy, which is made anew.", stacklevel=3)

@@ -1,12 +1,38 @@
 """What a set of labelled images is, and what of it is used."""
 
-from collections.abc import Collection, Mapping
+import hashlib
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from functools import cached_property
+from itertools import combinations
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
+from sire_jax.data.shares import Share
+
 S_co = TypeVar("S_co", covariant=True)
+
+
+class Listed(NamedTuple):
+    """What an image was made of, or many of them together, wherever that lies.
+
+    Attributes:
+        name: Its name, within the set.
+        size: In bytes.
+        what: What else tells it from another, such as its class.
+    """
+
+    name: str
+    size: int
+    what: str
+
+
+class Listing(Protocol):
+    """What lists the images of a part of a set."""
+
+    def listing(self) -> Iterator[Listed]:
+        """Lists what the images are made of, in their order; another list for other images."""
 
 
 @dataclass(frozen=True)
@@ -16,17 +42,29 @@ class Source:
     Attributes:
         image: ``[n, h, w, c]``, uint8 in [0, 255], or finite floats.
         labels: For each kind of label (``"label"`` and any other) integers ``[n]``.
+        origin: What the images were decoded from, if from anything.
     """
 
     image: np.ndarray
     labels: Mapping[str, np.ndarray]
+    origin: Listing | None = None
 
     def __len__(self) -> int:
         return len(self.image)
 
-    def identity(self) -> list[np.ndarray]:
-        """Returns arrays that are others for another source."""
-        return [self.image, *(self.labels[kind] for kind in sorted(self.labels))]
+    def listing(self) -> Iterator[Listed]:
+        """Lists what the images are made of, in their order."""
+        if self.origin is not None:
+            yield from self.origin.listing()
+            return
+        yield _array("images", self.image)
+        for kind in sorted(self.labels):
+            yield _array(kind, self.labels[kind])
+
+
+def _array(name: str, values: np.ndarray) -> Listed:
+    digest = hashlib.sha256(np.ascontiguousarray(values).data).hexdigest()
+    return Listed(name, values.nbytes, f"{values.dtype} {values.shape} {digest[:16]}")
 
 
 @dataclass(frozen=True)
@@ -38,12 +76,14 @@ class Dataset(Generic[S_co]):
         test: Test images.
         classes: For each kind of label the number of classes.
         names: For each kind of label the names of its classes; of kinds without names "0", "1", ….
+        skipped: What is wrong with the damaged images that were left out.
     """
 
     train: S_co
     test: S_co
     classes: Mapping[str, int]
     names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    skipped: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         numbers = {kind: map(str, range(number)) for kind, number in self.classes.items()}
@@ -56,8 +96,9 @@ class Selection:
     """What of a set is used.
 
     Attributes:
-        train_splits: The splits that make the training images, one after another.
-        test_split: The split that makes the test images.
+        train_splits: The splits that make the training images, one after another, or shares of
+            them, such as ``"train[:80%]"`` (see ``shares.Share``).
+        test_split: The split that makes the test images, or a share of one.
         draw_classes: How many classes are drawn at random (see ``draw_classes``); 0: all are used.
         draw_seed: Seed of that draw, at least 0.
     """
@@ -79,6 +120,12 @@ class Selection:
                 f"config.data.train_splits is {splits} and test_split '{self.test_split}'; no split"
                 " should be named twice."
             )
+        for key, texts in (("train_splits", splits), ("test_split", (self.test_split,))):
+            for text in texts:
+                try:
+                    Share.parse(text)
+                except ValueError as error:
+                    raise ValueError(f"config.data.{key}: {error}") from None
         if self.draw_classes < 0 or self.draw_classes == 1:
             raise ValueError(
                 f"config.data.draw_classes is {self.draw_classes}; it should be at least 2, or 0 to"
@@ -97,22 +144,51 @@ class Selection:
         splits = tuple(data["train_splits"])
         return cls(splits, data["test_split"], data["draw_classes"], data["draw_seed"])
 
-    def check_splits(self, what: object, known: Collection[str]) -> None:
+    @cached_property
+    def shares(self) -> tuple[Share, ...]:
+        """The shares of splits that make the training images, and last that of the test."""
+        return tuple(map(Share.parse, (*self.train_splits, self.test_split)))
+
+    def check_splits(self, what: object, known: Collection[str], advice: str = "") -> None:
         """Checks that a set has the splits.
 
         Args:
             what: What the set is called in the message.
             known: Its splits.
+            advice: What else could be done, for the end of the message.
 
         Raises:
             ValueError: If it lacks one.
         """
-        for split in (*self.train_splits, self.test_split):
-            if split not in known:
+        for share in self.shares:
+            if share.split not in known:
                 raise ValueError(
-                    f"{what} has no split '{split}', only {list(known)}; choose with"
-                    " config.data.train_splits and config.data.test_split."
+                    f"{what} has no split '{share.split}', only {list(known)}; choose with"
+                    " config.data.train_splits and config.data.test_split, also shares of a split:"
+                    f" 'train[:80%]' and 'train[80%:]'.{advice}"
                 )
+
+    def spans(self, images: Mapping[str, int]) -> tuple[range, ...]:
+        """Returns which images of its split each share has, by places in the order of shares.
+
+        Args:
+            images: How many images each split has.
+
+        Returns:
+            A span for each of ``shares``.
+
+        Raises:
+            ValueError: If one has no images, or two have an image in common.
+        """
+        spans = [share.span(images[share.split]) for share in self.shares]
+        for (a, x), (b, y) in combinations(zip(self.shares, spans, strict=True), 2):
+            both = range(max(x.start, y.start), min(x.stop, y.stop))
+            if a.split == b.split and both:
+                raise ValueError(
+                    f"'{a}' and '{b}' of config.data.train_splits and test_split have"
+                    f" {len(both):,} images in common; shares of a split should have none."
+                )
+        return tuple(spans)
 
 
 EVERYTHING = Selection()

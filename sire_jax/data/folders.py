@@ -1,19 +1,31 @@
 """Image folders: ``<folder>/<split>/<class>/**/*.jpg``, and what Tiny ImageNet has for it."""
 
 import os
+import unicodedata
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from sire_jax.data.dataset import Dataset, Selection
+from sire_jax.data import shares
+from sire_jax.data.dataset import Dataset, Listed, Selection
 from sire_jax.data.images import EXTENSIONS
-from sire_jax.names import listed
+from sire_jax.names import listed, printable
 
 _LAYOUT = "an image folder is <folder>/<split>/<class>/*.jpg"
+# The whole of a folder that has no splits, for shares of it.
+ALL = "all"
+# Names of directories that are splits, not classes.
+_SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation"}
+# What systems and programs leave in directories, beside what starts with a dot.
+_LEFT = {
+    *("@eadir", "thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "lost+found"),
+    *("#recycle", "@recycle", "$recycle.bin", "system volume information", "icon\r"),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,18 +37,27 @@ class FolderSplit:
         files: Paths below it, bytes ``[n]``: of a million files, an array travels to other
             processes at once.
         label: Classes, int32 ``[n]``.
+        size: Of the files in bytes, int64 ``[n]``; -1 of links to nothing.
+        classes: Names of the classes.
     """
 
     root: Path
     files: np.ndarray
     label: np.ndarray
+    size: np.ndarray
+    classes: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def identity(self) -> list[np.ndarray]:
-        """Returns arrays that are others for another split."""
-        return [self.files, self.label]
+    def listing(self, chosen: np.ndarray | None = None) -> Iterator[Listed]:
+        """Lists the files, all or those of these numbers."""
+        for i in range(len(self)) if chosen is None else chosen:
+            yield Listed(self.listed(i), int(self.size[i]), self.classes[self.label[i]])
+
+    def listed(self, index: int) -> str:
+        """Returns the path of a file below the split, the same on all systems."""
+        return _composed(os.fsdecode(bytes(self.files[index])))
 
     def open(self) -> None:
         """Does nothing: each image is a file of its own."""
@@ -47,15 +68,32 @@ class FolderSplit:
 
     def name(self, index: int) -> str:
         """Names an image in messages."""
-        return str(self.path(index))
+        return printable(str(self.path(index)))
 
     def record(self, index: int) -> tuple[bytes, dict[str, int]]:
         """Reads an encoded image and its label."""
-        return self.path(index).read_bytes(), {"label": int(self.label[index])}
+        path = self.path(index)
+        try:
+            return path.read_bytes(), {"label": int(self.label[index])}
+        except OSError as error:
+            if path.is_symlink() and not path.exists():
+                target = printable(str(path.readlink()))
+                raise ValueError(f"it is a link to {target}, where there is nothing") from None
+            raise ValueError(f"it can't be read ({error.strerror})") from error
 
     def labels(self) -> dict[str, np.ndarray]:
         """Returns all labels."""
         return {"label": self.label}
+
+    def share(self, span: range) -> "FolderSplit":
+        """Returns a share of the files, which stay in their order; see ``shares.order``."""
+        if len(span) == len(self):
+            return self
+        names = [self.listed(i) for i in range(len(self))]
+        chosen = np.sort(shares.order(names, self.label)[span.start : span.stop])
+        return replace(
+            self, files=self.files[chosen], label=self.label[chosen], size=self.size[chosen]
+        )
 
 
 def open_splits(
@@ -64,20 +102,22 @@ def open_splits(
     """Lists the files of an image folder.
 
     Classes are the names of the directories in a split, sorted. Files are taken for images by
-    their extension; others are left out, with one warning, and hidden ones without. Tiny ImageNet's
-    own layout is understood: ``val/images`` with ``val/val_annotations.txt``.
+    their extension; others are left out, with one warning, and hidden ones and what systems leave
+    (``@eaDir``) without. A directory that links lead to counts once. Tiny ImageNet's own layout is
+    understood: ``val/images`` with ``val/val_annotations.txt``. A folder of classes, without
+    splits, is the split ``"all"``, for shares of it.
 
     Args:
         name: Of the folder in ``directory``; an absolute one stands for itself.
         directory: Where image folders are.
-        selection: Which splits are used.
+        selection: Which splits are used, or which shares of them.
 
     Returns:
         The splits of training and of test, and the classes.
 
     Raises:
-        ValueError: If the folder doesn't have the splits, or one has no classes, an empty one,
-            or others than the first.
+        ValueError: If the folder doesn't have the splits, one has no classes or others than the
+            first, a class has no training images, or two classes have a directory in common.
         FileNotFoundError: If there is no such folder.
     """
     if not name:
@@ -91,29 +131,83 @@ def open_splits(
             f"There is no image folder {root}; {_LAYOUT}. Name the directory that has it with"
             " --config.data.dir=DIR, or the folder by its whole path."
         )
-    selection.check_splits(root, _directories(root))
-    classes = _directories(root / selection.train_splits[0])
+    places = _places(root)
+    selection.check_splits(root, places, "" if ALL not in places else _ADVICE)
+    _check_apart(places, selection)
     ignored: list[Path] = []
-    train, test = (
-        tuple(_split(root / split, classes, ignored) for split in splits)
-        for splits in (selection.train_splits, (selection.test_split,))
+    splits = dict.fromkeys(share.split for share in selection.shares)
+    classes = tuple(_directories(places[selection.shares[0].split]))
+    whole = {split: _split(places[split], classes, ignored) for split in splits}
+    spans = selection.spans({split: len(files) for split, files in whole.items()})
+    *train, test = (
+        whole[share.split].share(span) for share, span in zip(selection.shares, spans, strict=True)
     )
     if ignored:
         warnings.warn(
             f"{root} has {len(ignored)} files that are left out, as they are not named like images"
-            f" ({', '.join(EXTENSIONS)}); the first is {ignored[0]}.",
+            f" ({', '.join(EXTENSIONS)}); the first is {printable(str(ignored[0]))}.",
             stacklevel=2,
         )
-    _warn_of_single_images(root, train, classes)
-    return Dataset(train, test, {"label": len(classes)}, {"label": tuple(classes)})
+    _check_counts(train, classes)
+    _warn_of_few_images(root, train, test, classes)
+    return Dataset(tuple(train), (test,), {"label": len(classes)}, {"label": classes})
 
 
-def _directories(path: Path) -> list[str]:
-    return sorted(each.name for each in path.iterdir() if each.is_dir() and not _hidden(each.name))
+_ADVICE = (
+    f" Where directories are classes, the whole folder is the split '{ALL}', to be shared:"
+    f" --config.data.train_splits=\"('{ALL}[:80%]',)\" --config.data.test_split='{ALL}[80%:]'."
+)
 
 
-def _hidden(name: str) -> bool:
-    return name.startswith(".")
+def _places(root: Path) -> dict[str, Path]:
+    """Returns the directories of splits; a folder without any is the split ``"all"`` itself."""
+    found = {name: root / actual for name, actual in _directories(root).items()}
+    if ALL in found or {name.casefold() for name in found} & _SPLITS:
+        return found
+    return {**found, ALL: root}
+
+
+def _check_apart(places: Mapping[str, Path], selection: Selection) -> None:
+    """Checks that the test images are no directory of training images by another name."""
+    *train, test = (share.split for share in selection.shares)
+    for split in train:
+        a, b = places[split], places[test]
+        if split != test and a.samefile(b):
+            raise ValueError(
+                f"{a} and {b} are the same directory, so that training images would be those of"
+                " the test; share it out instead: 'train[:80%]' and 'train[80%:]'."
+            )
+
+
+def _directories(path: Path) -> dict[str, str]:
+    """Returns the directories in one, by their names as all systems write them, sorted."""
+    found: dict[str, str] = {}
+    for each in sorted(path.iterdir()):
+        if _is_left_out(each.name):
+            continue
+        if not each.is_dir():
+            continue
+        name = _composed(each.name)
+        if name in found:
+            raise ValueError(
+                f"{path} has two directories '{name}', whose accents are written in two ways"
+                " (Unicode NFC and NFD); make them one."
+            )
+        found[name] = each.name
+    return dict(sorted(found.items()))
+
+
+def _composed(name: str) -> str:
+    """Writes accents as most systems do (NFC): some take them apart, and no name is the same."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _is_left_out(name: str) -> bool:
+    return name.startswith(".") or name.casefold() in _LEFT
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(EXTENSIONS) and not _is_left_out(name)
 
 
 def _split(path: Path, classes: Sequence[str], ignored: list[Path]) -> FolderSplit:
@@ -123,58 +217,128 @@ def _split(path: Path, classes: Sequence[str], ignored: list[Path]) -> FolderSpl
         files, label = _annotated(annotations, classes)
     else:
         files, label = _by_directory(path, classes, ignored)
-    _check_counts(path, classes, np.bincount(label, minlength=len(classes)))
-    return FolderSplit(path, np.array([os.fsencode(each) for each in files]), label)
+    if not files:
+        raise ValueError(
+            f"{path} has no images; files count as images if they are named"
+            f" {', '.join(EXTENSIONS)}."
+        )
+    size = np.array([_size(f"{path}/{each}") for each in files], np.int64)
+    encoded = np.array([os.fsencode(each) for each in files])
+    return FolderSplit(path, encoded, label, size, tuple(classes))
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size  # noqa: PTH116 (of millions of files)
+    except OSError:
+        return -1
 
 
 def _by_directory(
     path: Path, classes: Sequence[str], ignored: list[Path]
 ) -> tuple[list[str], np.ndarray]:
+    _check_links(path)
     found = _directories(path)
     if not found:
         direct = sum(_is_image(each.name) for each in path.iterdir())
         raise ValueError(
             f"{path} has no directories of classes, and {direct} images outside of any; {_LAYOUT}."
         )
-    if found != list(classes):
-        other, missing = (sorted({*a} - {*b}) for a, b in ((found, classes), (classes, found)))
-        differences = [
-            f"{len(names)} {what}: {listed(names)}"
-            for what, names in (("more", other), ("missing", missing))
-            if names
-        ]
+    more, missing = sorted({*found} - {*classes}), sorted({*classes} - {*found})
+    if more:
+        lacks = f"; {len(missing)} missing: {listed(missing)}" if missing else ""
         raise ValueError(
-            f"{path} has other classes than the first split of training ({'; '.join(differences)});"
-            " all splits should have the same directories."
+            f"{path} has other classes than the first split of training ({len(more)} more:"
+            f" {listed(more)}{lacks}); no other split should have more classes."
         )
     # None: a bar on a terminal, nothing elsewhere.
-    bar = tqdm(found, desc=f"Listing {path}", unit="class", disable=None)
-    listings = [_images(path / name, ignored) for name in bar]
-    files = [os.path.relpath(each, path) for listing in listings for each in listing]
-    counts = [len(listing) for listing in listings]
-    return files, np.repeat(np.arange(len(found), dtype=np.int32), counts)
+    bar = tqdm(found.items(), desc=f"Listing {path}", unit="class", disable=None)
+    walk = _Walk(path, found)
+    listings = {name: _images(path / actual, walk.files(name), ignored) for name, actual in bar}
+    files = [os.path.relpath(each, path) for listing in listings.values() for each in listing]
+    numbers = {name: i for i, name in enumerate(classes)}
+    label = [numbers[name] for name, listing in listings.items() for _ in listing]
+    return files, np.array(label, np.int32)
 
 
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(EXTENSIONS) and not _hidden(name)
+def _check_links(path: Path) -> None:
+    """Checks that no class is a link to nothing: it would be missing without a word."""
+    for each in path.iterdir():
+        if each.is_symlink() and not each.exists() and not _is_image(each.name):
+            raise ValueError(
+                f"{each} is a link to {each.readlink()}, where there is nothing; mend or remove it."
+            )
 
 
-def _images(root: Path, ignored: list[Path]) -> list[str]:
-    """Lists the images below a directory, sorted."""
-    files = sorted(_walk(root))
+def _images(root: Path, files: Iterator[str], ignored: list[Path]) -> list[str]:
+    """Sorts the files below a directory and returns the images; others are ``ignored``."""
+    ordered = sorted(files, key=_composed)
     # Tiny ImageNet's boxes around objects are part of its layout.
     boxes = str(root / f"{root.name}_boxes.txt")
-    ignored += [Path(each) for each in files if not _is_image(each) and each != boxes]
-    return [each for each in files if _is_image(each)]
+    images = [each for each in ordered if _is_image(each.rpartition("/")[2])]
+    ignored += [Path(each) for each in sorted({*ordered} - {*images, boxes})]
+    return images
 
 
-def _walk(root: Path) -> Iterator[str]:
-    def fail(error: OSError) -> None:
-        raise error
+class _Walk:
+    """Lists the files of the classes of a split, each directory once, whatever links lead to it.
 
-    for directory, below, files in os.walk(root, onerror=fail, followlinks=True):
-        below[:] = [name for name in below if not _hidden(name)]
-        yield from (os.path.join(directory, name) for name in files if not _hidden(name))  # noqa: PTH118
+    Args:
+        split: The directory of the split.
+        classes: The directories in it by the names of their classes.
+
+    Raises:
+        ValueError: If two classes have the same directory.
+    """
+
+    def __init__(self, split: Path, classes: Mapping[str, str]):
+        # Whose each directory is; "" of those above, where a link in a loop leads.
+        self._owners = {_number(str(each)): "" for each in (split, split.parent)}
+        self._roots = {name: str(split / actual) for name, actual in classes.items()}
+        for name, root in self._roots.items():
+            self._take(root, name)
+
+    def _take(self, directory: str, name: str) -> bool:
+        """Takes a directory for a class; False if it has been, or is above all classes."""
+        number = _number(directory)
+        taken = number in self._owners
+        owner = self._owners.setdefault(number, name)
+        if owner not in ("", name):
+            raise ValueError(
+                f"{printable(directory)} leads to images of the class '{owner}', which would be"
+                f" '{name}' at the same time; an image has one class."
+            )
+        return not taken
+
+    def files(self, name: str) -> Iterator[str]:
+        """Yields the files of a class, in no order: those in real directories ahead of links."""
+        real, links = [self._roots[name]], deque[str]()
+        while real:
+            for entry in sorted(os.scandir(real.pop()), key=lambda entry: entry.name):
+                if _is_left_out(entry.name):
+                    continue
+                if not _is_directory(entry):
+                    yield entry.path
+                elif entry.is_symlink():
+                    links.append(entry.path)
+                elif self._take(entry.path, name):
+                    real.append(entry.path)
+            while links and not real:
+                link = links.popleft()
+                real += [link] * self._take(link, name)
+
+
+def _is_directory(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # Of a link to itself.
+        return False
+
+
+def _number(path: str) -> tuple[int, int]:
+    """Returns what tells a directory from any other, whatever its name."""
+    status = os.stat(path)  # noqa: PTH116 (as above)
+    return status.st_dev, status.st_ino
 
 
 def _annotated(annotations: Path, classes: Sequence[str]) -> tuple[list[str], np.ndarray]:
@@ -183,7 +347,7 @@ def _annotated(annotations: Path, classes: Sequence[str]) -> tuple[list[str], np
     label: dict[str, int] = {}
     for i, line in enumerate(annotations.read_text().splitlines(), 1):
         file, _, rest = line.partition("\t")
-        kind = rest.partition("\t")[0]
+        kind = _composed(rest.partition("\t")[0])
         if kind not in numbers:
             raise ValueError(
                 f"{annotations}, line {i}, is {line!r}; it should be the name of an image, a tab"
@@ -191,7 +355,8 @@ def _annotated(annotations: Path, classes: Sequence[str]) -> tuple[list[str], np
             )
         label[f"images/{file}"] = numbers[kind]
     root = annotations.parent
-    present = {os.path.relpath(each, root) for each in _images(root / "images", [])}
+    files = _Walk(root, {"images": "images"}).files("images")
+    present = {os.path.relpath(each, root) for each in _images(root / "images", files, [])}
     for what, names in (
         ("names {} images that are not there", label.keys() - present),
         ("has no line for {} images", present - label.keys()),
@@ -201,16 +366,16 @@ def _annotated(annotations: Path, classes: Sequence[str]) -> tuple[list[str], np
                 f"{annotations} {what.format(len(names))}: {listed(sorted(names))}; mend the file"
                 " or the folder."
             )
-    files = sorted(label)
-    return files, np.array([label[each] for each in files], np.int32)
+    named = sorted(label)
+    return named, np.array([label[each] for each in named], np.int32)
 
 
-def _check_counts(path: Path, classes: Sequence[str], counts: np.ndarray) -> None:
-    if not counts.sum():
-        raise ValueError(
-            f"{path} has no images; files count as images if they are named"
-            f" {', '.join(EXTENSIONS)}."
-        )
+def _counts(splits: Sequence[FolderSplit], classes: Sequence[str]) -> np.ndarray:
+    return np.bincount(np.concatenate([each.label for each in splits]), minlength=len(classes))
+
+
+def _check_counts(train: Sequence[FolderSplit], classes: Sequence[str]) -> None:
+    path, counts = train[0].root, _counts(train, classes)
     if len(classes) < 2:
         raise ValueError(
             f"{path} has {counts.sum()} image(s) of one class, '{classes[0]}'; there is something"
@@ -219,19 +384,22 @@ def _check_counts(path: Path, classes: Sequence[str], counts: np.ndarray) -> Non
     empty = [name for name, count in zip(classes, counts, strict=True) if count == 0]
     if empty:
         raise ValueError(
-            f"{path} has {len(empty)} of {len(classes)} classes without images: {listed(empty)};"
-            " add images, or remove these directories from all splits."
+            f"{path} has {len(empty)} of {len(classes)} classes without training images:"
+            f" {listed(empty)}; add images, or remove these directories from all splits."
         )
 
 
-def _warn_of_single_images(
-    root: Path, train: Sequence[FolderSplit], classes: Sequence[str]
+def _warn_of_few_images(
+    root: Path, train: Sequence[FolderSplit], test: FolderSplit, classes: Sequence[str]
 ) -> None:
-    counts = np.bincount(np.concatenate([each.label for each in train]), minlength=len(classes))
-    single = [name for name, count in zip(classes, counts, strict=True) if count == 1]
-    if single:
-        warnings.warn(
-            f"{root} has {len(single)} classes with a single training image: {listed(single)};"
-            " none of them can be held out for validation.",
-            stacklevel=3,
-        )
+    for counts, few, what, consequence in (
+        (_counts(train, classes), 1, "a single training image", "can be held out for validation"),
+        (_counts([test], classes), 0, "no test image", "is measured"),
+    ):
+        names = [name for name, count in zip(classes, counts, strict=True) if count == few]
+        if names:
+            warnings.warn(
+                f"{root} has {len(names)} of {len(classes)} classes with {what}: {listed(names)};"
+                f" none of them {consequence}.",
+                stacklevel=3,
+            )

@@ -1,7 +1,7 @@
 """Encoded images, read one at a time: sets that don't fit in memory. Nothing here needs JAX."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from sire_jax.data import folders, images, prepared
-from sire_jax.data.dataset import EVERYTHING, Dataset, Selection, draw_classes
+from sire_jax.data.dataset import EVERYTHING, Dataset, Listed, Selection, draw_classes
 from sire_jax.data.images import DamagedImageError
 from sire_jax.names import nearest
 
@@ -23,8 +23,8 @@ class Split(Protocol):
     def open(self) -> None:
         """Opens what all images need, unless it is open."""
 
-    def identity(self) -> list[np.ndarray]:
-        """Returns arrays that are others for another split."""
+    def listing(self, chosen: np.ndarray | None = None) -> Iterator[Listed]:
+        """Lists what the images are made of, all or those of these numbers."""
 
     def name(self, index: int) -> str:
         """Names an image in messages."""
@@ -48,6 +48,7 @@ class Records:
         channels: Of an image: 3 (colour) or 1 (grey).
         chosen: Which images of the splits, ``[n]``; None for all.
         drawn: The labels of the chosen images, ascending, which are numbered 0, 1, …; None for all.
+        ignored: For a kind of label the values that are allowed, although they are no class.
     """
 
     splits: tuple[Split, ...]
@@ -55,14 +56,28 @@ class Records:
     channels: int
     chosen: np.ndarray | None = None
     drawn: np.ndarray | None = None
+    ignored: Mapping[str, Collection[int]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return sum(map(len, self.splits)) if self.chosen is None else len(self.chosen)
 
-    def identity(self) -> list[np.ndarray]:
-        """Returns arrays that are others for other records; no image is read for them."""
-        chosen = [] if self.chosen is None else [self.chosen]
-        return [*(values for split in self.splits for values in split.identity()), *chosen]
+    def listing(self) -> Iterator[Listed]:
+        """Lists what the images are made of, in their order; no image is read for it."""
+        start = 0
+        for split in self.splits:
+            stop = start + len(split)
+            chosen = self.chosen
+            if chosen is not None:
+                chosen = chosen[(chosen >= start) & (chosen < stop)] - start
+            yield from split.listing(chosen)
+            start = stop
+
+    def without(self, indices: Collection[int]) -> "Records":
+        """Returns the records without some of them, such as damaged ones."""
+        if not indices:
+            return self
+        chosen = np.arange(len(self)) if self.chosen is None else self.chosen
+        return replace(self, chosen=np.delete(chosen, sorted(indices)))
 
     def __getstate__(self) -> dict[str, Any]:
         # The labels of a batch come with its records.
@@ -73,9 +88,11 @@ class Records:
         """For each kind of label integers ``[n]``, int32; of a ``tfds`` set its files are read."""
         found = [split.labels() for split in self.splits]
         joined = {kind: np.concatenate([each[kind] for each in found]) for kind in self.classes}
+        if self.chosen is not None:
+            joined = {kind: values[self.chosen] for kind, values in joined.items()}
         if self.drawn is None:
             return joined
-        return {"label": np.searchsorted(self.drawn, joined["label"][self.chosen]).astype(np.int32)}
+        return {"label": np.searchsorted(self.drawn, joined["label"]).astype(np.int32)}
 
     def name(self, index: int) -> str:
         """Names an image in messages: its path, or its number in its split."""
@@ -118,7 +135,7 @@ class Records:
         except Exception as error:  # Damage makes Pillow raise errors of many kinds.
             raise DamagedImageError.of(self.name(index), error) from error
         for kind, label in labels.items():
-            if not 0 <= label < self.classes[kind]:
+            if not 0 <= label < self.classes[kind] and label not in self.ignored.get(kind, ()):
                 raise DamagedImageError(
                     f"{self.name(index)} has the {kind} {label}, which is outside the"
                     f" {self.classes[kind]} classes 0..{self.classes[kind] - 1}."
@@ -150,18 +167,23 @@ def open_records(
     directory: str,
     cache: str = "",
     selection: Selection = EVERYTHING,
-    channels: int = 3,
+    channels: int = 0,
+    classes: Mapping[str, int] | None = None,
+    ignored: Mapping[str, Collection[int]] | None = None,
 ) -> Dataset[Records]:
     """Opens a data set without decoding it.
 
     Args:
-        name: ``tfds:<set>`` with the name of a ``tensorflow_datasets`` set; or ``folder:<folder>``
-            (see ``folders.open_splits``).
+        name: ``tfds:<set>`` with the name of a ``tensorflow_datasets`` set (see
+            ``prepared.find``); or ``folder:<folder>`` (see ``folders.open_splits``).
         directory: The ``tensorflow_datasets`` data directory, or where image folders are.
         cache: A directory for copies of labels, which makes the next start fast; "" for none.
         selection: What of the set is used. Of drawn classes, only ``"label"`` is kept of the kinds
             of labels, with the drawn classes numbered 0, 1, … in their order.
-        channels: Of the images: 3 (colour) or 1 (grey).
+        channels: Of the images: 3 (colour) or 1 (grey); 0: as a prepared set has them, 3 of a
+            folder.
+        classes: Numbers of classes of labels that are plain integers (see ``prepared.classes``).
+        ignored: For a kind of label the values that are allowed, although they are no class.
 
     Returns:
         The data set. Images of several sizes are fine.
@@ -171,45 +193,38 @@ def open_records(
             what they should be.
         FileNotFoundError: If the set is not in ``directory``.
     """
-    images.check_channels(channels)
     kind, _, rest = name.partition(":")
-    root = Path(directory).expanduser()
-    found: Dataset[tuple[Split, ...]]
+    root = _expanded(directory)
+    opened: Dataset[Any]
+    own = 3
     if kind == "tfds":
-        found = _prepared_splits(rest, root, cache, selection)
+        given = None if selection.draw_classes else classes
+        opened, own = prepared.open_splits(rest, root, cache, selection, given)
     elif kind == "folder":
-        found = folders.open_splits(rest, root, selection)
+        opened = folders.open_splits(rest, root, selection)
     else:
         raise ValueError(
             f"There is no data source '{name}' to stream."
             f"{nearest(name, ['tfds:<set>', 'folder:<folder>'])} Others fit in memory: take"
             " --config.data.feed=device."
         )
-    train, test = (Records(splits, found.classes, channels) for splits in (found.train, found.test))
-    return _draw(Dataset(train, test, found.classes, found.names), selection)
-
-
-def _prepared_splits(
-    name: str, directory: Path, cache: str, selection: Selection
-) -> Dataset[tuple[Split, ...]]:
-    version = prepared.find(name, directory)
-    builder = prepared.open_builder(version, selection)
-    image = builder.info.features["image"]
-    if np.dtype(image.np_dtype) != np.uint8:
-        raise ValueError(
-            f"The images of {version} are {np.dtype(image.np_dtype)}; only uint8 can be streamed."
-        )
-    classes = prepared.classes(builder)
+    channels = channels or own
+    images.check_channels(channels)
     train, test = (
-        tuple(
-            prepared.PreparedSplit(
-                version, split, tuple(classes), builder.info.splits[split].num_examples, cache
-            )
-            for split in splits
-        )
-        for splits in (selection.train_splits, (selection.test_split,))
+        Records(splits, opened.classes, channels, ignored=ignored or {})
+        for splits in (opened.train, opened.test)
     )
-    return Dataset(train, test, classes, prepared.names(builder))
+    return _draw(Dataset(train, test, opened.classes, opened.names), selection)
+
+
+def _expanded(directory: str) -> Path:
+    try:
+        return Path(directory).expanduser()
+    except RuntimeError as error:
+        raise ValueError(
+            f"config.data.dir is '{directory}', but the user has no home directory; give another"
+            " with --config.data.dir=DIR."
+        ) from error
 
 
 def _draw(dataset: Dataset[Records], selection: Selection) -> Dataset[Records]:

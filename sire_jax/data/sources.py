@@ -1,19 +1,25 @@
 """Sources of images in memory, by name: ``digits``, ``tfds:<set>`` and ``folder:<folder>``."""
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from sire_jax import untrusted
-from sire_jax.data import copies, images, prepared
+from sire_jax.data import copies, images, shares
 from sire_jax.data.dataset import EVERYTHING, Dataset, Selection, Source, draw_classes
+from sire_jax.data.folders import FolderSplit
+from sire_jax.data.images import DamagedImageError
+from sire_jax.data.prepared import PreparedSplit, copy_place
 from sire_jax.data.records import Records, open_records
-from sire_jax.names import nearest
+from sire_jax.names import listed, nearest
+
+# Images that a thread decodes at a time: single small ones would cost more to pass on.
+_PART = 64
 
 
 def _draw(dataset: Dataset[Source], selection: Selection) -> Dataset[Source]:
@@ -35,11 +41,12 @@ def _of_classes(source: Source, drawn: np.ndarray) -> Source:
     return Source(image, {"label": np.searchsorted(drawn, label[kept]).astype(np.int32)})
 
 
-def check(dataset: Dataset[Source]) -> None:
+def check(dataset: Dataset[Source], ignored: Mapping[str, Collection[int]] | None = None) -> None:
     """Checks a data set's values.
 
     Args:
         dataset: The data set.
+        ignored: For a kind of label the values that are allowed, although they are no class.
 
     Raises:
         ValueError: If an image is not finite, a label is outside its classes, or numbers of images
@@ -58,13 +65,17 @@ def check(dataset: Dataset[Source]) -> None:
                     f" the first at index {int(np.argmin(finite))}. Remove or mend them."
                 )
         for kind, values in source.labels.items():
-            _check_labels(f"{split} '{kind}'", values, len(source.image), dataset.classes[kind])
+            allowed = (ignored or {}).get(kind, ())
+            what, classes = f"{split} '{kind}'", dataset.classes[kind]
+            _check_labels(what, values, len(source.image), classes, allowed)
 
 
-def _check_labels(what: str, labels: np.ndarray, images: int, classes: int) -> None:
+def _check_labels(
+    what: str, labels: np.ndarray, images: int, classes: int, allowed: Collection[int]
+) -> None:
     if len(labels) != images:
         raise ValueError(f"{what} has {len(labels)} labels for {images} images.")
-    outside = (labels < 0) | (labels >= classes)
+    outside = _outside(labels, classes, allowed)
     if outside.any():
         first = int(np.argmax(outside))
         raise ValueError(
@@ -73,26 +84,41 @@ def _check_labels(what: str, labels: np.ndarray, images: int, classes: int) -> N
         )
 
 
+def _outside(labels: np.ndarray, classes: int, allowed: Collection[int]) -> np.ndarray:
+    return ((labels < 0) | (labels >= classes)) & ~np.isin(labels, list(allowed))
+
+
 def load(
     name: str,
     directory: str,
     cache: str = "",
     selection: Selection = EVERYTHING,
     resize: int = 0,
-    channels: int = 3,
+    channels: int = 0,
+    threads: int = 8,
+    damaged: str = "raise",
+    classes: Mapping[str, int] | None = None,
+    ignored: Mapping[str, Collection[int]] | None = None,
 ) -> Dataset[Source]:
     """Loads a data set by its name.
 
     Args:
-        name: ``digits``; ``tfds:<set>`` with the name of a ``tensorflow_datasets`` set; or
-            ``folder:<folder>`` with the name of an image folder (see ``folders.open_splits``).
+        name: ``digits``; ``tfds:<set>`` with the name of a ``tensorflow_datasets`` set (see
+            ``prepared.find``); or ``folder:<folder>`` with that of an image folder (see
+            ``folders.open_splits``).
         directory: The ``tensorflow_datasets`` data directory, or where image folders are.
         cache: A directory for decoded images, which makes the next start fast; "" for none.
         selection: What of the set is used. Of drawn classes, only ``"label"`` is kept of the kinds
             of labels, with the drawn classes numbered 0, 1, … in their order.
         resize: What the shorter side of images is scaled to, of which the central square is taken
             (see ``images.central_square``); 0: images stay as they are.
-        channels: Of the images of a folder: 3 (colour) or 1 (grey).
+        channels: Of the images: 3 (colour) or 1 (grey); 0: as a prepared set has them, 3 of a
+            folder.
+        threads: How many decode.
+        damaged: What is done about images that can't be decoded: ``"raise"``, or ``"skip"``, which
+            leaves them out.
+        classes: Numbers of classes of labels that are plain integers (see ``prepared.classes``).
+        ignored: For a kind of label the values that are allowed, although they are no class.
 
     Returns:
         The data set, checked.
@@ -100,22 +126,21 @@ def load(
     Raises:
         ValueError: If there is no such source or split or are too few classes, or the data hold
             impossible values or images of several sizes.
+        DamagedImageError: If an image can't be decoded, or its label is outside of its classes, and
+            such images are not skipped.
         FileNotFoundError: If the set is not in ``directory``.
     """
-    kind, _, rest = name.partition(":")
+    kind = name.partition(":")[0]
     if name == "digits":
-        dataset = _digits(selection)
-    elif kind == "tfds":
-        root = Path(directory).expanduser()
-        dataset = _tfds(rest, root, cache, selection, resize)
-    elif kind == "folder":
-        # Its classes are drawn ahead of decoding.
-        return _folder(name, directory, cache, selection, resize, channels)
+        dataset = _draw(_digits(selection), selection)
+    elif kind in ("tfds", "folder"):
+        opened = open_records(name, directory, cache, selection, channels, classes, ignored)
+        dataset = _decoded(name, opened, cache, _Decoding(resize, threads, damaged == "skip"))
     else:
         known = ["digits", "tfds:<set>", "folder:<folder>"]
         raise ValueError(f"There is no data source '{name}'.{nearest(name, known)}")
-    check(dataset)
-    return _draw(dataset, selection)
+    check(dataset, ignored)
+    return dataset
 
 
 def _digits(selection: Selection) -> Dataset[Source]:
@@ -129,133 +154,210 @@ def _digits(selection: Selection) -> Dataset[Source]:
     order = np.argsort(label, kind="stable")
     test = np.zeros(len(label), bool)
     test[order[::3]] = True
-    chosen = {"train": ~test, "test": test}
-    selection.check_splits("digits", chosen)
-    parts = {k: Source(image[part], {"label": label[part]}) for k, part in chosen.items()}
-    # Of two splits one is for the test.
-    (train,) = selection.train_splits
-    return Dataset(parts[train], parts[selection.test_split], classes={"label": 10})
-
-
-def _tfds(
-    name: str, directory: Path, cache: str, selection: Selection, resize: int
-) -> Dataset[Source]:
-    version = prepared.find(name, directory)
-    place = prepared.copy_place(version, cache, _choices(selection, resize=resize))
-    dataset = _read(place)
-    if dataset is None:
-        dataset = _decode(version, selection, resize)
-        _write(place, dataset)
-    return dataset
-
-
-def _choices(selection: Selection, **others: int) -> list[Any]:
-    """Lists what tells a copy from that of a whole set as it is."""
-    chosen = [] if selection == EVERYTHING else [asdict(selection)]
-    return [*chosen, *({key: value} for key, value in others.items() if value)]
-
-
-def _decode(version: Path, selection: Selection, resize: int) -> Dataset[Source]:
-    builder = prepared.open_builder(version, selection)
-    classes = prepared.classes(builder)
-    drawn = None
-    if selection.draw_classes:
-        drawn = draw_classes(classes["label"], selection.draw_classes, selection.draw_seed)
-    train, test = (
-        _stack(
-            f"{builder.name} {splits}",
-            [each for split in splits for each in _examples(builder, split, drawn, resize)],
-            list(classes),
-        )
-        for splits in (selection.train_splits, (selection.test_split,))
+    splits = {"train": np.flatnonzero(~test), "test": np.flatnonzero(test)}
+    selection.check_splits("digits", splits)
+    spans = selection.spans({split: len(part) for split, part in splits.items()})
+    *train, test_part = (
+        _share(splits[share.split], label, span)
+        for share, span in zip(selection.shares, spans, strict=True)
     )
-    return Dataset(train, test, classes, prepared.names(builder))
+    of_train, of_test = (
+        Source(image[part], {"label": label[part]}) for part in (np.concatenate(train), test_part)
+    )
+    return Dataset(of_train, of_test, classes={"label": 10})
 
 
-def _examples(
-    builder: Any, split: str, drawn: np.ndarray | None, resize: int
-) -> Iterator[Mapping[str, Any]]:
-    """Decodes the examples of a split, all or those of the drawn classes."""
-    # Decoding takes the time, and all images of a large set don't fit in memory.
-    records = prepared.open_split(builder, split)
-    decode = builder.info.features["image"].decode_example_np
-    for i in _bar(len(records), f"Decoding {builder.name} {split}, once"):
-        record = records[i]
-        if drawn is None or record["label"] in drawn:
-            image = decode(record["image"])
-            yield {**record, "image": _resized(image, resize) if resize else image}
+def _share(examples: np.ndarray, label: np.ndarray, span: range) -> np.ndarray:
+    """Takes a share of examples, which stay in their order; see ``shares.order``."""
+    drawn = shares.order([str(i) for i in examples], label[examples])
+    return examples[np.sort(drawn[span.start : span.stop])]
 
 
-def _bar(number: int, title: str) -> Iterator[int]:
-    # None: a bar on a terminal, nothing elsewhere.
-    return iter(tqdm(range(number), desc=title, unit="image", disable=None))
+# ---- Decoding, once: the copy is kept.
 
 
-def _resized(pixels: np.ndarray, side: int) -> np.ndarray:
-    return images.to_array(images.central_square(images.from_array(pixels), side))
+@dataclass(frozen=True)
+class _Decoding:
+    """How records are decoded.
+
+    Attributes:
+        resize: What the shorter side is scaled to; 0: nothing.
+        threads: How many decode.
+        skips: Whether damaged images are left out.
+    """
+
+    resize: int
+    threads: int
+    skips: bool
 
 
-def _stack(what: str, examples: Sequence[Mapping[str, Any]], kinds: Sequence[str]) -> Source:
-    shapes = {example["image"].shape for example in examples}
+def _decoded(
+    name: str, opened: Dataset[Records], cache: str, decoding: _Decoding
+) -> Dataset[Source]:
+    place = _place(name, opened, cache, decoding)
+    parts = {"train": opened.train, "test": opened.test}
+    made = _read(place, parts)
+    if made is None:
+        made = {part: _decode(f"{name} {part}", each, decoding) for part, each in parts.items()}
+        _write(place, made)
+    damaged = [damage for each in made.values() for damage in each.damaged]
+    if damaged and not decoding.skips:
+        raise DamagedImageError(damaged[0]).advised()
+    _check_left(name, opened, made["train"])
+    train, test = (
+        Source(made[part].image, made[part].labels, each.without(made[part].skipped))
+        for part, each in parts.items()
+    )
+    return Dataset(train, test, opened.classes, opened.names, tuple(damaged))
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What was decoded of records.
+
+    Attributes:
+        image: ``[m, h, w, c]``, uint8.
+        labels: Of each kind ``[m]``, int32.
+        skipped: Indices of the records that are damaged.
+        damaged: What is wrong with them.
+    """
+
+    image: np.ndarray
+    labels: dict[str, np.ndarray]
+    skipped: tuple[int, ...] = ()
+    damaged: tuple[str, ...] = ()
+
+
+def _decode(what: str, records: Records, decoding: _Decoding) -> _Made:
+    examples, damage = [], dict[int, str]()
+    for i, example in enumerate(_examples(what, records, decoding)):
+        if not isinstance(example, DamagedImageError):
+            examples.append(example)
+        elif decoding.skips:
+            damage[i] = str(example)
+        else:
+            raise example.advised()
+    if not examples:
+        raise DamagedImageError(
+            f"All {len(records)} images of {what} are damaged: {next(iter(damage.values()), '')}"
+        )
+    shapes = {image.shape for image, _ in examples}
     if len(shapes) != 1:
         raise ValueError(
             f"{what} has {len(examples)} images of {len(shapes)} sizes, such as"
             f" {sorted(shapes)[:2]}; scale them to one with --config.data.resize=SIDE."
         )
-    labels = {k: np.array([example[k] for example in examples], np.int32) for k in kinds}
-    return Source(np.stack([example["image"] for example in examples]), labels)
+    kinds = records.classes
+    labels = {k: np.array([labels[k] for _, labels in examples], np.int32) for k in kinds}
+    image = np.stack([image for image, _ in examples])
+    return _Made(image, labels, tuple(damage), tuple(damage.values()))
 
 
-def _folder(
-    name: str, directory: str, cache: str, selection: Selection, resize: int, channels: int
-) -> Dataset[Source]:
-    found = open_records(name, directory, cache, selection, channels)
-    splits = (*found.train.splits, *found.test.splits)
-    files = [Path(split.name(i)) for split in splits for i in range(len(split))]
-    choices = _choices(selection, resize=resize, channels=channels)
-    place = copies.place(cache, Path(name.partition(":")[2]).name, files, choices)
-    dataset = _read(place)
-    if dataset is None:
-        train, test = (_decode_records(name, each, resize) for each in (found.train, found.test))
-        dataset = Dataset(train, test, found.classes, found.names)
-        _write(place, dataset)
-    return dataset
+def _examples(what: str, records: Records, decoding: _Decoding) -> Iterator[Any]:
+    """Decodes all images in their order: pixels and labels, or the error of a damaged one."""
+    numbers, together = range(len(records)), _PART * decoding.threads
+    # None: a bar on a terminal, nothing elsewhere.
+    with (
+        tqdm(total=len(numbers), desc=f"Decoding {what}, once", unit="image", disable=None) as bar,
+        ThreadPoolExecutor(decoding.threads) as pool,
+    ):
+        for start in numbers[::together]:
+            some = numbers[start : start + together]
+            parts = [some[i : i + _PART] for i in range(0, len(some), _PART)]
+            for part in pool.map(partial(_some, records, decoding.resize), parts):
+                yield from part
+            bar.update(len(some))
 
 
-def _decode_records(name: str, records: Records, resize: int) -> Source:
-    examples = []
-    for i in _bar(len(records), f"Decoding {name}, once"):
-        image, labels = records.example(i)
-        scaled = images.central_square(image, resize) if resize else image
-        examples.append({**labels, "image": images.to_array(scaled)})
-    return _stack(name, examples, list(records.classes))
+def _some(records: Records, resize: int, numbers: range) -> list[Any]:
+    return [_example(records, i, resize) for i in numbers]
 
 
-def _write(place: Path | None, dataset: Dataset[Source]) -> None:
-    described = {"classes": dataset.classes, "names": dataset.names}
-    arrays = {key: np.array(json.dumps(dict(value))) for key, value in described.items()}
-    for split, source in (("train", dataset.train), ("test", dataset.test)):
-        arrays[f"{split}/image"] = source.image
-        arrays |= {f"{split}/labels/{kind}": values for kind, values in source.labels.items()}
+def _example(records: Records, index: int, resize: int) -> Any:
+    try:
+        image, labels = records.example(index)
+    except DamagedImageError as error:
+        return error
+    return images.to_array(images.central_square(image, resize) if resize else image), labels
+
+
+def _check_left(name: str, opened: Dataset[Records], train: _Made) -> None:
+    """Checks that each class that had training images has some that are not damaged."""
+    if not train.skipped:
+        return
+    lost = np.setdiff1d(opened.train.labels["label"], train.labels["label"])
+    names = [opened.names["label"][i] for i in lost if 0 <= i < opened.classes["label"]]
+    if names:
+        raise ValueError(
+            f"All training images of {len(names)} classes of {name} are damaged: {listed(names)};"
+            f" the first: {train.damaged[0]}"
+        )
+
+
+def _place(name: str, opened: Dataset[Records], cache: str, decoding: _Decoding) -> Path | None:
+    """Names the copy: by what is listed, what that leads to, and how it is decoded."""
+    if not cache:
+        return None
+    parts = (opened.train, opened.test)
+    what = [
+        *(list(entry) for part in parts for entry in (*part.listing(), ("", 0, ""))),
+        {kind: list(names) for kind, names in opened.names.items()},
+        {"resize": decoding.resize, "channels": opened.train.channels, "decoder": images.DECODER},
+    ]
+    split = opened.train.splits[0]
+    if isinstance(split, PreparedSplit):
+        return copy_place(split.version, cache, what)
+    files = [
+        each.path(i)
+        for part in parts
+        for each in part.splits
+        if isinstance(each, FolderSplit)
+        for i in range(len(each))
+    ]
+    return copies.place(cache, Path(name.partition(":")[2]).name, files, what)
+
+
+def _write(place: Path | None, made: Mapping[str, _Made]) -> None:
+    arrays = dict[str, np.ndarray]()
+    for part, each in made.items():
+        arrays |= {f"{part}/image": each.image, f"{part}/skipped": np.array(each.skipped, np.int64)}
+        arrays |= {f"{part}/labels/{kind}": values for kind, values in each.labels.items()}
     copies.write(place, arrays)
 
 
-def _read(place: Path | None) -> Dataset[Source] | None:
-    """Reads a decoded copy; None if there is none, or one without names, of a former version."""
+def _read(place: Path | None, parts: Mapping[str, Records]) -> dict[str, _Made] | None:
+    """Reads a decoded copy; None if there is none that can be used."""
     arrays = copies.read(place)
-    if arrays is None or "names" not in arrays:
+    if arrays is None:
         return None
     try:
-        classes, names = (
-            untrusted.parse_json(str(arrays[key]), key) for key in ("classes", "names")
-        )
-        train, test = (
-            Source(arrays[f"{split}/image"], {k: arrays[f"{split}/labels/{k}"] for k in classes})
-            for split in ("train", "test")
-        )
-        return Dataset(train, test, classes, names)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{place} holds no decoded data set: {error}. It is a copy: remove it, to have it made"
-            " anew."
-        ) from error
+        return {part: _copied(part, arrays, records) for part, records in parts.items()}
+    except _MendedError:
+        return None
+    except (KeyError, TypeError, ValueError) as error:
+        copies.warn_unusable(f"{place} holds no such decoded data set: {error}.")
+        return None
+
+
+class _MendedError(Exception):
+    """An image that was damaged when a copy was made no longer is."""
+
+
+def _copied(part: str, arrays: Mapping[str, np.ndarray], records: Records) -> _Made:
+    image = arrays[f"{part}/image"]
+    skipped = tuple(int(i) for i in arrays[f"{part}/skipped"])
+    labels = {kind: arrays[f"{part}/labels/{kind}"] for kind in records.classes}
+    shapes = {image.shape[:1], *(values.shape for values in labels.values())}
+    if shapes != {(len(records) - len(skipped),)} or image.ndim != 4 or image.dtype != np.uint8:
+        raise ValueError(f"images of the shape {image.shape} and type {image.dtype}")
+    for kind, values in labels.items():
+        if _outside(values, records.classes[kind], records.ignored.get(kind, ())).any():
+            raise ValueError(f"a {kind} outside the {records.classes[kind]} classes")
+    damaged = []
+    for i in skipped:
+        # Another try: what could not be read, such as another user's file, leaves no trace.
+        example = _example(records, i, 0)
+        if not isinstance(example, DamagedImageError):
+            raise _MendedError
+        damaged.append(str(example))
+    return _Made(image, labels, skipped, tuple(damaged))

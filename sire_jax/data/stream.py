@@ -193,10 +193,7 @@ class _Maker:
         except DamagedImageError as error:
             if self.skips:
                 return error
-            raise DamagedImageError(
-                f"{error} Mend or remove it, or pass over such images with"
-                " --config.data.damaged=skip."
-            ) from error
+            raise error.advised() from error
         return self._transformed(image, step, place, index), labels
 
     def _transformed(self, image: Any, step: int, place: int, index: int) -> np.ndarray:

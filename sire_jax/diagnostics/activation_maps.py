@@ -252,7 +252,8 @@ def _panel(panel: Axes, image: np.ndarray, title: str, text: str) -> None:
     panel.set_title(title, fontsize=9)
     panel.set_xticks([])
     panel.set_yticks([])
-    panel.set_xlabel(text, fontsize=7)
+    # As it is: two dollar signs in a name are no formula.
+    panel.set_xlabel(text, fontsize=7, parse_math=False)
 
 
 def draw_tests(

@@ -11,11 +11,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
-from sire_jax import command, configuration, experiment
-from sire_jax.evaluate import restore
+from sire_jax import command
+from sire_jax.evaluate import kept_weights, open_run
 from sire_jax.heads.decoder import Decoder
-from sire_jax.streamed_runs import open_runs
-from sire_jax.workdir import CHECKPOINTS, at, read_config, titles
+from sire_jax.workdir import titles
 
 
 def pixels(images: np.ndarray, data: ConfigDict) -> np.ndarray:
@@ -53,16 +52,15 @@ def reconstruct(
 
     Raises:
         FileNotFoundError: If there is no run, no checkpoint, or the data set is not prepared.
-        ValueError: If the network has no decoder.
+        ValueError: If the network has no decoder, an override changes the run, or the data are not
+            those of the run.
     """
-    config = configuration.override(read_config(workdir), overrides)
-    parts = experiment.build(config)
+    runs = open_run(workdir, overrides)
+    parts, config = runs.parts, runs.config
     names = [name for name, head in parts.network.heads.items() if isinstance(head, Decoder)]
     if not names:
         raise ValueError(f"The network of {workdir} has no decoder.")
-    runs = open_runs(parts)
-    state, best = restore(runs, at(workdir) / CHECKPOINTS)
-    kept = state if best is None else best
+    kept = kept_weights(runs, workdir)
     image = runs.look("test", count, parts.ready_cropped)["image"]
     first = jax.tree.map(lambda x: x[0], {"params": kept.params, **kept.model_state})
     outputs = jax.jit(parts.network.apply)(first, image)

@@ -1,6 +1,7 @@
 """Image folders and prepared sets, read one image at a time; how images are decoded and scaled."""
 
 import io
+import os
 import pickle
 import shutil
 import subprocess
@@ -155,29 +156,35 @@ def test_a_split_without_classes_is_refused(folder):
 
 def test_a_split_with_other_classes_is_refused_with_both_differences(folder):
     (folder[0] / "pets" / "test" / "bee").rename(folder[0] / "pets" / "test" / "wasp")
-    message = r"test has other classes than .* \(1 more: 'wasp'; 1 missing: 'bee'\); all splits"
+    message = r"test has other classes than .* \(1 more: 'wasp'; 1 missing: 'bee'\); no other split"
     with pytest.raises(ValueError, match=message):
         _open(folder[0])
-    shutil.rmtree(folder[0] / "pets" / "test" / "wasp")
-    with pytest.raises(ValueError, match=r"of training \(1 missing: 'bee'\); all splits"):
-        _open(folder[0])
 
 
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_an_empty_class_is_refused(folder, split):
-    for path in (folder[0] / "pets" / split / "bee").iterdir():
+@pytest.mark.parametrize("emptied", [True, False])
+def test_a_class_without_test_images_is_warned_of(folder, emptied):
+    shutil.rmtree(folder[0] / "pets" / "test" / "bee")
+    if emptied:
+        (folder[0] / "pets" / "test" / "bee").mkdir()
+    with pytest.warns(UserWarning, match="1 of 3 classes with no test image: 'bee'; none of them"):
+        dataset = _open(folder[0])
+    assert dataset.test.labels["label"].tolist() == [0, 0, 2, 2]
+    assert dataset.classes == {"label": 3}
+
+
+def test_a_class_without_training_images_is_refused(folder):
+    for path in (folder[0] / "pets" / "train" / "bee").iterdir():
         path.unlink()
-    message = rf"pets/{split} has 1 of 3 classes without images: 'bee'; add images, or remove"
+    message = r"pets/train has 1 of 3 classes without training images: 'bee'; add images, or remove"
     with pytest.raises(ValueError, match=message):
         _open(folder[0])
 
 
-def test_a_folder_without_images_is_refused(tmp_path):
-    for name in CLASSES:
-        write(tmp_path / "pets" / "train" / name / "a.txt", b"")
-    (tmp_path / "pets" / "test").mkdir()
+def test_a_folder_without_images_is_refused(folder):
+    for path in (folder[0] / "pets" / "train").rglob("*.png"):
+        path.unlink()
     with pytest.raises(ValueError, match=r"pets/train has no images; files count .* \.bmp, .*webp"):
-        _open(tmp_path)
+        _open(folder[0])
 
 
 def test_a_single_file_is_no_set(tmp_path):
@@ -191,7 +198,7 @@ def test_a_single_file_is_no_set(tmp_path):
 def test_a_class_with_a_single_training_image_is_warned_of(folder):
     for i in (1, 2):
         (folder[0] / "pets" / "train" / "cow" / f"{i}.png").unlink()
-    with pytest.warns(UserWarning, match=r"1 classes with a single training image: 'cow'; none"):
+    with pytest.warns(UserWarning, match=r"1 of 3 classes with a single training image: 'cow'"):
         dataset = _open(folder[0])
     assert len(dataset.train) == 7
     with pytest.raises(ValueError, match="class 2 has only 1 training images"):
@@ -201,7 +208,7 @@ def test_a_class_with_a_single_training_image_is_warned_of(folder):
 def test_files_that_are_not_named_like_images_are_left_out_with_one_warning(folder):
     for i, name in enumerate(("ape", "bee")):
         write(folder[0] / "pets" / "train" / name / f"notes{i}.txt", b"")
-    write(folder[0] / "pets" / "test" / "cow" / "Thumbs.db", b"")
+    write(folder[0] / "pets" / "test" / "cow" / "notes", b"")
     with pytest.warns(UserWarning, match="left out") as warned:
         dataset = _open(folder[0])
     assert len(dataset.train) == 9
@@ -224,6 +231,153 @@ def test_an_image_that_is_gone_is_named(folder):
     (folder[0] / "pets" / "train" / "bee" / "1.png").unlink()
     with pytest.raises(DamagedImageError, match=r"bee/1.png is damaged: .*No such file"):
         records.read(4)
+
+
+def test_a_link_to_nothing_is_a_damaged_image(folder):
+    path = folder[0] / "pets" / "train" / "bee" / "1.png"
+    path.unlink()
+    path.symlink_to("/nowhere/1.png")
+    message = f"{path} is damaged: it is a link to /nowhere/1.png, where there is nothing."
+    with pytest.raises(DamagedImageError) as raised:
+        _open(folder[0]).train.read(4)
+    assert str(raised.value) == message
+    with pytest.raises(DamagedImageError, match=message):
+        _load(folder[0])
+
+
+# ---- Links, and what systems leave in directories.
+
+
+def test_what_systems_leave_in_directories_is_no_class_and_no_image(folder):
+    train = folder[0] / "pets" / "train"
+    for name in ("@eaDir", "__MACOSX", ".ipynb_checkpoints", "lost+found"):
+        write(train / name / "0.png", picture(0))
+        write(train / "bee" / name / "0.png", picture(0))
+    for name in ("Thumbs.db", ".DS_Store", "desktop.ini"):
+        write(train / "bee" / name, b"")
+    assert _open(folder[0]).train.labels["label"].tolist() == LABELS["train"]
+
+
+def test_a_directory_counts_once_however_links_lead_to_it(folder):
+    train = folder[0] / "pets" / "train"
+    (train / "bee" / "loop").symlink_to(train)
+    (train / "bee" / "itself").symlink_to(train / "bee" / "itself")
+    write(train / "bee" / "more" / "a.png", picture(0))
+    (train / "bee" / "again").symlink_to(train / "bee" / "more")
+    with pytest.warns(UserWarning, match="1 files that are left out"):
+        records = _open(folder[0]).train
+    names = [records.name(i).removeprefix(f"{train}/") for i in range(len(records))]
+    assert names[3:7] == ["bee/0.png", "bee/1.png", "bee/2.png", "bee/more/a.png"]
+    assert len(names) == 10
+
+
+def test_an_image_of_two_classes_is_refused(folder):
+    train = folder[0] / "pets" / "train"
+    (train / "bee" / "more").symlink_to(train / "cow")
+    message = "bee/more leads to images of the class 'cow', which would be 'bee' at the same time"
+    with pytest.raises(ValueError, match=message):
+        _open(folder[0])
+    (train / "bee" / "more").unlink()
+    shutil.rmtree(train / "cow")
+    (train / "cow").symlink_to(train / "bee")
+    with pytest.raises(ValueError, match="cow leads to images of the class 'bee'"):
+        _open(folder[0])
+
+
+def test_training_images_are_no_test_images_by_another_name(folder):
+    shutil.rmtree(folder[0] / "pets" / "test")
+    (folder[0] / "pets" / "test").symlink_to(folder[0] / "pets" / "train")
+    with pytest.raises(ValueError, match=r"same directory.*share it out instead: 'train\[:80%\]'"):
+        _open(folder[0])
+
+
+def test_a_class_that_is_a_link_to_nothing_is_refused(folder):
+    # Elsewhere it doesn't matter.
+    (folder[0] / "pets" / "newest").symlink_to("/nowhere")
+    assert len(_open(folder[0]).train) == 9
+    (folder[0] / "pets" / "train" / "yak").symlink_to("/nowhere/yak")
+    with pytest.raises(ValueError, match="train/yak is a link to /nowhere/yak, where there is no"):
+        _open(folder[0])
+
+
+def test_names_are_the_same_whichever_way_their_accents_are_written(folder):
+    apart, composed = "be\u0301e", "b\u00e9e"
+    for split, name in (("train", composed), ("test", apart)):
+        (folder[0] / "pets" / split / "bee").rename(folder[0] / "pets" / split / name)
+    dataset = _open(folder[0])
+    assert dataset.names == {"label": ("ape", composed, "cow")} or dataset.names == {
+        "label": ("ape", "cow", composed)
+    }
+    assert sorted(dataset.test.labels["label"].tolist()) == LABELS["test"]
+    (folder[0] / "pets" / "train" / apart).mkdir()
+    with pytest.raises(ValueError, match=rf"two directories '{composed}', whose accents are"):
+        _open(folder[0])
+
+
+def test_file_names_of_any_bytes_are_read_and_can_be_printed(folder):
+    path = folder[0] / "pets" / "train" / "bee" / os.fsdecode(b"$a$\n\xff.png")
+    write(path, picture(7))
+    records = _open(folder[0]).train
+    (place,) = (i for i in range(10) if "$a$" in records.name(i))
+    assert records.name(place).endswith("bee/$a$\\n\\udcff.png")
+    assert np.array_equal(records.read(place), picture(7))
+    assert len(_load(folder[0], folder[0] / "cache").train) == 10
+
+
+# ---- Shares of splits.
+
+
+def test_shares_of_a_folder_have_each_image_once_and_as_much_of_each_class(tmp_path):
+    write_folder(tmp_path / "pets", {"train": 10})
+    dataset = _open(tmp_path, "folder:pets", ("train[:80%]",), "train[80%:]")
+    names = [{part.name(i) for i in range(len(part))} for part in (dataset.train, dataset.test)]
+    assert [len(each) for each in names] == [24, 6]
+    assert len(names[0] | names[1]) == 30
+    for part, number in ((dataset.train, 8), (dataset.test, 2)):
+        assert np.bincount(part.labels["label"]).tolist() == [number] * 3
+        assert (np.diff(part.labels["label"]) >= 0).all()
+    # By name: the same wherever they lie.
+    shutil.move(tmp_path / "pets", tmp_path / "moved")
+    moved = _open(tmp_path, "folder:moved", ("train[:80%]",), "train[-20%:]").test
+    assert {moved.name(i).replace("moved", "pets") for i in range(6)} == names[1]
+    counted = _open(tmp_path, "folder:moved", ("train[:5]", "train[5:24]"), "train[24:]")
+    assert (len(counted.train), len(counted.test)) == (24, 6)
+    assert list(counted.test.listing()) == list(moved.listing())
+
+
+def test_a_folder_of_classes_without_splits_can_be_shared_out(tmp_path):
+    write_folder(tmp_path / "all", {"pets": 5})
+    with pytest.raises(ValueError, match=r"no split 'train', only \['ape', .*'all\[80%:\]'"):
+        _open(tmp_path / "all")
+    dataset = _open(tmp_path / "all", "folder:pets", ("all[:80%]",), "all[80%:]")
+    assert (len(dataset.train), len(dataset.test)) == (12, 3)
+    assert dataset.names == {"label": CLASSES}
+    loaded = sources.load(
+        "folder:pets", str(tmp_path / "all"), selection=Selection(("all[:80%]",), "all[80%:]")
+    )
+    assert np.array_equal(loaded.test.image[1], dataset.test.read(1))
+
+
+@pytest.mark.parametrize(
+    ("splits", "message"),
+    [
+        ((("train[:80%]",), "train[70%:]"), "'train.:80%.' and 'train.70%:.' of .*have 1 images"),
+        ((("train", "test[:1]"), "test"), "'test.:1.' and 'test' of .* have 1 images in common"),
+        ((("train[:10]",), "test"), "reaches beyond the 9 images of 'train'.* in 0..9, or 0%"),
+        ((("train[:110%]",), "test"), "reaches beyond the 9 images"),
+        ((("train[5:5]",), "test"), "'train.5:5.' has no images: of the 9 of 'train' .* 5 up to 5"),
+        ((("train",), "test[:1%]"), "'test.:1%.' has no images: of the 6"),
+        (
+            (("train[80]",), "test"),
+            r"train_splits: 'train\[80\]' is no split; write its name, such",
+        ),
+        ((("train",), "test[:8%"), r"test_split: 'test\[:8%' is no split"),
+        ((("train[:-3.5]",), "test"), "is no split; write its name"),
+    ],
+)
+def test_shares_that_make_no_sense_are_refused(folder, splits, message):
+    with pytest.raises(ValueError, match=message):
+        _open(folder[0], "folder:pets", *splits)
 
 
 @pytest.mark.parametrize(
@@ -361,6 +515,76 @@ def test_a_damaged_image_of_a_folder_is_not_loaded(folder):
         _load(folder[0])
 
 
+def test_damaged_images_are_skipped_and_a_copy_remembers_them(folder, tmp_path):
+    path = folder[0] / "pets" / "train" / "bee" / "1.png"
+    whole = path.read_bytes()
+    path.write_bytes(b"text")
+    cache, message = tmp_path / "cache", f"{path} is damaged: its 4 bytes are no image of a known"
+    for _ in ("decoded", "copied"):
+        dataset = _skip(folder[0], cache)
+        assert len(dataset.train) == 8
+        assert np.array_equal(dataset.train.image[4], folder[1]["train"][5])
+        assert dataset.train.labels["label"].tolist() == [0, 0, 0, 1, 1, 2, 2, 2]
+        assert [each.startswith(message) for each in dataset.skipped] == [True]
+        assert len(list(dataset.train.listing())) == 8
+    assert len(list(cache.iterdir())) == 1
+    with pytest.raises(DamagedImageError, match=f"{message}.*config.data.damaged=skip"):
+        _load(folder[0], cache)
+    # Mended within the same second and of the same size: what was skipped is tried again.
+    status = path.stat()
+    path.write_bytes(b"text" + whole[4:])
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert len(_skip(folder[0], cache).train) == 8
+    for each in (folder[0] / "pets" / "train" / "bee").iterdir():
+        each.write_bytes(b"text")
+    with pytest.raises(ValueError, match=r"All training images of 1 classes .* damaged: 'bee'"):
+        _skip(folder[0], cache)
+
+
+def _skip(directory, cache):
+    return sources.load("folder:pets", str(directory), str(cache), damaged="skip")
+
+
+def test_an_image_that_could_not_be_read_for_a_time_is_not_skipped_for_ever(
+    folder, tmp_path, monkeypatch
+):
+    decode = images.decode
+    monkeypatch.setattr(images, "decode", lambda *_: (_ for _ in ()).throw(OSError("flaky")))
+    with pytest.raises(DamagedImageError, match="All 9 images of folder:pets train are damaged"):
+        _skip(folder[0], tmp_path / "cache")
+    flaky = encoded(folder[1]["train"][4])
+
+    def fail_once(content, channels):
+        if content == flaky:
+            raise OSError("flaky")
+        return decode(content, channels)
+
+    monkeypatch.setattr(images, "decode", fail_once)
+    assert len(_skip(folder[0], tmp_path / "cache").train) == 8
+    monkeypatch.undo()
+    assert len(_skip(folder[0], tmp_path / "cache").train) == 9
+
+
+def test_a_link_that_leads_elsewhere_is_decoded_again(folder, tmp_path):
+    train, cache = folder[0] / "pets" / "train", tmp_path / "cache"
+    pool = tmp_path / "pool"
+    for name in ("ape", "bee"):
+        write(pool / f"{name}.png", (train / name / "0.png").read_bytes())
+        (train / name / "0.png").unlink()
+        (train / name / "0.png").symlink_to(pool / f"{name}.png")
+    assert np.array_equal(_load(folder[0], cache).train.image[0], folder[1]["train"][0])
+    (train / "ape" / "0.png").rename(tmp_path / "kept")
+    (train / "bee" / "0.png").rename(train / "ape" / "0.png")
+    (tmp_path / "kept").rename(train / "bee" / "0.png")
+    moved = _load(folder[0], cache).train.image
+    assert np.array_equal(moved[0], folder[1]["train"][3])
+    assert np.array_equal(moved[3], folder[1]["train"][0])
+    # A class by another name is another label.
+    for split in ("train", "test"):
+        (folder[0] / "pets" / split / "cow").rename(folder[0] / "pets" / split / "yak")
+    assert _load(folder[0], cache).names == {"label": ("ape", "bee", "yak")}
+
+
 # ---- Prepared sets.
 
 
@@ -460,6 +684,34 @@ def test_a_label_outside_of_the_classes_is_named(tmp_path):
     assert sorted(messages) == [f"the label -1, {outside}", f"the label 7, {outside}"]
 
 
+def test_labels_that_are_allowed_although_they_are_no_class_pass(tmp_path):
+    content = [(encoded(picture(i)), label) for i, label in enumerate((0, 7, -1, 1))]
+    prepare_set(tmp_path, {"train": content, "test": content[:1]})
+    ignored = {"label": (-1, 7)}
+    records = open_records("tfds:small", str(tmp_path), ignored=ignored).train
+    assert sorted(records.example(i)[1]["label"] for i in range(4)) == [-1, 0, 1, 7]
+    loaded = sources.load("tfds:small", str(tmp_path), ignored=ignored).train
+    assert sorted(loaded.labels["label"].tolist()) == [-1, 0, 1, 7]
+    message = r"train has the label (7|-1), which is outside the 3 classes 0\.\.2"
+    with pytest.raises(DamagedImageError, match=message):
+        sources.load("tfds:small", str(tmp_path), ignored={"label": ()})
+    assert len(sources.load("tfds:small", str(tmp_path), damaged="skip").train) == 2
+
+
+def test_shares_of_a_prepared_set_are_those_of_its_library(prepared):
+    import tensorflow_datasets as tfds
+
+    builder = tfds.builder_from_directory(f"{prepared}/small/1.0.0")
+    for share in ("train[:60%]", "train[-3:]", "train[2:5]"):
+        other = "train[60%:]" if share == "train[:60%]" else "test"
+        dataset = open_records("tfds:small", prepared, selection=Selection((share,), other))
+        expected = builder.as_data_source(split=share)
+        assert len(dataset.train) == len(expected)
+        for i in range(len(expected)):
+            assert np.array_equal(dataset.train.read(i), expected[i]["image"])
+        assert dataset.train.labels["label"].tolist() == [each["label"] for each in expected]
+
+
 def test_a_set_that_is_not_prepared_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=f"'small' is not prepared in {tmp_path}"):
         open_records("tfds:small", str(tmp_path))
@@ -472,6 +724,30 @@ def test_records_and_sources_make_data_sets():
 
 
 # ---- Decoding.
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_photographs_are_turned_upright(kind):
+    upright = np.zeros((40, 20, 3), np.uint8)
+    upright[:20] = 200
+    for orientation, turned in (
+        (1, upright),
+        (3, np.rot90(upright, 2)),
+        (6, np.rot90(upright, 1)),
+        (8, np.rot90(upright, -1)),
+    ):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        content = encoded(np.ascontiguousarray(turned), kind, exif=exif)
+        for channels in (3, 1):
+            found = images.to_array(images.decode(content, channels)).astype(int)
+            assert found.shape == (40, 20, channels)
+            assert np.abs(found - upright[..., :channels]).max() < 12
+
+
+def test_an_orientation_that_can_not_be_read_is_none():
+    content = encoded(picture(0), "JPEG", exif=b"Exif\0\0nothing of the kind")
+    assert images.decode(content, 3).size == (6, 4)
 
 
 def test_images_of_every_mode_are_converted():

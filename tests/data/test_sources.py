@@ -1,5 +1,4 @@
-import hashlib
-import json
+import fcntl
 import os
 import shutil
 import subprocess
@@ -11,9 +10,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pictured import flipped
 from sklearn.datasets import load_digits
 
-from sire_jax.data import sources
+from sire_jax.data import copies, sources
 from sire_jax.data.sources import Dataset, Selection, Source
 
 # What numpy 2.4 draws with seed 0: 4 of 10 classes, and the first of 100 of 1000.
@@ -144,6 +144,18 @@ def test_digits_of_drawn_classes_are_numbered_anew(digits):
         sources.load("digits", "", selection=Selection(draw_classes=11))
 
 
+def test_shares_of_the_digits_have_each_once(digits):
+    shared = sources.load("digits", "", selection=Selection(("train[:75%]", "test"), "train[75%:]"))
+    number = len(digits.train)
+    assert len(shared.test) == number - round(0.75 * number)
+    assert len(shared.train) + len(shared.test) == 1797
+    both = np.concatenate([shared.train.image, shared.test.image])
+    whole = np.concatenate([digits.train.image, digits.test.image])
+    assert sorted(x.tobytes() for x in both) == sorted(x.tobytes() for x in whole)
+    counts = np.bincount(digits.train.labels["label"])
+    assert (np.abs(np.bincount(shared.test.labels["label"]) - counts / 4) <= 1).all()
+
+
 def _dataset(images=5, dtype=np.float32, classes=3):
     parts = [
         Source(np.zeros((images, 2, 2, 1), dtype), {"label": np.zeros(images, np.int32)})
@@ -175,6 +187,14 @@ def test_a_label_outside_the_classes_is_refused_with_count_value_and_index(value
     message = f"train 'label' has 2 labels outside the 3 classes 0..2: the first is {value} at ind"
     with pytest.raises(ValueError, match=rf"{message}ex 3"):
         sources.check(dataset)
+
+
+def test_a_label_that_is_allowed_although_it_is_no_class_passes():
+    dataset = _dataset()
+    dataset.train.labels["label"][:] = [0, -1, 2, 255, 0]
+    sources.check(dataset, {"label": (-1, 255)})
+    with pytest.raises(ValueError, match=r"1 labels outside the 3 classes .* is 255 at index 3"):
+        sources.check(dataset, {"label": (-1,)})
 
 
 def test_every_kind_of_label_is_checked():
@@ -223,7 +243,7 @@ def test_a_source_without_the_name_of_a_set_is_refused(prepared):
 
 
 # A set of our own: image i of the split is all 10 * i, its label i mod 3, its parity i mod 2.
-def _prepare(root, splits, label="label", shape=(4, 6, 1)):
+def _prepare(root, splits, label="label", shape=(4, 6, 1), feature=None, value=lambda i: i % 3):
     import tensorflow_datasets as tfds
     from PIL import Image
 
@@ -232,7 +252,7 @@ def _prepare(root, splits, label="label", shape=(4, 6, 1)):
             path = root / f"{split}_{i}.png"
             width = 6 if shape[1] else 6 + i
             Image.fromarray(np.full((4, width), 10 * i, np.uint8)).save(path)
-            yield i, {"image": path, label: i % 3, "parity": i % 2, "place": i}
+            yield i, {"image": path, label: value(i), "parity": i % 2, "place": i}
 
     with tfds.core.registered.skip_registration():
 
@@ -242,7 +262,7 @@ def _prepare(root, splits, label="label", shape=(4, 6, 1)):
             def _info(self):
                 features = {
                     "image": tfds.features.Image(shape=shape),
-                    label: tfds.features.ClassLabel(num_classes=3),
+                    label: feature or tfds.features.ClassLabel(num_classes=3),
                     "parity": tfds.features.ClassLabel(names=["even", "odd"]),
                     "place": tfds.features.Scalar(np.int64),
                 }
@@ -270,7 +290,7 @@ def no_decoding(monkeypatch):
     def fail(*_):
         raise AssertionError("the set was decoded")
 
-    monkeypatch.setattr("tensorflow_datasets.builder_from_directory", fail)
+    monkeypatch.setattr("sire_jax.data.sources._decode", fail)
 
 
 def _check_tiny(dataset):
@@ -302,19 +322,6 @@ def test_a_cached_set_is_not_decoded_again(prepared, tmp_path, request):
         sources.load("tfds:tiny", str(prepared))
 
 
-def test_a_copy_without_names_is_made_again(prepared, tmp_path, request):
-    sources.load("tfds:tiny", str(prepared), str(tmp_path))
-    (copy,) = tmp_path.iterdir()
-    with np.load(copy) as arrays:
-        # As former versions have written it.
-        former = {key: arrays[key] for key in arrays if key != "names"}
-    np.savez(copy, **former)
-    _check_tiny(sources.load("tfds:tiny", str(prepared), str(tmp_path)))
-    request.getfixturevalue("no_decoding")
-    _check_tiny(sources.load("tfds:tiny", str(prepared), str(tmp_path)))
-    assert list(tmp_path.iterdir()) == [copy]
-
-
 def test_classes_without_names_are_numbered():
     assert _dataset(classes=3).names == {"label": ("0", "1", "2")}
 
@@ -334,7 +341,29 @@ def test_the_newest_version_is_used(prepared, tmp_path):
         shutil.copytree(prepared / "tiny" / "1.0.0", tmp_path / "tiny" / version)
     for version in ("1.9.0", "1.2.0"):
         (tmp_path / "tiny" / version / "features.json").unlink()
-    _check_tiny(sources.load("tfds:tiny", str(tmp_path)))
+    message = (
+        r"tiny has 3 versions; the newest, 1.10.0, is used.*config.data.name.*'tfds:tiny:1.9.0'"
+    )
+    with pytest.warns(UserWarning, match=message):
+        _check_tiny(sources.load("tfds:tiny", str(tmp_path)))
+    _check_tiny(sources.load("tfds:tiny:1.10.0", str(tmp_path)))
+    message = r"in the version 2.0.0, only '1.10.0', '1.9.0', '1.2.0'\. Prepare it"
+    with pytest.raises(FileNotFoundError, match=message):
+        sources.load("tfds:tiny:2.0.0", str(tmp_path))
+
+
+def test_one_of_several_configurations_is_chosen_by_name(prepared, tmp_path):
+    for config in ("small", "large"):
+        shutil.copytree(prepared / "tiny" / "1.0.0", tmp_path / "tiny" / config / "1.0.0")
+    message = (
+        r"tiny has 2 configurations of the set; choose .* 'tfds:tiny/large', 'tfds:tiny/small'"
+    )
+    with pytest.raises(ValueError, match=message):
+        sources.load("tfds:tiny", str(tmp_path))
+    for name in ("tiny/large", "tiny/small:1.0.0"):
+        _check_tiny(sources.load(f"tfds:{name}", str(tmp_path)))
+    with pytest.raises(FileNotFoundError, match="'tiny/larger' is not prepared in"):
+        sources.load("tfds:tiny/larger", str(tmp_path))
 
 
 def test_a_tilde_in_the_directories_is_the_home(prepared, monkeypatch):
@@ -350,6 +379,43 @@ def test_a_set_without_test_images_or_labels_is_refused(tmp_path):
     (tmp_path / "b").mkdir()
     with pytest.raises(ValueError, match=r"no 'image' and 'label'.*'kind'"):
         sources.load("tfds:tiny", str(_prepare(tmp_path / "b", {"train": 2, "test": 1}, "kind")))
+
+
+def test_labels_that_are_plain_integers_are_taken_and_counted(tmp_path):
+    import tensorflow_datasets as tfds
+
+    feature = tfds.features.Scalar(np.int64)
+    sets = str(_prepare(tmp_path, {"train": 4, "test": 3}, feature=feature))
+    dataset = sources.load("tfds:tiny", sets)
+    assert dataset.classes == {"label": 3, "parity": 2}
+    assert dataset.names == {"label": ("0", "1", "2"), "parity": ("even", "odd")}
+    places = dataset.train.image[:, 0, 0, 0] // 10
+    assert np.array_equal(dataset.train.labels["label"], places % 3)
+    given = sources.load("tfds:tiny", sets, classes={"label": 5, "place": 9})
+    assert given.classes == {"label": 5, "parity": 2, "place": 9}
+    assert np.array_equal(given.train.labels["place"], places)
+    message = r"has the label [12], which is outside the 1 classes 0\.\.0"
+    with pytest.raises(ValueError, match=message):
+        sources.load("tfds:tiny", sets, classes={"label": 1})
+
+
+@pytest.mark.parametrize("kind", ["Text", "Tensor"])
+def test_labels_that_are_texts_or_one_hot_are_refused_with_what_is_needed(tmp_path, kind):
+    import tensorflow_datasets as tfds
+
+    feature, value = {
+        "Text": (tfds.features.Text(), lambda i: f"kind {i % 3}"),
+        "Tensor": (
+            tfds.features.Tensor(shape=(3,), dtype=np.float32),
+            lambda i: np.eye(3, dtype=np.float32)[i % 3],
+        ),
+    }[kind]
+    sets = str(_prepare(tmp_path, {"train": 2, "test": 1}, feature=feature, value=value))
+    message = (
+        rf"'label' of .* is {kind} of the shape .*; labels should be numbers.*ClassLabel\(names="
+    )
+    with pytest.raises(ValueError, match=message):
+        sources.load("tfds:tiny", sets)
 
 
 def test_images_of_several_sizes_are_refused(tmp_path):
@@ -390,7 +456,7 @@ def test_several_splits_make_the_training_images_one_after_another(three_splits,
     [
         (Selection(), "test"),
         (Selection(("train", "extr"), "validation"), "extr"),
-        (Selection(("train[:4]",), "validation"), r"train\[:4\]"),
+        (Selection(("extr[:4]",), "validation"), "extr"),
     ],
 )
 def test_an_unknown_split_is_refused_with_those_that_exist(three_splits, selection, split):
@@ -406,33 +472,33 @@ def test_each_selection_has_a_decoded_copy_of_its_own(three_splits, tmp_path, re
         Selection(("train",), "validation"),
         Selection(("train",), "extra"),
         Selection(("train",), "extra", draw_classes=2),
-        Selection(("train",), "extra", draw_classes=2, draw_seed=5),
+        Selection(("train",), "extra", draw_classes=2, draw_seed=1),
     ]
     first = [sources.load("tfds:tiny", three_splits, str(tmp_path), each) for each in chosen]
-    assert len(list(tmp_path.iterdir())) == len(chosen)
+    copied = {each.name for each in tmp_path.iterdir() if "-labels-" not in each.name}
+    assert len(copied) == len(chosen)
     request.getfixturevalue("no_decoding")
     for each, dataset in zip(chosen, first, strict=True):
         _assert_equal(sources.load("tfds:tiny", three_splits, str(tmp_path), each), dataset)
 
 
-def test_the_copy_of_a_whole_set_keeps_its_name(prepared, tmp_path):
-    sources.load("tfds:tiny", str(prepared), str(tmp_path))
-    files = sorted((prepared / "tiny" / "1.0.0").iterdir())
-    identity = [[str(each), each.stat().st_size, each.stat().st_mtime] for each in files]
-    digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
-    assert [each.name for each in tmp_path.iterdir()] == [f"tiny-1.0.0-{digest}.npz"]
+def test_a_copy_of_another_decoder_is_not_used(prepared, tmp_path, monkeypatch):
+    for decoder in (1, 2, 2):
+        monkeypatch.setattr("sire_jax.data.images.DECODER", decoder)
+        sources.load("tfds:tiny", str(prepared), str(tmp_path))
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_only_images_of_drawn_classes_are_decoded(prepared, monkeypatch):
-    from tensorflow_datasets.core.features import Image
+    from sire_jax.data import images
 
-    decode, decoded = Image.decode_example_np, []
+    decode, decoded = images.decode, []
 
-    def counted(self, example):
-        decoded.append(decode(self, example))
-        return decoded[-1]
+    def counted(*given):
+        decoded.append(1)
+        return decode(*given)
 
-    monkeypatch.setattr(Image, "decode_example_np", counted)
+    monkeypatch.setattr(images, "decode", counted)
     drawn = sources.draw_classes(3, 2, 0).tolist()
     dataset = sources.load("tfds:tiny", str(prepared), selection=Selection(draw_classes=2))
     assert dataset.classes == {"label": 2}
@@ -459,6 +525,80 @@ def test_two_programs_may_write_the_cache_at_once(prepared, tmp_path, monkeypatc
     monkeypatch.setattr(np, "savez", slow)
     _check_tiny(sources.load(*arguments))
     assert len(list(tmp_path.iterdir())) == 1
+
+
+# ---- Copies.
+
+
+def test_a_copy_that_can_not_be_used_is_made_again_with_a_warning(prepared, tmp_path):
+    arguments = ("tfds:tiny", str(prepared), str(tmp_path))
+    sources.load(*arguments)
+    (copy,) = tmp_path.iterdir()
+    whole = copy.read_bytes()
+    with np.load(copy) as arrays:
+        other = {key: values[1:] for key, values in arrays.items()}
+    damaged = {
+        "truncated": whole[:-200],
+        "empty": b"",
+        "flipped": flipped(whole, whole.index(b"train/image.npy") + 200),
+    }
+    for content in damaged.values():
+        copy.write_bytes(content)
+        with pytest.warns(UserWarning, match=r"\.npz is damaged.*It is a copy, which is made anew"):
+            _check_tiny(sources.load(*arguments))
+        assert copy.read_bytes() == whole
+    np.savez(copy, **other)
+    with pytest.warns(UserWarning, match=r"\.npz holds no such decoded data set: images of .*anew"):
+        _check_tiny(sources.load(*arguments))
+    assert list(tmp_path.iterdir()) == [copy]
+
+
+def test_a_copy_of_another_user_that_can_not_be_read_is_as_if_absent(tmp_path, monkeypatch):
+    copies.write(tmp_path / "a.npz", {"x": np.arange(3)})
+    assert (tmp_path / "a.npz").stat().st_mode & 0o777 == 0o666 & ~_umask()
+    opened = Path.open
+
+    def refuse(self, *given, **settings):
+        if self.name == "a.npz":
+            raise PermissionError(13, "Permission denied")
+        return opened(self, *given, **settings)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    assert copies.read(tmp_path / "a.npz") is None
+
+
+def _umask():
+    now = os.umask(0)
+    os.umask(now)
+    return now
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_nothing_half_written_is_left(tmp_path, monkeypatch, error):
+    def fail(file, **_):
+        file.write(b"half")
+        raise error
+
+    copy = tmp_path / "a.npz"
+    copies.write(copy, {"x": np.arange(3)})
+    monkeypatch.setattr(np, "savez", fail)
+    if isinstance(error, OSError):
+        with pytest.warns(UserWarning, match=f"No copy is kept in {tmp_path}.*No space left"):
+            copies.write(copy, {"x": np.arange(4)})
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            copies.write(copy, {"x": np.arange(4)})
+    monkeypatch.undo()
+    assert list(tmp_path.iterdir()) == [copy]
+    assert copies.read(copy)["x"].tolist() == [0, 1, 2]
+
+
+def test_what_a_killed_program_was_writing_is_removed(tmp_path):
+    (tmp_path / "a.12345678.partial").write_bytes(b"of a program that was killed")
+    with (tmp_path / "b.12345678.partial").open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        copies.write(tmp_path / "c.npz", {"x": np.arange(3)})
+        assert sorted(each.name for each in tmp_path.iterdir()) == ["b.12345678.partial", "c.npz"]
 
 
 # The real set, where there is one.

@@ -29,6 +29,8 @@ from sire_jax import (
     untrusted,
 )
 from sire_jax.data import copies, sources
+from sire_jax.data.folders import FolderSplit
+from sire_jax.data.records import Records
 from sire_jax.workdir import Workdir, read_config, read_metrics, read_results
 
 QUICKSTART = f"{configuration.repository_configs()}/quickstart.py"
@@ -496,51 +498,50 @@ def test_groups_of_a_stranger_in_a_config_are_refused(key, value, message):
 
 
 def _decoded():
-    image = np.zeros((3, 2, 2, 1), np.uint8)
-    label = np.zeros(3, np.int32)
-    arrays = {"classes": '{"label": 2}', "names": '{"label": ["a", "b"]}'}
-    return {
-        **{key: np.array(text) for key, text in arrays.items()},
-        **{f"{split}/image": image for split in ("train", "test")},
-        **{f"{split}/labels/label": label for split in ("train", "test")},
-    }
+    image, label = np.zeros((3, 2, 2, 1), np.uint8), np.zeros(3, np.int32)
+    arrays = {"image": image, "labels/label": label, "skipped": np.zeros(0, np.int64)}
+    return {f"{part}/{key}": values for part in ("train", "test") for key, values in arrays.items()}
+
+
+def _records():
+    split = FolderSplit(Path("/"), np.array([b"a"] * 3), np.zeros(3, np.int32), np.ones(3), ("a",))
+    return {part: Records((split,), {"label": 2}, 1) for part in ("train", "test")}
 
 
 @pytest.mark.parametrize("kind", ARRAYS)
-def test_a_copy_of_decoded_images_of_a_stranger_is_refused(tmp_path, mark, kind):
+def test_a_copy_of_decoded_images_of_a_stranger_is_not_used(tmp_path, mark, kind):
     path = tmp_path / "copy.npz"
     np.savez(path, **_decoded())
-    assert sources._read(path).classes == {"label": 2}
+    assert sources._read(path, _records())["train"].image.shape == (3, 2, 2, 1)
     content, message = _arrays_of_strangers(mark)[kind]
     _archive(path, {**_members(path), "train/image.npy": content})
-    with pytest.raises(
-        ValueError, match=f"copy.npz is damaged.*{message}.*remove it, to have it m"
-    ):
-        copies.read(path)
+    with pytest.warns(UserWarning, match=f"copy.npz is damaged.*{message}.*which is made anew"):
+        assert copies.read(path) is None
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("classes", None),
-        ("classes", "{"),
-        ("classes", _nested(1000)),
-        ("classes", "[1]"),
-        ("classes", "3"),
-        ("names", "[]"),
-        ("names", '{"label": 3}'),
         ("train/image", None),
+        ("train/image", np.zeros((3, 2, 2))),
+        ("train/image", np.zeros((3, 2, 2, 1))),
+        ("train/image", np.zeros((2, 2, 2, 1), np.uint8)),
         ("test/labels/label", None),
+        ("test/labels/label", np.zeros((3, 1), np.int32)),
+        ("test/labels/label", np.array([0, 1, 2], np.int32)),
+        ("test/labels/label", np.array([0, -1, 1], np.int32)),
+        ("test/skipped", None),
+        ("test/skipped", np.array("a")),
     ],
 )
-def test_a_copy_of_another_structure_is_refused(tmp_path, key, value):
+def test_a_copy_of_another_structure_is_not_used(tmp_path, key, value):
     path = tmp_path / "copy.npz"
-    arrays = {**_decoded(), key: np.array(value)}
+    arrays = {**_decoded(), key: value}
     if value is None:
         del arrays[key]
     np.savez(path, **arrays)
-    with pytest.raises(ValueError, match=r"copy\.npz holds no decoded data set: .*remove it"):
-        sources._read(path)
+    with pytest.warns(UserWarning, match=r"copy\.npz holds no such decoded data set: .*made anew"):
+        assert sources._read(path, _records()) is None
 
 
 @pytest.mark.parametrize("kind", ARRAYS)

@@ -1,0 +1,208 @@
+"""What the data of a run are, kept with it: names of classes, and a fingerprint of the images.
+
+``data.json`` in the workdir, for people, too; ``data_files.gz`` has a line for each image, so that
+a difference can be named. Where the data lie, and when they were written, is no part of it.
+"""
+
+import gzip
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from sire_jax import untrusted
+from sire_jax.data.dataset import Dataset, Listed
+from sire_jax.names import listed
+
+FILE, FILES = "data.json", "data_files.gz"
+# Of the list of images, unpacked: that of several million.
+_MOST_BYTES = 2**28
+# Names in a message.
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Part:
+    """The training or the test images.
+
+    Attributes:
+        images: How many.
+        digest: Of their list.
+        listing: Lists them (``dataset.Listed``).
+    """
+
+    images: int
+    digest: str
+    listing: Callable[[], Iterator[Listed]]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What the data of a run are, wherever they lie.
+
+    Attributes:
+        names: For each kind of label the names of its classes.
+        parts: The ``"train"`` and the ``"test"`` images.
+    """
+
+    names: Mapping[str, tuple[str, ...]]
+    parts: Mapping[str, Part]
+
+    def brief(self) -> str:
+        """Describes them in a line: another one for other data."""
+        counts = " + ".join(f"{part.images:,}" for part in self.parts.values())
+        classes = {kind: len(names) for kind, names in self.names.items()}
+        digest = hashlib.sha256(json.dumps(dict(self.names), sort_keys=True).encode())
+        for part in self.parts.values():
+            digest.update(part.digest.encode())
+        return f"{counts} images of {classes}, checksum {digest.hexdigest()[:16]}"
+
+
+def of(dataset: Dataset[Any]) -> Contents:
+    """Returns what a data set is; no image is read for it."""
+    parts = {"train": dataset.train, "test": dataset.test}
+    return Contents(dataset.names, {name: _part(source) for name, source in parts.items()})
+
+
+def _part(source: Any) -> Part:
+    # Of images that were decoded the records, so that the images themselves are not kept.
+    origin = getattr(source, "origin", source)
+    if origin is None:
+        entries = list(source.listing())
+        return _listed_part(len(source), lambda: iter(entries))
+    return _listed_part(len(source), origin.listing)
+
+
+def _listed_part(images: int, listing: Callable[[], Iterator[Listed]]) -> Part:
+    digest = hashlib.sha256()
+    for entry in listing():
+        digest.update(_line(entry))
+    return Part(images, digest.hexdigest(), listing)
+
+
+def _line(entry: Sequence[Any]) -> bytes:
+    return json.dumps(entry).encode() + b"\n"
+
+
+def keep(directory: Path, contents: Contents, replace: Callable[[Path, bytes], None]) -> None:
+    """Writes what the data of a run are into its directory.
+
+    Args:
+        directory: The workdir.
+        contents: What the data are.
+        replace: Writes a file at once.
+    """
+    described = {
+        "classes": {kind: list(names) for kind, names in contents.names.items()},
+        **{
+            name: {"images": part.images, "digest": part.digest}
+            for name, part in contents.parts.items()
+        },
+    }
+    lines = (
+        _line((name, *entry)) for name, part in contents.parts.items() for entry in part.listing()
+    )
+    # Without a time: the same data, the same file.
+    replace(directory / FILES, gzip.compress(b"".join(lines), 6, mtime=0))
+    replace(directory / FILE, (json.dumps(described, indent=2) + "\n").encode())
+
+
+def read(directory: str | Path) -> Contents | None:
+    """Reads what the data of a run were; None if it was begun by a version that kept nothing.
+
+    Raises:
+        ValueError: If the file holds something else.
+    """
+    stored = Path(directory).expanduser() / FILE
+    if not stored.exists():
+        return None
+    found = untrusted.read_json(stored)
+    try:
+        names = {kind: tuple(map(str, names)) for kind, names in found["classes"].items()}
+        parts = {
+            name: Part(
+                int(found[name]["images"]),
+                str(found[name]["digest"]),
+                partial(_kept_listing, stored.with_name(FILES), name),
+            )
+            for name in ("train", "test")
+        }
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{stored} doesn't say what the data of a run are ({error!r}); remove it, to take the"
+            " data as they are."
+        ) from None
+    return Contents(names, parts)
+
+
+def _kept_listing(path: Path, part: str) -> Iterator[Listed]:
+    with gzip.open(path) as file:
+        text = file.read(_MOST_BYTES)
+    for line in text.splitlines():
+        name, *entry = json.loads(line)
+        if name == part:
+            yield Listed(str(entry[0]), int(entry[1]), str(entry[2]))
+
+
+def differences(old: Contents, new: Contents) -> list[str]:
+    """Lists what data have that others have not, a line each; none if they are the same.
+
+    Args:
+        old: What the data were.
+        new: What they are.
+    """
+    renamed = of_names(old, new)
+    if renamed:
+        return renamed  # Files of classes of other names differ, too.
+    return [
+        f"{name}: {_of_images(old.parts[name], new.parts[name])}"
+        for name in old.parts
+        if old.parts[name].digest != new.parts[name].digest
+    ]
+
+
+def of_names(old: Contents, new: Contents) -> list[str]:
+    """Lists how the names of classes differ, a line for each kind of label."""
+    kinds = sorted(old.names.keys() | new.names.keys())
+    pairs = {kind: (old.names.get(kind, ()), new.names.get(kind, ())) for kind in kinds}
+    return [f"{kind}: {_of_classes(a, b)}" for kind, (a, b) in pairs.items() if a != b]
+
+
+def _of_classes(old: Sequence[str], new: Sequence[str]) -> str:
+    changes = [
+        f"{len(names)} {what}: {listed(names)}"
+        for what, names in (
+            ("missing", [name for name in old if name not in set(new)]),
+            ("new", [name for name in new if name not in set(old)]),
+        )
+        if names
+    ]
+    if changes:
+        return f"of {len(old)} classes {', '.join(changes)}"
+    place = next(i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b)
+    return f"the classes in another order: the class {place} was '{old[place]}', now '{new[place]}'"
+
+
+def _of_images(old: Part, new: Part) -> str:
+    counts = f"{old.images:,} -> {new.images:,} images"
+    try:
+        before, after = Counter(old.listing()), Counter(new.listing())
+    except Exception:  # The list was lost or damaged in one of many ways.
+        before, after = Counter[Listed](), Counter[Listed]()
+    if not before:
+        return f"{counts}, not the same"
+    gone, more = ({entry.name for entry in each} for each in (before - after, after - before))
+    changes = [
+        f"{len(names)} {what}: {listed(sorted(names), _SHOWN)}"
+        for what, names in (
+            ("added", more - gone),
+            ("removed", gone - more),
+            ("changed", gone & more),
+        )
+        if names
+    ]
+    return f"{counts}; {'; '.join(changes) or 'the same in another order'}"
