@@ -1,17 +1,70 @@
-"""Every test runs with warnings as errors, strict dtypes and ranks, and two virtual devices."""
+"""Every test runs with warnings as errors, strict dtypes and ranks, and two virtual devices.
 
+None runs for ever (``timeout`` in pyproject.toml), leaves a process behind, or lets memory grow.
+"""
+
+import gc
 import os
 
+import children
+
+children.get_default_signals()
 # Whose code the runs and prepared sets of tests name.
 os.environ["SIRE_JAX_TRUST"] = "planned,pictured,devices_program"
-# Compiles in half the time; what the compiler optimizes is not what is tested.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+# Compiles in a quarter of the time; what the compiler optimizes is not what is tested.
+os.environ["XLA_FLAGS"] = " ".join(
+    (
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_backend_optimization_level=0",
+        "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
+    )
+)
 
 import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# What a process of tests may hold, and what it holds when it forgets its compiled programs.
+MOST_MEMORY = 2 * 2**30
+FULL = 2**30
+
+
+def _name(run: str, worker: str) -> str:
+    """Marks what the tests of one worker start."""
+    return f"{run}-{worker}"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _marked(testrun_uid, worker_id):
+    """Leaves nothing running, and never held too much memory."""
+    name = _name(testrun_uid, worker_id)
+    children.mark(name)
+    yield name
+    children.kill(name)
+    most = children.most_resident()
+    assert most < MOST_MEMORY, f"The tests of {worker_id} held {most / 2**30:.1f} GB of memory."
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    """A worker that is ended by a time limit ends nothing that it has started."""
+    if error:
+        children.kill(_name(node.workerinput["testrunuid"], node.gateway.id))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _left_as_it_was(_marked):
+    """Holds that the tests of a file leave no process behind, and forgets what they compiled."""
+    before = set(children.marked(_marked))
+    yield
+    left = children.kill(_marked, but=before)
+    if children.resident() > FULL:
+        jax.clear_caches()
+        gc.collect()
+        children.give_back()
+    assert not left, f"Left running: {left}"
 
 
 @pytest.fixture(autouse=True)
