@@ -1,11 +1,14 @@
 """The processes that tests start, known by a mark in their environment; and how large one is."""
 
+import contextlib
 import ctypes
 import os
 import resource
 import signal
+import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 _MARK = "SIRE_JAX_TESTS"
@@ -26,15 +29,28 @@ def get_default_signals() -> None:
             signal.signal(number, lambda *_: None)
 
 
-def mark(name: str) -> None:
-    """Marks whatever this process starts from now on, also through others."""
+@contextlib.contextmanager
+def marking(name: str) -> Iterator[None]:
+    """Marks whatever this process starts meanwhile, also through others, and kills it at the end.
+
+    Also where this process is killed: another one watches it.
+    """
+    arguments = [sys.executable, "-E", "-S", __file__, str(os.getpid()), name]
+    watcher = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, start_new_session=True)
     os.environ[_MARK] = name
+    try:
+        yield
+    finally:
+        del os.environ[_MARK]
+        kill(name)
+        watcher.kill()
+        watcher.wait()
 
 
 def marked(name: str) -> dict[int, str]:
     """Returns the processes that run and carry a mark, and their commands.
 
-    None where there is no ``/proc``. Helpers of ``multiprocessing`` are left out.
+    There are none without ``/proc``. Helpers of ``multiprocessing`` are left out.
     """
     word = f"{_MARK}={name}".encode()
     running = {}
@@ -97,3 +113,13 @@ def give_back() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def _watch(watched: int, name: str) -> None:
+    while os.getppid() == watched:
+        time.sleep(0.5)
+    kill(name)
+
+
+if __name__ == "__main__":
+    _watch(int(sys.argv[1]), sys.argv[2])

@@ -3,8 +3,10 @@
 None runs for ever (``timeout`` in pyproject.toml), leaves a process behind, or lets memory grow.
 """
 
+import faulthandler
 import gc
 import os
+import sys
 
 import children
 
@@ -31,27 +33,27 @@ MOST_MEMORY = 2 * 2**30
 FULL = 2**30
 
 
-def _name(run: str, worker: str) -> str:
-    """Marks what the tests of one worker start."""
-    return f"{run}-{worker}"
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item):
+    """Ends the process where a test is stuck in compiled code, which no signal interrupts."""
+    marker = item.get_closest_marker("timeout")
+    config = item.config
+    limit = marker.args[0] if marker else config.getoption("timeout") or config.getini("timeout")
+    faulthandler.dump_traceback_later(1.2 * float(limit), exit=True, file=sys.__stderr__)
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _marked(testrun_uid, worker_id):
-    """Leaves nothing running, and never held too much memory."""
-    name = _name(testrun_uid, worker_id)
-    children.mark(name)
-    yield name
-    children.kill(name)
+    """Leaves nothing running, and has never held too much memory."""
+    name = f"{testrun_uid}-{worker_id}"
+    with children.marking(name):
+        yield name
     most = children.most_resident()
     assert most < MOST_MEMORY, f"The tests of {worker_id} held {most / 2**30:.1f} GB of memory."
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_testnodedown(node, error):
-    """A worker that is ended by a time limit ends nothing that it has started."""
-    if error:
-        children.kill(_name(node.workerinput["testrunuid"], node.gateway.id))
 
 
 @pytest.fixture(autouse=True, scope="module")
