@@ -16,6 +16,8 @@ OVERRIDES = (
 )
 # What is promised is 20.
 SECONDS = 20
+# The others wait as long for the same watch to notice.
+slow = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
@@ -23,9 +25,25 @@ SECONDS = 20
     [
         (signal.SIGKILL, 1, "process 0 ends, because process 1 has given no sign of life for "),
         # Its sockets stay open: only the silence tells.
-        (signal.SIGSTOP, 1, "process 0 ends, because process 1 has given no sign of life for "),
-        (signal.SIGSTOP, 0, "process 1 ends, because process 0 has given no sign of life for "),
-        (signal.SIGKILL, 0, "process 0, through which all are connected, is gone"),
+        pytest.param(
+            *(
+                signal.SIGSTOP,
+                1,
+                "process 0 ends, because process 1 has given no sign of life for ",
+            ),
+            marks=slow,
+        ),
+        pytest.param(
+            *(
+                signal.SIGSTOP,
+                0,
+                "process 1 ends, because process 0 has given no sign of life for ",
+            ),
+            marks=slow,
+        ),
+        pytest.param(
+            *(signal.SIGKILL, 0, "process 0, through which all are connected, is gone"), marks=slow
+        ),
     ],
 )
 def test_the_job_ends_when_a_process_is_gone(number, gone, reason, tmp_path):
@@ -41,6 +59,7 @@ def test_the_job_ends_when_a_process_is_gone(number, gone, reason, tmp_path):
         assert "Traceback" not in left.output
 
 
+@slow
 def test_all_that_are_left_say_the_same_reason(tmp_path):
     overrides = (*OVERRIDES, "--config.batch_size=60", programs.cached(tmp_path))
     job = programs.job(tmp_path / "run", tmp_path, *overrides, processes=3)
@@ -70,7 +89,7 @@ with distributed.ended_together():
 """
 
 
-@pytest.mark.parametrize("stuck", [0, 1])
+@pytest.mark.parametrize("stuck", [pytest.param(0, marks=slow), 1])
 def test_the_job_ends_when_a_process_lives_but_is_stuck(stuck, tmp_path):
     (tmp_path / "stuck.py").write_text(textwrap.dedent(STUCK))
     job = programs.job_of(["stuck", str(stuck)], tmp_path, PYTHONPATH=str(tmp_path))
