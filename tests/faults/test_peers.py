@@ -20,27 +20,16 @@ SECONDS = 20
 slow = pytest.mark.slow
 
 
+SILENT = "process {} ends, because process {} has given no sign of life for "
+
+
 @pytest.mark.parametrize(
     ("number", "gone", "reason"),
     [
-        (signal.SIGKILL, 1, "process 0 ends, because process 1 has given no sign of life for "),
+        (signal.SIGKILL, 1, SILENT.format(0, 1)),
         # Its sockets stay open: only the silence tells.
-        pytest.param(
-            *(
-                signal.SIGSTOP,
-                1,
-                "process 0 ends, because process 1 has given no sign of life for ",
-            ),
-            marks=slow,
-        ),
-        pytest.param(
-            *(
-                signal.SIGSTOP,
-                0,
-                "process 1 ends, because process 0 has given no sign of life for ",
-            ),
-            marks=slow,
-        ),
+        pytest.param(signal.SIGSTOP, 1, SILENT.format(0, 1), marks=slow),
+        pytest.param(signal.SIGSTOP, 0, SILENT.format(1, 0), marks=slow),
         pytest.param(
             *(signal.SIGKILL, 0, "process 0, through which all are connected, is gone"), marks=slow
         ),
