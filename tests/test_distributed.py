@@ -281,14 +281,8 @@ def test_a_batch_that_processes_and_devices_can_not_share_is_refused_with_all_nu
 
 
 @pytest.mark.optax_dtypes
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        pytest.param({"parallel": "pmap"}, marks=slow),
-        pytest.param({"devices_share": "runs"}, marks=slow),
-    ],
-)
+@slow
+@pytest.mark.parametrize("settings", [{}, {"parallel": "pmap"}, {"devices_share": "runs"}])
 def test_two_processes_train_the_network_of_one(settings, tmp_path):
     # Without what pmap draws differently on each device.
     dropout = ("--config.backbone.dropout=0.0", "--config.backbone.convolution_dropout=0.0", *PLAIN)
