@@ -43,7 +43,7 @@ def _shrunk(variant):
 
 
 # One of each kind of network and of loss; of all of them parameters are counted below.
-# The quick ones have a loss, an augmentation, batch statistics and outputs of their own between them.
+# The quick ones have an augmentation and auxiliary outputs between them.
 slow = pytest.mark.slow
 STEPPED = (
     "conv_augment",

@@ -30,7 +30,7 @@ def measured(tmp_path_factory):
 
 @pytest.fixture
 def distances(measured):
-    """For a rule, and each case, the distance of gradients, statistics and losses to one device's."""
+    """For each case of a rule, how far gradients, statistics and losses are from one device's."""
     return lambda *rule: measured(tuple(r for r in RULES if (r in QUICK) == (rule in QUICK)))
 
 
@@ -42,7 +42,7 @@ def _measure(rules, directory):
         JAX_NUM_CPU_DEVICES="8",
     )
     with programs.started(program):
-        assert program.wait(400) == 0, program.output
+        assert program.wait(280) == 0, program.output
     lines = [json.loads(line) for line in program.output.splitlines() if line.startswith("[")]
     return {tuple(line[:4]): line[4:] for line in lines}
 
