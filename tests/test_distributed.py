@@ -301,6 +301,7 @@ def test_two_processes_train_the_network_of_one(settings, tmp_path):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=5e-6)
 
 
+@slow
 @pytest.mark.optax_dtypes
 def test_runs_spread_over_devices_are_those_of_one_device(tmp_path):
     path = programs.QUICKSTART.removeprefix("--config=")
