@@ -1,17 +1,72 @@
-"""Every test runs with warnings as errors, strict dtypes and ranks, and two virtual devices."""
+"""Every test runs with warnings as errors, strict dtypes and ranks, and two virtual devices.
 
+None runs for ever (``timeout`` in pyproject.toml), leaves a process behind, or lets memory grow.
+"""
+
+import faulthandler
+import gc
 import os
+import sys
 
+import children
+
+children.get_default_signals()
 # Whose code the runs and prepared sets of tests name.
 os.environ["SIRE_JAX_TRUST"] = "planned,pictured,devices_program"
-# Compiles in half the time; what the compiler optimizes is not what is tested.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+# Compiles in a quarter of the time; what the compiler optimizes is not what is tested.
+os.environ["XLA_FLAGS"] = " ".join(
+    (
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_backend_optimization_level=0",
+        "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
+    )
+)
 
 import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# What a process of tests may hold, and what it holds when it forgets its compiled programs.
+MOST_MEMORY = 2 * 2**30
+FULL = 2**30
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item):
+    """Ends the process where a test is stuck in compiled code, which no signal interrupts."""
+    marker = item.get_closest_marker("timeout")
+    config = item.config
+    limit = marker.args[0] if marker else config.getoption("timeout") or config.getini("timeout")
+    faulthandler.dump_traceback_later(1.2 * float(limit), exit=True, file=sys.__stderr__)
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _marked(testrun_uid, worker_id):
+    """Leaves nothing running, and has never held too much memory."""
+    name = f"{testrun_uid}-{worker_id}"
+    with children.marking(name):
+        yield name
+    most = children.most_resident()
+    assert most < MOST_MEMORY, f"The tests of {worker_id} held {most / 2**30:.1f} GB of memory."
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _left_as_it_was(_marked):
+    """Holds that the tests of a file leave no process behind, and forgets what they compiled."""
+    before = set(children.marked(_marked))
+    yield
+    left = children.kill(_marked, but=before)
+    if children.resident() > FULL:
+        jax.clear_caches()
+        gc.collect()
+        children.give_back()
+    assert not left, f"Left running: {left}"
 
 
 @pytest.fixture(autouse=True)

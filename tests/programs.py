@@ -16,12 +16,8 @@ from sire_jax.runs import Runs
 
 CONFIGS = configuration.repository_configs()
 QUICKSTART = f"--config={CONFIGS}/quickstart.py"
-# What compilation takes is not what these tests are about.
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "--xla_backend_optimization_level=0",
-    "NPROC": "16",
-}
+# Flags of the compiler are those of the tests.
+ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "NPROC": "16"}
 
 
 class Program:

@@ -337,14 +337,18 @@ def _batch(parts):
     return parts.lookup(arrays, jnp.asarray(draw.train[:8]))
 
 
+# The rules themselves have quick tests, on smaller networks.
+OTHERS = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
     ("variant", "depth", "layers"),
     [
         # Two equal blocks in a loop, and two that an exit is between.
-        ("44-3", 14, (9,)),
+        pytest.param("44-3", 14, (9,), marks=OTHERS),
         ("44-3,pairwise", 8, (5,)),
-        ("44-3,joint", 8, (5,)),
-        ("44-3,effective_joint,dropout", 8, (5,)),
+        pytest.param("44-3,joint", 8, (5,), marks=OTHERS),
+        pytest.param("44-3,effective_joint,dropout", 8, (5,), marks=OTHERS),
     ],
 )
 def test_a_step_has_finite_losses_and_changes_every_parameter(variant, depth, layers):

@@ -705,6 +705,10 @@ def _free_port():
         return free.getsockname()[1]
 
 
+# Two processes that are connected.
+two = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     """What each of two processes reports, and where they saved."""
@@ -748,6 +752,7 @@ def _hex(tree):
     return {name: np.asarray(x).tobytes().hex() for name, x in data.items()}
 
 
+@two
 def test_two_processes_use_the_same_checkpoint(two_processes):
     run, reports = two_processes
     for report in reports:
@@ -760,6 +765,7 @@ def test_two_processes_use_the_same_checkpoint(two_processes):
         assert report["files"] == ["1", "4", "newest"]
 
 
+@two
 def test_what_fails_in_one_process_is_raised_in_both(two_processes):
     run, reports = two_processes
     for report in reports:
@@ -777,6 +783,7 @@ def test_what_fails_in_one_process_is_raised_in_both(two_processes):
     assert reports[1]["save"][1].startswith("Process 0: Checkpoint 2 could not be saved")
 
 
+@two
 def test_a_checkpoint_of_two_processes_is_restored_by_one(two_processes):
     run, _ = two_processes
     like = jax.tree.map(jnp.zeros_like, _of_processes(0))
@@ -784,6 +791,7 @@ def test_a_checkpoint_of_two_processes_is_restored_by_one(two_processes):
     _assert_same(restored, _of_processes(4))
 
 
+@two
 def test_a_checkpoint_of_one_process_is_restored_by_two(two_processes):
     for report in two_processes[1]:
         assert report["by_one"] == _hex(_of_processes(5))

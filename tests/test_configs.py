@@ -46,7 +46,14 @@ def _shrunk(variant):
 
 
 # One of each kind of network and of loss; of all of them parameters are counted below.
-STEPPED = ("dense_mse", "conv_augment", "conv_bn", "aux_10,as_released", "residual")
+# The quick ones have an augmentation and auxiliary outputs between them.
+slow = pytest.mark.slow
+STEPPED = (
+    "conv_augment",
+    "aux_10,as_released",
+    *(pytest.param(variant, marks=slow) for variant in ("dense_mse", "conv_bn", "residual")),
+)
+LARGE = ("residual", "resless")
 
 
 @pytest.mark.optax_dtypes
@@ -65,7 +72,10 @@ def test_a_step_of_a_pairs_config_has_finite_losses_and_changes_every_parameter(
     assert jax.tree.all(changed)
 
 
-@pytest.mark.parametrize(("variant", "parameters"), PARAMETERS.items())
+@pytest.mark.parametrize(
+    ("variant", "parameters"),
+    [pytest.param(*each, marks=slow if each[0] in LARGE else ()) for each in PARAMETERS.items()],
+)
 def test_parameters_of_the_pairs_configs(variant, parameters):
     counts = inspect.inspect(configuration.load(f"{CONFIGS}/pairs.py:{variant}"))
     assert counts["parameters"] == counts["outputs"]["main"]["parameters"] == parameters

@@ -25,6 +25,8 @@ BY_HAND = {
     "JAX_NUM_PROCESSES": "2",
     "JAX_PROCESS_ID": "0",
 }
+# One of a kind is quick: each starts several processes of the real program.
+slow = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
@@ -170,6 +172,7 @@ def test_processes_that_disagree_on_the_config_are_refused_with_the_difference(t
     assert not (tmp_path / "run").exists()
 
 
+@slow
 def test_processes_that_disagree_on_the_code_are_refused(tmp_path):
     # Another version of one file on the host of process 1.
     program = (
@@ -190,6 +193,7 @@ def test_processes_that_disagree_on_the_code_are_refused(tmp_path):
     assert "(abcdef012345) on process 1" in outputs[1]
 
 
+@slow
 def test_data_that_one_host_does_not_have_end_all_with_its_message(tmp_path):
     job = programs.job_of(
         lambda i: [
@@ -228,6 +232,7 @@ def test_what_one_process_can_not_do_ends_all(tmp_path):
     assert statuses[1] != 0
 
 
+@slow
 def test_one_that_ends_with_an_explained_error_ends_all_with_its_status(tmp_path):
     (tmp_path / "failing.py").write_text(
         "import sys, time, jax\n"
@@ -245,6 +250,7 @@ def test_one_that_ends_with_an_explained_error_ends_all_with_its_status(tmp_path
         assert f"process {i} ends, because process 1 ended with status 2; see its" in outputs[i]
 
 
+@slow
 def test_a_workdir_that_the_hosts_do_not_share_is_refused(tmp_path):
     job = programs.job_of(
         lambda i: [
@@ -261,6 +267,7 @@ def test_a_workdir_that_the_hosts_do_not_share_is_refused(tmp_path):
     assert "process 1: OSError: The workdir" in outputs[0]
 
 
+@slow
 def test_a_batch_that_processes_and_devices_can_not_share_is_refused_with_all_numbers(tmp_path):
     overrides = ("--config.batch_size=6", *SMALL)
     job = programs.job(tmp_path / "run", tmp_path, *overrides, devices=2)
@@ -274,6 +281,7 @@ def test_a_batch_that_processes_and_devices_can_not_share_is_refused_with_all_nu
 
 
 @pytest.mark.optax_dtypes
+@slow
 @pytest.mark.parametrize("settings", [{}, {"parallel": "pmap"}, {"devices_share": "runs"}])
 def test_two_processes_train_the_network_of_one(settings, tmp_path):
     # Without what pmap draws differently on each device.
@@ -293,6 +301,7 @@ def test_two_processes_train_the_network_of_one(settings, tmp_path):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=5e-6)
 
 
+@slow
 @pytest.mark.optax_dtypes
 def test_runs_spread_over_devices_are_those_of_one_device(tmp_path):
     path = programs.QUICKSTART.removeprefix("--config=")

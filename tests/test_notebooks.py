@@ -7,6 +7,9 @@ import pytest
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
 
+# As a user runs it, for a minute or two.
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 # The kernel's own libraries leave a socket or an event loop to the garbage collector.
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -63,8 +63,16 @@ def test_both_feeds_give_the_same_batches_for_the_same_seed(directory):
             assert all(np.array_equal(found[key], batch[key]) for key in batch)
 
 
-@pytest.mark.parametrize("parallel", ["jit", "pmap"])
-@pytest.mark.parametrize("devices", [1, 2])
+# Each trains twice, and has programs of its own to compile.
+@pytest.mark.parametrize(
+    ("parallel", "devices"),
+    [
+        ("jit", 1),
+        pytest.param("jit", 2, marks=pytest.mark.slow),
+        pytest.param("pmap", 1, marks=pytest.mark.slow),
+        pytest.param("pmap", 2, marks=pytest.mark.slow),
+    ],
+)
 def test_both_feeds_train_the_same_network(parallel, devices, directory, tmp_path):
     results = {}
     for feed in ("device", "stream"):
@@ -110,6 +118,7 @@ def test_a_stream_goes_on_where_it_was_interrupted_bit_for_bit(directory, tmp_pa
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
+@pytest.mark.slow  # Two connected processes of the real program.
 def test_two_processes_read_a_part_each_and_train_the_same_network(directory, tmp_path):
     (tmp_path / "pets.py").write_text(
         "from test_streamed_runs import _config\n"

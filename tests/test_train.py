@@ -394,6 +394,7 @@ def _program(*arguments, **options):
     )
 
 
+@pytest.mark.slow  # As in faults/test_signals.py, here on a pipe that is read.
 def test_ctrl_c_saves_and_ends_the_program(tmp_path):
     program = _program(
         "sire_jax.train",

@@ -51,14 +51,18 @@ def test_equal_blocks_between_what_is_asked_for_are_one_loop(endpoints, lengths)
     assert set(endpoints or ()) - {"stage_9"} <= set(found)
 
 
+# Deep networks are slow to trace.
+DEEP = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
     ("settings", "lengths"),
     [
-        ({"depth": 110}, [18, 17, 17]),
+        pytest.param({"depth": 110}, [18, 17, 17], marks=DEEP),
         ({"depth": 20, "width": 0.5}, [3, 2, 2]),
         ({"depth": 20, "dropout": 0.3, "shortcut": "B"}, [3, 2, 2]),
         # The first bottleneck quadruples the channels.
-        ({"depth": 56, "bottleneck": True}, [5, 5, 5]),
+        pytest.param({"depth": 56, "bottleneck": True}, [5, 5, 5], marks=DEEP),
     ],
     ids=str,
 )

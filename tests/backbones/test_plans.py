@@ -174,7 +174,14 @@ AVERAGE_POOLING = pytest.mark.optax_dtypes
 @pytest.mark.parametrize(
     "variant",
     [
-        pytest.param(v, marks=AVERAGE_POOLING if v.startswith("googlenet_imagenet") else ())
+        pytest.param(
+            v,
+            marks=(
+                *((AVERAGE_POOLING,) if v.startswith("googlenet_imagenet") else ()),
+                # Each traces a whole network; one of them is small.
+                *((pytest.mark.slow,) if v != "cnn" else ()),
+            ),
+        )
         for v in VARIANTS
     ],
 )
@@ -191,6 +198,7 @@ def test_parameters_are_those_of_the_papers_tables_to_the_unit(variant):
     assert KNOWN.get(variant, total) == total
 
 
+@pytest.mark.slow  # A whole ResNet-34 with its decoders.
 def test_the_built_experiment_has_these_parameters():
     params = experiment.build(load("resnet34_base")).variables["params"]
     assert traced.size(params) == expected("resnet34")[0]
@@ -276,6 +284,7 @@ def conv_costs(widths, side):
     return total
 
 
+@pytest.mark.slow  # Traces every output of a whole network, as the next.
 def test_inspect_of_the_cnn_counts_each_decoder_by_hand():
     found = inspect.inspect(load("cnn"))
     base, mirrors = expected("cnn")
@@ -298,6 +307,7 @@ def test_inspect_of_the_cnn_counts_each_decoder_by_hand():
     assert found["multiply_adds"] == main + sum(conv_costs(widths[:i], 32) for i in range(1, 5))
 
 
+@pytest.mark.slow
 def test_inspect_of_vgg16():
     found = inspect.inspect(load("vgg16_base"))
     base, _ = expected("vgg16")

@@ -65,6 +65,7 @@ TABLE_6 = {
 }
 
 
+@pytest.mark.slow  # Traces every exit of a deep network.
 def test_the_outputs_of_auxnet_56_5_cost_what_table_6_says():
     found = inspect.inspect(configuration.load(f"{CONFIG}:56-5"))
     assert set(found["outputs"]) == set(TABLE_6)

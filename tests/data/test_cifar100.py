@@ -8,6 +8,8 @@ import pytest
 
 from sire_jax import configuration, experiment
 
+pytestmark = pytest.mark.slow  # Decodes 60,000 images.
+
 
 @pytest.fixture(scope="module")
 def cifar(tmp_path_factory):

@@ -615,6 +615,7 @@ def mnist(tmp_path_factory):
     return directory, cache, sources.load("tfds:mnist", directory, cache)
 
 
+@pytest.mark.slow  # Decodes 70,000 images.
 def test_mnist_has_its_images_and_labels(mnist):
     _, _, dataset = mnist
     assert dataset.train.image.shape == (60000, 28, 28, 1)
@@ -629,6 +630,7 @@ def test_mnist_has_its_images_and_labels(mnist):
         assert source.image.mean() / 255 == pytest.approx(mean, abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_decoding")
 def test_mnist_is_decoded_once(mnist):
     directory, cache, dataset = mnist

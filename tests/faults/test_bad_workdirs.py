@@ -39,6 +39,7 @@ def test_a_read_only_disk_is_refused_at_once(disk, tmp_path):
     assert message in _refused(disk / "run", tmp_path)
 
 
+@pytest.mark.slow  # Another start of the program for the same look.
 def test_a_full_disk_is_refused_at_once(disk, tmp_path):
     with pytest.raises(OSError, match="No space left"):
         (disk / "filling").write_bytes(bytes(2**21))
@@ -46,6 +47,7 @@ def test_a_full_disk_is_refused_at_once(disk, tmp_path):
     assert message in _refused(disk / "run", tmp_path)
 
 
+@pytest.mark.slow  # Two starts, the second of which trains.
 def test_a_disk_without_room_for_a_checkpoint_is_refused_and_used_when_there_is_room(
     disk, tmp_path
 ):

@@ -16,15 +16,21 @@ OVERRIDES = (
 )
 # What is promised is 20.
 SECONDS = 20
+slow = pytest.mark.slow
 
 
+SILENT = "process {} ends, because process {} has given no sign of life for "
+
+
+# The real program; a small one is quick, below.
+@slow
 @pytest.mark.parametrize(
     ("number", "gone", "reason"),
     [
-        (signal.SIGKILL, 1, "process 0 ends, because process 1 has given no sign of life for "),
+        (signal.SIGKILL, 1, SILENT.format(0, 1)),
         # Its sockets stay open: only the silence tells.
-        (signal.SIGSTOP, 1, "process 0 ends, because process 1 has given no sign of life for "),
-        (signal.SIGSTOP, 0, "process 1 ends, because process 0 has given no sign of life for "),
+        (signal.SIGSTOP, 1, SILENT.format(0, 1)),
+        (signal.SIGSTOP, 0, SILENT.format(1, 0)),
         (signal.SIGKILL, 0, "process 0, through which all are connected, is gone"),
     ],
 )
@@ -41,6 +47,7 @@ def test_the_job_ends_when_a_process_is_gone(number, gone, reason, tmp_path):
         assert "Traceback" not in left.output
 
 
+@slow
 def test_all_that_are_left_say_the_same_reason(tmp_path):
     overrides = (*OVERRIDES, "--config.batch_size=60", programs.cached(tmp_path))
     job = programs.job(tmp_path / "run", tmp_path, *overrides, processes=3)
@@ -70,10 +77,25 @@ with distributed.ended_together():
 """
 
 
-@pytest.mark.parametrize("stuck", [0, 1])
-def test_the_job_ends_when_a_process_lives_but_is_stuck(stuck, tmp_path):
+def _job(stuck, tmp_path):
     (tmp_path / "stuck.py").write_text(textwrap.dedent(STUCK))
-    job = programs.job_of(["stuck", str(stuck)], tmp_path, PYTHONPATH=str(tmp_path))
+    return programs.job_of(["stuck", str(stuck)], tmp_path, PYTHONPATH=str(tmp_path))
+
+
+def test_a_job_that_computes_nothing_ends_when_a_process_is_killed(tmp_path):
+    job = _job(-1, tmp_path)
+    with programs.started(*job):
+        job[0].wait_for("step 2")
+        job[1].process.kill()
+        began = time.monotonic()
+        assert job[0].wait() == command.PEER
+        assert time.monotonic() - began < SECONDS
+        assert SILENT.format(0, 1) in job[0].output
+
+
+@pytest.mark.parametrize("stuck", [pytest.param(0, marks=slow), 1])
+def test_the_job_ends_when_a_process_lives_but_is_stuck(stuck, tmp_path):
+    job = _job(stuck, tmp_path)
     with programs.started(*job):
         job[1 - stuck].wait_for("step 2")
         began = time.monotonic()

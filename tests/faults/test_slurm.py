@@ -26,7 +26,10 @@ PartitionName=patient Nodes=ALL PriorityTier=1 GraceTime=30
 """
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
-pytestmark = pytest.mark.skipif(bool(slurm.missing()), reason=f"no Slurm here: {slurm.missing()}")
+pytestmark = [
+    pytest.mark.skipif(bool(slurm.missing()), reason=f"no Slurm here: {slurm.missing()}"),
+    pytest.mark.slow,  # Slurm takes its time: limits of a minute, credentials that have to expire.
+]
 
 
 @pytest.fixture(scope="module")

@@ -123,7 +123,8 @@ def test_the_order_of_a_decoders_endpoints_is_deepest_first():
     assert Decoder(MIXED, 2, skips=False).endpoints == ("image", "stage_2")
 
 
-@pytest.mark.parametrize("remat", [False, True])
+# Computed again, it is traced again.
+@pytest.mark.parametrize("remat", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_decoder_reaches_its_stages_and_itself_and_the_main_output_no_decoder(remat):
     image = shape(2, 16, 16, 3)
     network = _network(MIXED, remat=remat)

@@ -186,6 +186,8 @@ def test_ctrl_c_in_a_terminal_reaches_each_process_once(program):
     assert program.notes("signal") == ["SIGINT"] * 2
 
 
+# Several starts of the real program, connected.
+@pytest.mark.slow
 def test_two_real_processes_train_one_network_and_go_on_after_a_kill(tmp_path):
     repository = SCRIPT.parents[1]
     sizes = ["seeds=1", "epochs=100", "batch_size=50", "data.task.train=50", "data.task.test=20"]

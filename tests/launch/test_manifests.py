@@ -205,10 +205,12 @@ def sky_complaints(tmp_path_factory):
     return dict(zip([(), *SKY_FIELDS], json.loads(done.stdout.splitlines()[-1]), strict=True))
 
 
+@pytest.mark.slow  # SkyPilot is slow to start.
 def test_skypilot_reads_its_file(sky_complaints):
     assert sky_complaints[()] == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("field", SKY_FIELDS, ids=_shown)
 def test_skypilot_notices_any_misspelt_field(sky_complaints, field):
     assert f"{field[-1]}{field[-1][-1]}" in sky_complaints[field]

@@ -1,0 +1,93 @@
+"""What is quick has a test in it of each module and of each promise."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+REPOSITORY = TESTS.parent
+PACKAGE = REPOSITORY / "sire_jax"
+# Modules that no test imports, and the tests that run them as what they are: parts of others.
+THROUGH_OTHERS = {
+    "backbones.pair": "test_networks.py",
+    "backbones.small": "test_auxnet.py",
+    "checks": "test_experiment.py",
+    "data.folders": "data/test_records.py",
+    "data.prepared": "data/test_records.py",
+    "heads.combination": "test_grouped.py",
+    "heads.identity": "test_networks.py",
+    "jaxprs": "test_traced.py",
+    "logs": "test_train.py",
+    "names": "test_configuration.py",
+    "tables": "test_train.py",
+    "updates.steps": "updates/test_rules.py",
+}
+# Promises whose tests take long by their nature.
+SLOW_PROMISES = ("preempted by Slurm",)
+
+
+def _is_slow(expression):
+    """Tells whether a mark, or one of a list of them, is ``slow``."""
+    parts = expression.elts if isinstance(expression, ast.List) else [expression]
+    return any(ast.unparse(part) in ("slow", "pytest.mark.slow") for part in parts)
+
+
+def _has_quick_tests(tree):
+    """Tells whether a file has a test that is not marked as slow."""
+    marks = [n.value for n in tree.body if ast.unparse(n).startswith("pytestmark =")]
+    if any(_is_slow(mark) for mark in marks):
+        return False
+    functions = [n for n in tree.body if isinstance(n, ast.FunctionDef)]
+    tests = [f for f in functions if f.name.startswith("test_")]
+    return any(not any(map(_is_slow, test.decorator_list)) for test in tests)
+
+
+def _imported(tree):
+    """Yields the names of what a file imports, wherever it does."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.fixture(scope="module")
+def quick():
+    """The files of quick tests, by their path, and their programs."""
+    trees = {path: ast.parse(path.read_text()) for path in TESTS.rglob("test_*.py")}
+    return {path: tree for path, tree in trees.items() if _has_quick_tests(tree)}
+
+
+def _modules():
+    for path in PACKAGE.rglob("*.py"):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        # An ``__init__`` that does more than to import and to register has tests under its name.
+        if path.name != "__init__.py":
+            yield name
+
+
+def test_each_module_has_a_quick_test(quick):
+    imported = {name for tree in quick.values() for name in _imported(tree)}
+    without = {name for name in _modules() if f"sire_jax.{name}" not in imported}
+    assert without == set(THROUGH_OTHERS)
+    assert all(TESTS / path in quick for path in THROUGH_OTHERS.values())
+
+
+def _promises():
+    """Yields each fault of the tables in docs/nothing_lost.md and the tests that it names."""
+    for line in (REPOSITORY / "docs" / "nothing_lost.md").read_text().splitlines():
+        tests = re.findall(r"\]\(\.\./tests/([\w/]+\.py)\)", line)
+        if line.startswith("|") and tests:
+            yield line.split("|")[1].strip(), tests
+
+
+def test_each_promise_has_a_quick_test(quick):
+    promises = dict(_promises())
+    assert len(promises) > 10
+    for fault, tests in promises.items():
+        assert all((TESTS / path).exists() for path in tests), fault
+        if not fault.startswith(SLOW_PROMISES):
+            assert any(TESTS / path in quick for path in tests), fault
