@@ -14,7 +14,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from sire_jax import groups, names, registry, untrusted
+from sire_jax import files, groups, names, registry, untrusted
 from sire_jax.backbones import BACKBONES
 from sire_jax.data.augmentation import AUGMENTATIONS
 from sire_jax.data.tasks import TASKS
@@ -462,7 +462,7 @@ def find(file: str | Path) -> Path | None:
     Returns:
         Where it is; ``None`` if it is nowhere.
     """
-    path = Path(file).expanduser()
+    path = files.expanded(file)
     places = [path]
     if not path.is_absolute() and ".." not in path.parts:
         inner = path.relative_to(CONFIGS) if path.is_relative_to(CONFIGS) else path

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from sire_jax import files
 from sire_jax.evaluate import kept_weights
 from sire_jax.inference.exits import classified
 from sire_jax.metrics import class_logits, is_label
@@ -68,7 +69,7 @@ def read(path: str | Path) -> np.ndarray:
         FileNotFoundError: If there is no such file.
         ValueError: If it holds something else.
     """
-    path = Path(path).expanduser()
+    path = files.expanded(path)
     readers = {".npy": _read_npy, ".csv": _read_csv}
     if path.suffix not in readers:
         raise ValueError(f"--matrix is {path}; it should be a file .npy or .csv.")

@@ -180,6 +180,7 @@ class Experiment(Forward):
             data.threads,
             data.damaged,
             data.classes.to_dict(),
+            self._ignored(),
         )
         for split, source in (("training", dataset.train), ("test", dataset.test)):
             if source.image.shape[1:] != tuple(data.shape):
@@ -198,7 +199,16 @@ class Experiment(Forward):
             Selection.of(data),
             data.shape[-1],
             data.classes.to_dict(),
+            self._ignored(),
         )
+
+    def _ignored(self) -> dict[str, set[int]]:
+        """Returns the labels, by kind, that are none and that objectives leave out."""
+        ignored: dict[str, set[int]] = {}
+        for objective in self.objectives.values():
+            if objective.ignore is not None:
+                ignored.setdefault(objective.target, set()).add(objective.ignore)
+        return ignored
 
     def load(self) -> tuple[Dataset[Any], list[tasks.Draw]]:
         """Loads the data, or opens those that are streamed, and draws the examples of every run.

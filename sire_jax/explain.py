@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image, ImageOps
 
-from sire_jax import command
+from sire_jax import command, files
 from sire_jax.data import images
 from sire_jax.data.images import DamagedImageError
 from sire_jax.data.sources import Source
@@ -43,7 +43,7 @@ def read_image(path: str | Path, data: ConfigDict) -> tuple[np.ndarray, str]:
         FileNotFoundError: If there is no such file.
         DamagedImageError: If it can't be decoded.
     """
-    path = Path(path).expanduser()
+    path = files.expanded(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no image {printable(str(path))}.")
     height, width, channels = data.shape

@@ -19,7 +19,7 @@ import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
 
-from sire_jax import command, configuration, experiment, objectives, traced, untrusted
+from sire_jax import command, configuration, experiment, files, objectives, traced, untrusted
 from sire_jax.data.sources import Source
 from sire_jax.evaluate import kept_weights, open_run
 from sire_jax.experiment import Experiment, Forward
@@ -228,7 +228,7 @@ def load(path: str | Path) -> Exported:
         FileNotFoundError: If there is no such file.
         ValueError: If it is damaged, or not such a file, or names code that is not allowed.
     """
-    path = Path(path).expanduser()
+    path = files.expanded(path)
     found = untrusted.read_arrays(path)
     kind, config, output = (str(found.pop(key, "")) for key in ("format", "config", "output"))
     if kind != FORMAT:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sire_jax import command, configuration, confusion, groups, tables
+from sire_jax import command, configuration, confusion, files, groups, tables
 from sire_jax.confusion import check_confusion
 from sire_jax.data import sources
 from sire_jax.evaluate import open_run
@@ -368,9 +368,9 @@ def _source(known: argparse.Namespace) -> str:
 def _names(path: str | None, classes: int) -> list[str]:
     if path is None:
         return [str(i) for i in range(classes)]
-    if not Path(path).expanduser().is_file():
+    if not files.expanded(path).is_file():
         raise FileNotFoundError(f"There is no file {path} with the names of the classes.")
-    return Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+    return files.expanded(path).read_text(encoding="utf-8").splitlines()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from sire_jax import registry, untrusted
+from sire_jax import files, registry, untrusted
 from sire_jax.metrics import is_label
 from sire_jax.names import listed, nearest
 
@@ -111,7 +111,7 @@ def save(path: str | Path, groupings: Mapping[int, Groups], made: str) -> None:
         "}",
     ]
     text = "\n".join(lines) + "\n"
-    Path(path).expanduser().write_text(text, encoding="utf-8")
+    files.expanded(path).write_text(text, encoding="utf-8")
 
 
 def from_section(name: str, section: Mapping[str, Any]) -> Groups:
@@ -213,7 +213,7 @@ def load(path: str | Path, classes: Sequence[str] | None = None) -> dict[int, Gr
         FileNotFoundError: If there is no such file.
         ValueError: If it is not such a file, or a grouping does not have each label once.
     """
-    found = _read(Path(path).expanduser())
+    found = _read(files.expanded(path))
     names = tuple(found["classes"])
     _check_names(names, f"The classes of {path}")
     if classes is not None:

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sire_jax import untrusted
+from sire_jax import files, untrusted
 from sire_jax.data.dataset import Dataset, Listed
 from sire_jax.names import listed
 
@@ -117,7 +117,7 @@ def read(directory: str | Path) -> Contents | None:
     Raises:
         ValueError: If the file holds something else.
     """
-    stored = Path(directory).expanduser() / FILE
+    stored = files.expanded(directory) / FILE
     if not stored.exists():
         return None
     found = untrusted.read_json(stored)

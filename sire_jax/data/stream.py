@@ -31,7 +31,7 @@ _AHEAD_OF_WORKER = 1
 # Of a batch, for each thread: threads take parts, as single small images would cost more to pass on
 # than to decode.
 _PARTS = 4
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 class WorkerError(RuntimeError):
