@@ -1,6 +1,5 @@
 """One step on 1, 2 and 8 devices: the same gradient, whatever the rule and the wrapper."""
 
-import functools
 import json
 from pathlib import Path
 
@@ -18,26 +17,15 @@ RULES = [
 ]
 
 
-# One of them is quick, the one with the most to differ in.
-QUICK = [("multiway", "upgrad")]
+pytestmark = pytest.mark.slow  # Compiles every rule for eight devices.
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory):
-    """Measures some rules on devices, all in one program, and keeps what it found."""
-    return functools.cache(lambda rules: _measure(rules, tmp_path_factory.mktemp("devices")))
-
-
-@pytest.fixture
-def distances(measured):
-    """For each case of a rule, how far gradients, statistics and losses are from one device's."""
-    return lambda *rule: measured(tuple(r for r in RULES if (r in QUICK) == (rule in QUICK)))
-
-
-def _measure(rules, directory):
+def distances(tmp_path_factory):
+    """For each case the relative distance of gradients, statistics and losses to one device's."""
     program = programs.Program(
-        ["devices_program", json.dumps(rules)],
-        directory / "log",
+        ["devices_program", json.dumps(RULES)],
+        tmp_path_factory.mktemp("devices") / "log",
         PYTHONPATH=str(Path(__file__).parent),
         JAX_NUM_CPU_DEVICES="8",
     )
@@ -47,16 +35,13 @@ def _measure(rules, directory):
     return {tuple(line[:4]): line[4:] for line in lines}
 
 
-@pytest.mark.parametrize(
-    ("rule", "aggregator"),
-    [pytest.param(*rule, marks=() if rule in QUICK else pytest.mark.slow) for rule in RULES],
-)
+@pytest.mark.parametrize(("rule", "aggregator"), RULES)
 @pytest.mark.parametrize("parallel", ["jit", "pmap"])
 @pytest.mark.parametrize("devices", [2, 8])
 def test_devices_that_share_a_batch_compute_the_gradient_of_one(
     rule, aggregator, parallel, devices, distances
 ):
-    gradient, statistics, losses = distances(rule, aggregator)[rule, aggregator, parallel, devices]
+    gradient, statistics, losses = distances[rule, aggregator, parallel, devices]
     assert gradient < 1e-6
     assert statistics < 1e-6
     assert losses < 1e-6
@@ -64,6 +49,6 @@ def test_devices_that_share_a_batch_compute_the_gradient_of_one(
 
 def test_statistics_of_each_device_are_others(distances):
     # So the equality above is not that of a network without batch norm.
-    gradient, statistics, _ = distances(*QUICK[0])["own statistics", "", "pmap", 8]
+    gradient, statistics, _ = distances["own statistics", "", "pmap", 8]
     assert gradient > 1e-2
     assert statistics > 1e-4

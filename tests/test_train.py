@@ -114,6 +114,7 @@ def test_a_run_interrupted_and_resumed_is_bitwise_the_same(trained, tmp_path, mo
     assert workdir.read_metrics(tmp_path) == workdir.read_metrics(whole)
 
 
+@pytest.mark.slow  # Compiles whole runs of their own.
 def test_a_run_among_several_is_the_run_alone(trained, tmp_path):
     vectorized = train.train(_config("auxiliary", "seeds_at_once=2"), str(tmp_path / "a"))
     alone = train.train(_config("auxiliary", "seeds=1", "seed=1"), str(tmp_path / "b"))
@@ -137,6 +138,7 @@ def test_a_signal_before_the_first_step_is_not_lost(tmp_path, monkeypatch):
     assert Checkpoints(tmp_path / "checkpoints").latest() == 0
 
 
+@pytest.mark.slow  # Compiles whole runs of their own.
 def test_a_run_stopped_while_it_measures_measures_again_and_is_bitwise_the_same(
     trained, tmp_path, monkeypatch
 ):
@@ -235,6 +237,7 @@ def test_runs_differ_in_weights_data_and_order():
         assert np.array_equal(shuffled, np.sort(np.asarray(runs.examples["train"][run]).ravel()))
 
 
+@pytest.mark.slow  # As test_parallel.py, in a whole run.
 def test_two_devices_compute_the_gradient_of_one(tmp_path):
     changed = ("seeds=1", "backbone.dropout=0.0", "backbone.convolution_dropout=0.0")
     states = []
@@ -322,6 +325,7 @@ def test_evaluate_reads_the_run_again(trained, capsys):
     assert "order (prediction)" in capsys.readouterr().out
 
 
+@pytest.mark.slow  # As data/test_crops.py, in a whole run.
 def test_a_run_on_crops_may_be_measured_with_ten_and_nothing_else_be_changed(tmp_path):
     config = _config("main_only", "data.crop=7", "seeds=1", "epochs=1", "data.draw_classes=5")
     config.data.classes.label = config.backbone.outputs = 5

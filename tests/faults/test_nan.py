@@ -39,7 +39,9 @@ def broken(tmp_path, monkeypatch):
             10,
         ),
         # Where it is due to be saved ahead of the next loss, that is what fails.
-        (14, r"The parameters are not finite after 14 steps\.", 0),
+        pytest.param(
+            *(14, r"The parameters are not finite after 14 steps\.", 0), marks=pytest.mark.slow
+        ),
     ],
 )
 def test_it_halts_naming_loss_and_step_and_keeps_what_is_finite(

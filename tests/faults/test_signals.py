@@ -25,10 +25,9 @@ OVERRIDES = (
     "--config.evaluate_every=50",
 )
 SECONDS = 15
-# Of each kind one; the others take the same path through three starts of the program.
+# One is quick; the others take the same path through several starts of the program.
 slow = pytest.mark.slow
 ONE = [signal.SIGINT, *(pytest.param(n, marks=slow) for n in (signal.SIGTERM, signal.SIGUSR1))]
-TWO = [signal.SIGTERM, *(pytest.param(n, marks=slow) for n in (signal.SIGINT, signal.SIGUSR1))]
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +74,8 @@ def test_what_is_being_saved_is_saved_though_the_signal_comes_again(compiled, tm
     assert Checkpoints(tmp_path / "run" / "checkpoints").latest() == _saved(program.output)
 
 
-@pytest.mark.parametrize("number", TWO, ids=lambda number: number.name)
+@slow
+@pytest.mark.parametrize("number", STATUS, ids=lambda number: number.name)
 def test_two_processes_end_at_the_same_step_though_one_is_asked(number, compiled, tmp_path):
     job = programs.job(tmp_path / "run", tmp_path, *OVERRIDES, compiled)
     asked = 1 if number == signal.SIGTERM else 0
