@@ -237,7 +237,9 @@ def _said(accuracy, epoch=10, split="test", images=600, classes=10, seed=0, **se
         "decoder_1": SimpleNamespace(output="decoder_1"),
     }
     runs = SimpleNamespace(
-        parts=SimpleNamespace(outputs=outputs, objectives=objectives),
+        parts=SimpleNamespace(
+            outputs=outputs, objectives=objectives, accuracy=lambda: "main/top_1"
+        ),
         examples={split: np.zeros((len(accuracy), images))},
     )
     found = {"main/top_1": np.asarray(accuracy)}

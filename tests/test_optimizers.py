@@ -144,7 +144,7 @@ X = normal(4, 5, 3)
 def _losses(params, state):
     """Two heads on a linear trunk; nothing reads "unread"."""
     trunk = X @ params["backbone"]["w"]
-    a = ((X @ params["heads_a"]["w"] + params["heads_a"]["b"]) * trunk[:, 0]).mean()
+    a = ((X @ params["heads_a"]["w"] + params["heads_a"]["b"]) * trunk.sum(1)).mean()
     b = ((trunk @ params["heads_b"]["w"]) ** 2).mean()
     return {"a": a, "main": b}, ({}, state)
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from sire_jax import parallel
 from sire_jax.metrics import Average
+from sire_jax.objectives import Objective, cross_entropy
 from sire_jax.parallel import NEVER
 from sire_jax.step import TrainState, make_predict
 
@@ -109,12 +110,15 @@ def test_the_named_outputs_are_predicted_in_evaluation():
         return {"main": x + variables["state"], "a": -x, "b": x * 0}
 
     batch = {"image": jnp.array([1.0, 2.0]), "label": jnp.array([4, 3]), "group": jnp.array([0, 1])}
-    outputs, labels = make_predict(apply, ["a", "main"])(3.0, {"state": 1.0}, batch)
+    objectives = {"main": Objective("main", "label", cross_entropy, ignore=3)}
+    predict = make_predict(apply, objectives, ["a", "main"])
+    outputs, labels = predict(3.0, {"state": 1.0}, batch)
     assert {name: each.tolist() for name, each in outputs.items()} == {
         "a": [-3, -6],
         "main": [4, 7],
     }
-    assert labels.tolist() == [4, 3]
+    # Nothing is fitted to what does not count.
+    assert labels.tolist() == [4, -1]
     assert seen == [False]
 
 

@@ -14,13 +14,14 @@ THROUGH_OTHERS = {
     "backbones.pair": "test_networks.py",
     "backbones.small": "test_auxnet.py",
     "checks": "test_experiment.py",
-    "data.folders": "data/test_records.py",
+    "coordination": "test_distributed.py",
     "data.prepared": "data/test_records.py",
+    "data.shares": "data/test_records.py",
     "heads.combination": "test_grouped.py",
     "heads.identity": "test_networks.py",
     "jaxprs": "test_traced.py",
-    "logs": "test_train.py",
     "names": "test_configuration.py",
+    "signals": "faults/test_starts.py",
     "tables": "test_train.py",
     "updates.steps": "updates/test_rules.py",
 }
@@ -77,8 +78,9 @@ def test_each_module_has_a_quick_test(quick):
 
 
 def _promises():
-    """Yields each fault of the tables in docs/nothing_lost.md and the tests that it names."""
-    for line in (REPOSITORY / "docs" / "nothing_lost.md").read_text().splitlines():
+    """Yields each fault of the tables of promises and the tests that it names."""
+    pages = [REPOSITORY / "docs" / name for name in ("nothing_lost.md", "never_silent.md")]
+    for line in (line for page in pages for line in page.read_text().splitlines()):
         tests = re.findall(r"\]\(\.\./tests/([\w/]+\.py)\)", line)
         if line.startswith("|") and tests:
             yield line.split("|")[1].strip(), tests
