@@ -7,6 +7,7 @@ import faulthandler
 import gc
 import os
 import sys
+from pathlib import Path
 
 import children
 
@@ -31,6 +32,20 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # What a process of tests may hold, and what it holds when it forgets its compiled programs.
 MOST_MEMORY = 2 * 2**30
 FULL = 2**30
+
+
+# Tests that are as if they were marked `slow`.
+SLOW = Path(__file__).with_name("slow.txt")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Marks as slow what slow.txt lists."""
+    listed = set(SLOW.read_text().splitlines())
+    for item in items:
+        path = item.path.relative_to(SLOW.parent).as_posix()
+        if f"{path}::{item.originalname}" in listed:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -25,6 +25,8 @@ THROUGH_OTHERS = {
     "tables": "test_train.py",
     "updates.steps": "updates/test_rules.py",
 }
+# Tests that are as if they were marked as slow.
+LISTED = [line for line in (TESTS / "slow.txt").read_text().splitlines() if line[0] != "#"]
 # Promises whose tests take long by their nature.
 SLOW_PROMISES = ("preempted by Slurm",)
 
@@ -35,14 +37,28 @@ def _is_slow(expression):
     return any(ast.unparse(part) in ("slow", "pytest.mark.slow") for part in parts)
 
 
-def _has_quick_tests(tree):
-    """Tells whether a file has a test that is not marked as slow."""
+def _has_quick_tests(path, tree):
+    """Tells whether a file has a test that is neither marked nor listed as slow."""
     marks = [n.value for n in tree.body if ast.unparse(n).startswith("pytestmark =")]
     if any(_is_slow(mark) for mark in marks):
         return False
-    functions = [n for n in tree.body if isinstance(n, ast.FunctionDef)]
-    tests = [f for f in functions if f.name.startswith("test_")]
+    tests = [f for f in _tests(tree) if f"{path.relative_to(TESTS)}::{f.name}" not in LISTED]
     return any(not any(map(_is_slow, test.decorator_list)) for test in tests)
+
+
+def _tests(tree):
+    functions = [n for n in tree.body if isinstance(n, ast.FunctionDef)]
+    return [function for function in functions if function.name.startswith("test_")]
+
+
+def test_what_is_listed_as_slow_is_there():
+    trees = {path: ast.parse((TESTS / path).read_text()) for path in {_file(x) for x in LISTED}}
+    known = {f"{path}::{test.name}" for path, tree in trees.items() for test in _tests(tree)}
+    assert not set(LISTED) - known
+
+
+def _file(test):
+    return test.partition("::")[0]
 
 
 def _imported(tree):
@@ -59,7 +75,7 @@ def _imported(tree):
 def quick():
     """The files of quick tests, by their path, and their programs."""
     trees = {path: ast.parse(path.read_text()) for path in TESTS.rglob("test_*.py")}
-    return {path: tree for path, tree in trees.items() if _has_quick_tests(tree)}
+    return {path: tree for path, tree in trees.items() if _has_quick_tests(path, tree)}
 
 
 def _modules():
