@@ -58,6 +58,16 @@ def groups(groups: Mapping[str, Groups], classes: int, batch: Mapping[str, Any])
             )
 
 
+def ignored(chosen: objectives.Objectives, pairs: bool) -> None:
+    """Checks that what objectives ignore can't be taken for a label: of pairs, their order."""
+    for name, objective in chosen.items():
+        if pairs and objective.ignore is not None and objective.ignore >= 0:
+            raise ValueError(
+                f"The objective '{name}' ignores {objective.ignore}, but of pairs a digit that is"
+                " none is a negative number, such as -1: others have an order."
+            )
+
+
 def labels(predictions: Mapping[str, Any], chosen: objectives.Objectives) -> None:
     """Checks that the main output predicts the label where a rule over groups needs it to."""
     targets = {objective.target for objective in chosen.values() if objective.output == MAIN}

@@ -3,14 +3,12 @@
 import contextlib
 import tempfile
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import jax
-
-# There is no public way to its entries.
-from jax._src import compilation_cache as cache
-from jax._src.compilation_cache_interface import CacheInterface
 from jax.experimental.compilation_cache import compilation_cache
 
 from sire_jax import files
@@ -48,8 +46,7 @@ def keep(directory: str) -> None:
     # It remembers the directory that it began with.
     compilation_cache.reset_cache()
     if path is not None:
-        entries, _ = cache.get_file_cache(path) or (None, None)
-        cache._cache, cache._cache_initialized = entries and _Entries(entries), True
+        _mend_entries(path)
 
 
 def kept() -> bool:
@@ -57,26 +54,48 @@ def kept() -> bool:
     return getattr(jax.config, _DIRECTORY) is not None
 
 
-class _Entries(CacheInterface):
-    """Entries of JAX's cache, of which those that can't be used are as if absent, and replaced.
+def _mend_entries(path: str) -> None:
+    """Has entries that can't be used be as if absent, and replaced.
 
-    JAX warns of one that a kill or a full disk cut off, and leaves it there for ever.
+    JAX warns of one that a kill or a full disk cut off, and leaves it there for ever. There is no
+    public way to its entries; where a version has them otherwise, that is how it stays.
+
+    Args:
+        path: The directory.
+    """
+    try:
+        from jax._src import compilation_cache as cache
+
+        entries, _ = cache.get_file_cache(path) or (None, None)
+        mended: Any = entries and _Entries(entries, Path(path), cache.decompress_executable)
+        cache._cache, cache._cache_initialized = mended, True
+    except (AttributeError, ImportError, TypeError, ValueError):
+        compilation_cache.reset_cache()
+
+
+class _Entries:
+    """Entries of JAX's cache, of which those that can't be used are as if absent, and removed.
 
     Args:
         entries: JAX's own.
+        path: Their directory.
+        decompress: Raises for an entry that is cut off or damaged.
     """
 
-    def __init__(self, entries: CacheInterface):
-        self._entries, self._path = entries, entries._path
+    def __init__(self, entries: Any, path: Path, decompress: Callable[[bytes], Any]):
+        self._entries, self._path, self._decompress = entries, path, decompress
 
     def get(self, key: str) -> bytes | None:
         """Returns an entry; ``None`` if there is none that can be used."""
         try:
             entry = self._entries.get(key)
+        except Exception:  # Another user's, or the system fails for once: it is as if absent.
+            return None
+        try:
             if entry is not None:
-                cache.decompress_executable(entry)
+                self._decompress(entry)
             return entry
-        except Exception:  # Of the system, or of whichever library compresses.
+        except Exception:  # Of whichever library compresses.
             self._remove(key)
             return None
 
@@ -91,7 +110,7 @@ class _Entries(CacheInterface):
     def _remove(self, key: str) -> None:
         # In a directory of others it may have to stay.
         with contextlib.suppress(OSError):
-            Path(self._path, f"{key}-cache").unlink(missing_ok=True)
+            (self._path / f"{key}-cache").unlink(missing_ok=True)
 
 
 @dataclass

@@ -416,7 +416,9 @@ def build(config: ConfigDict) -> Experiment:
     units = _units(parts.task, config)
     depths = objective_sections.depths(network.heads, getattr(network.backbone, "plan", None))
     chosen = objective_sections.create(config.objectives, parts.families, depths, units)
+    chosen = objective_sections.with_ignored_groups(chosen, parts.groups)
     objectives.check(chosen, outputs, batch)
+    checks.ignored(chosen, isinstance(parts.task, tasks.Pairs))
     of_outputs = branches(chosen, parts.groups)
     predictions = _section(
         config,

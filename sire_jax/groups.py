@@ -23,6 +23,10 @@ SHAPE = (
 _KEYS: dict[str, Any] = {"file": "", "groups": 20, "classes": ("apple",), "assignment": (0,)}
 
 
+# The group of what is no label.
+NO_GROUP = -1
+
+
 @dataclass(frozen=True)
 class Groups:
     """A partition of labels into groups.
@@ -64,11 +68,12 @@ class Groups:
             labels: Integers of any shape.
 
         Returns:
-            int32 of that shape, -1 where a label is none of these: outside of [0, classes).
+            int32 of that shape, ``NO_GROUP`` where a label is none of these: outside of [0,
+            classes).
         """
         inside = is_label(labels, len(self.assignment))
         known = jnp.where(inside, labels.astype(jnp.int32), 0)
-        return jnp.where(inside, jnp.asarray(self.assignment, jnp.int32)[known], -1)
+        return jnp.where(inside, jnp.asarray(self.assignment, jnp.int32)[known], NO_GROUP)
 
     def labels(self) -> tuple[tuple[str, ...], ...]:
         """Returns the names of the labels of each group, in the order of the labels."""

@@ -278,7 +278,8 @@ def _check_statistics(
     """Refuses batch statistics of one device where those of the whole batch are asked for."""
     module = context.module
     alone = isinstance(module, nn.BatchNorm) and module.axis_name is None
-    if alone and not (module.use_running_average or settings.get("use_running_average")):
+    running = settings.get("use_running_average", args[1] if len(args) > 1 else None)
+    if alone and not (module.use_running_average or running):
         raise ValueError(
             f"The module '{'/'.join(module.path)}' is a flax.linen.BatchNorm, which would take the"
             " statistics of each device's part of the batch. Take sire_jax.layers.BatchNorm; or"

@@ -92,6 +92,8 @@ class Network(nn.Module):
         try:
             returned = self.backbone(image, train=train)
         except jax.errors.ConcretizationTypeError as error:
+            if type(self.backbone).__module__ != nn.transforms.__name__:
+                raise  # A mistake of its own.
             raise ValueError(
                 "The backbone is traced with `train`, which is a bool that it decides by; of"
                 " nn.remat(MyNetwork) every argument is traced. Rematerialise its blocks within it,"

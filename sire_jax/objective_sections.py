@@ -1,10 +1,12 @@
 """From the sections of a config to objectives, with their weights."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from sire_jax import checks, objectives, optimizers, registry
+from sire_jax.groups import NO_GROUP
 
 
 def depths(heads: Mapping[str, Any], plan: Any) -> dict[str, int]:
@@ -136,6 +138,33 @@ def create(
                 raise ValueError(f"Two objectives have the name '{own}'; rename one of them.")
             made[own] = _objective(own, section, output, weight, units)
     return made
+
+
+def with_ignored_groups(
+    chosen: Mapping[str, objectives.Objective], groups: Collection[str]
+) -> dict[str, objectives.Objective]:
+    """Has objectives on groups leave out the labels that others leave out: their group is -1.
+
+    Args:
+        chosen: Objectives by name.
+        groups: The targets that are groups of the labels.
+
+    Returns:
+        The objectives.
+
+    Raises:
+        ValueError: If an objective on groups ignores another number.
+    """
+    ignored = any(o.target == "label" and o.ignore is not None for o in chosen.values())
+    of_groups = {name: o for name, o in chosen.items() if o.target in groups}
+    for name, objective in of_groups.items():
+        if objective.ignore not in (None, NO_GROUP):
+            raise ValueError(
+                f"The objective '{name}' on groups ignores {objective.ignore}; the group of a label"
+                f" that is none is {NO_GROUP}."
+            )
+    changed = {k: replace(o, ignore=NO_GROUP) for k, o in of_groups.items()} if ignored else {}
+    return {**chosen, **changed}
 
 
 def _loss(chosen: Any) -> objectives.Loss:

@@ -201,27 +201,46 @@ def make_losses(
 def _applied(
     apply: Apply, params: PyTree, model_state: PyTree, batch: Batch, dropout: Array
 ) -> tuple[Any, PyTree]:
-    """Applies a network in training; what it sows is dropped, rather than grow with each step."""
+    """Applies a network in training, without what it only sows: that would grow with each step."""
 
-    def applied(state: PyTree) -> tuple[Any, PyTree]:
-        variables = {"params": params, **state}
-        collections: Any = list(model_state)
+    def applied(params: PyTree, state: PyTree) -> tuple[Any, PyTree]:
+        rngs, kept = {"dropout": dropout}, list(state)
         outputs, new = apply(
-            variables, _images(batch), train=True, rngs={"dropout": dropout}, mutable=collections
+            {"params": params, **state}, _images(batch), train=True, rngs=rngs, mutable=kept
         )
         return outputs, _plain(new)
 
-    outputs, new = applied(model_state)
-    old, now = (
-        {kind: jax.tree.structure(values) for kind, values in each.items()}
-        for each in (model_state, new)
-    )
-    grown = [kind for kind in old if now.get(kind) != old[kind]]
-    if not grown:
-        return outputs, new
-    outputs, new = applied({kind: v for kind, v in model_state.items() if kind not in grown})
-    # As they were: a state of another shape would be compiled for anew.
-    return outputs, {**new, **{kind: model_state[kind] for kind in grown}}
+    sown = {kind for kind in model_state if _is_only_sown(applied, params, model_state, kind)}
+    state = {kind: values for kind, values in model_state.items() if kind not in sown}
+    outputs, new = applied(params, state)
+    _check_structure(state, new)
+    # What is sown stays as it was: a state of another shape would be compiled for anew.
+    return outputs, {**new, **{kind: model_state[kind] for kind in sown}}
+
+
+def _is_only_sown(
+    applied: Callable[..., Any], params: PyTree, model_state: PyTree, kind: str
+) -> bool:
+    """Tells whether a network can do without a collection, into which it only writes."""
+    others = {k: values for k, values in model_state.items() if k != kind}
+    try:
+        jax.eval_shape(applied, params, others)
+    except Exception:  # Of Flax, or of whatever looks for the collection.
+        return False
+    return True
+
+
+def _check_structure(old: PyTree, new: PyTree) -> None:
+    structures: Any = [
+        {kind: jax.tree.structure(values) for kind, values in state.items()} for state in (old, new)
+    ]
+    for kind, structure in structures[0].items():
+        if structures[1].get(kind) != structure:
+            raise ValueError(
+                f"The collection '{kind}' has other variables after a step than before it, so that"
+                " each step would be compiled anew. Sow into a collection of its own, and make"
+                " variables in init already."
+            )
 
 
 def _images(batch: Batch) -> Any:
@@ -299,7 +318,7 @@ def make_step(
         ``"<objective>/loss"`` and their sum with the objectives' own weights, ``"total/loss"``:
         what a rule descends may be weighted otherwise. An objective of which no example counts in a
         batch has a loss and a weight of 0 in that step, and is not counted in its metric. What the
-        network sows (``nn.Module.sow``) is dropped in each step. The function raises
+        network only writes (``nn.Module.sow``) is dropped. The function raises
         ``ValueError`` where the objectives don't fit the outputs and the batch
         (``objectives.evaluate``), as it is traced.
     """

@@ -78,31 +78,37 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
         InterruptedRunError: If a signal asked to stop; the state has been saved.
         BlockingIOError: If another program trains in the workdir.
     """
-    with contextlib.ExitStack() as held:
-        return _train_alone(config, workdir, held)
-
-
-def _train_alone(config: ConfigDict, workdir: str, held: contextlib.ExitStack) -> dict[str, Any]:
     distributed.check_same(distributed.identity(config))
     with distributed.together("reading the config"):
         config = configuration.with_groups(config)
         parts = experiment.build(config)
         distributed.set_peer_timeout(config.peer_timeout)
         directory = Workdir(workdir, config)
+    with contextlib.ExitStack() as held:
+        # Ahead of all that is written there, and of the data, which may take long.
+        with distributed.together("taking the workdir"):
+            if distributed.is_main():
+                held.enter_context(lock.held(directory.path))
+        return _train_in(directory, config, parts)
+
+
+def _train_in(
+    directory: Workdir, config: ConfigDict, parts: experiment.Experiment
+) -> dict[str, Any]:
+    """Trains in a workdir that no other program has."""
     runs = open_runs(parts)
     distributed.check_same({"data": runs.fingerprint})
     directory.check_shared()
     with distributed.together("opening the workdir"):
-        if distributed.is_main():
-            held.enter_context(lock.held(directory.path))
         directory.check_data(runs.contents)
         shapes = runs.checkpoint_shapes()
         directory.check_room(sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes)))
         logs = Logs(directory, config.tensorboard)
         directory.write_data(runs.contents)
         directory.write_config()
-        # Process 0's, as a network file system may show it to some before others.
-        results = json.loads(distributed.exchange(json.dumps(read_results(directory.path)))[0])
+        found = read_results(directory.path)
+    # Process 0's, as a network file system may show it to some before others.
+    results = json.loads(distributed.exchange(json.dumps(found))[0])
     checkpoints = Checkpoints(directory.checkpoints, keep=config.checkpoints_kept)
     if results and results["step"] == checkpoints.latest() == config.epochs * runs.steps_per_epoch:
         checkpoints.close()

@@ -116,7 +116,7 @@ class Workdir:
                     " on a file system that all hosts share."
                 )
         if distributed.is_main():
-            probe.unlink()
+            probe.unlink(missing_ok=True)
 
     @property
     def checkpoints(self) -> Path:

@@ -88,7 +88,7 @@ def test_an_entry_that_cannot_be_written_is_not_left_in_part(tmp_path):
             raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(OSError, match="No space left"):
-        compilation._Entries(Full()).put("program-1", b"entry")
+        compilation._Entries(Full(), tmp_path, bytes).put("program-1", b"entry")
     assert not list(tmp_path.iterdir())
 
 

@@ -1,5 +1,6 @@
 """Several processes: how they start, agree, and judge each other."""
 
+import os
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import numpy as np
 import programs
 import pytest
 
-from sire_jax import command, configuration, distributed, experiment, train
+from sire_jax import command, configuration, distributed, experiment, lock, train
 from sire_jax.runs import Runs
 from sire_jax.watch import Sign, Signs
 
@@ -230,6 +231,18 @@ def test_what_one_process_can_not_do_ends_all(tmp_path):
     assert "While opening the data, other processes failed" in outputs[0]
     assert "process 1: FileNotFoundError: There is no /data." in outputs[0]
     assert statuses[1] != 0
+
+
+@slow
+def test_a_workdir_that_another_program_has_is_refused_to_all(tmp_path):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    with lock.held(workdir):
+        statuses, outputs = _ended(programs.job(workdir, tmp_path))
+    assert statuses == [command.EXPLAINED] * 2
+    for output in outputs:
+        assert f"The workdir {workdir} is in use: process {os.getpid()} on" in output
+    assert not (workdir / "config.json").exists()
 
 
 @slow

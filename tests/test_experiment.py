@@ -163,6 +163,12 @@ def test_a_learning_rate_may_be_a_schedule():
     experiment.build(_quickstart({"optimizer.learning_rate": falling}))
 
 
+def test_what_pairs_ignore_is_negative():
+    section = configuration.objective("main", "label", "binary_cross_entropy", ignore=255)
+    with pytest.raises(ValueError, match=r"'main' ignores 255, but of pairs a digit that is none"):
+        experiment.build(_quickstart({"objectives.main": section.to_dict()}))
+
+
 def test_a_weight_left_out_is_one():
     plain = _quickstart().to_dict()
     del plain["objectives"]["main"]["weight"]

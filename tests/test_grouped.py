@@ -140,6 +140,16 @@ SECOND = {
 }
 
 
+def test_labels_that_are_ignored_are_ignored_by_their_groups_too(file):
+    ignoring = objective("main", "label", "cross_entropy", ignore=255)
+    parts = experiment.build(_config(file, {"objectives.main": ignoring}))
+    assert {name: o.ignore for name, o in parts.objectives.items()} == {"main": 255, "branch": -1}
+    assert parts._ignored() == {"label": {255}, "coarse": {-1}}
+    own = objective("branch", "coarse", "cross_entropy", ignore=255)
+    with pytest.raises(ValueError, match=r"'branch' on groups ignores 255; the group of .* is -1"):
+        experiment.build(_config(file, {"objectives.branch": own}))
+
+
 def test_predictions_have_the_groups_of_the_objectives_targets(file):
     rules = {
         "predictions.fitted": prediction("fitted_joint_probability"),

@@ -419,6 +419,17 @@ def test_a_whole_network_under_remat_is_refused_with_what_to_do():
         Network(nn.remat(Decides)(), {}).init(jax.random.key(0), jnp.ones((2, 5)))
 
 
+def test_a_mistake_of_a_backbone_is_shown_as_what_it_is():
+    class Mistaken(nn.Module):
+        @nn.compact
+        def __call__(self, x, *, train=False):
+            return nn.Dense(3)(x if x.sum() > 0 else 2 * x), {}
+
+    network = Network(Mistaken(), {})
+    with pytest.raises(jax.errors.TracerBoolConversionError):
+        jax.eval_shape(network.init, jax.random.key(0), jnp.ones((2, 5)))
+
+
 @pytest.mark.parametrize("dtype", [jnp.complex64, jnp.int32])
 def test_parameters_that_are_no_real_numbers_are_refused(dtype):
     class Odd(nn.Module):
@@ -466,10 +477,13 @@ def test_inputs_may_be_a_tree_of_arrays():
 
 
 class Sows(nn.Module):
+    """Sows features, and a sum as flax's examples have it for auxiliary losses."""
+
     @nn.compact
     def __call__(self, x, *, train=False):
         features = nn.Dense(4)(x)
         self.sow("seen", "features", features)
+        self.sow("losses", "sum", 1.0, init_fn=lambda: 0.0, reduce_fn=lambda a, b: a + b)
         features = BatchNorm()(features, train=train)
         return nn.Dense(3)(features), {"features": features}
 
@@ -479,13 +493,28 @@ def test_what_a_network_sows_does_not_grow(name):
     network, batch, objectives = _network(Sows()), _batch(), {"main": MAIN, "exit": EXIT}
     few = {"image": batch["image"][:2], "label": batch["label"][:2]}
     state, step = _start(network, objectives, few, UPDATES[name], optimizers.sgd(0.1))
-    assert set(state.model_state) == {"batch_stats", "seen"}
+    assert set(state.model_state) == {"batch_stats", "losses", "seen"}
     for _ in range(10):
         state, _ = step(state, batch)
     assert step._cache_size() == 1
+    assert float(state.model_state["losses"]["backbone"]["sum"]) == 1
     mean = jax.tree.leaves(state.model_state["batch_stats"])[0]
     assert np.isfinite(mean).all()
     assert mean.any()
+
+
+def test_variables_that_come_with_a_step_are_refused():
+    class Mixed(nn.Module):
+        @nn.compact
+        def __call__(self, x, *, train=False):
+            self.variable("seen", "count", jnp.zeros, ())
+            self.sow("seen", "x", x)
+            return nn.Dense(3)(x), {}
+
+    with pytest.raises(
+        ValueError, match=r"'seen' has other variables after a step .* own, and mak"
+    ):
+        _start(Network(Mixed(), {}), {"main": MAIN}, _batch())
 
 
 class Normalized(nn.Module):

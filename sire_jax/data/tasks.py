@@ -208,11 +208,10 @@ def ordered(digits: Array) -> Array:
     """Compares digits.
 
     Args:
-        digits: ``[b, 2]``, integers.
+        digits: ``[b, 2]``, integers; those that are none are negative.
 
     Returns:
-        ``[b]``, int32: 1 where the first is at most the second, else 0; -1 where one is negative,
-        and so no digit.
+        ``[b]``, int32: 1 where the first is at most the second, else 0; -1 where one is none.
     """
     order = (digits[:, 0] <= digits[:, 1]).astype(jnp.int32)
     return jnp.where((digits >= 0).all(1), order, -1)
