@@ -11,8 +11,10 @@ from sire_jax.workdir import read_metrics, read_results
 
 pytestmark = pytest.mark.optax_dtypes
 
+KILLS = 16
 # Of steps many more than the killed lives take together.
 OVERRIDES = (
+    "--config.epochs=240",
     "--config.seeds=1",
     "--config.evaluate_every=30",
     "--config.checkpoint_every=2",
@@ -27,14 +29,10 @@ def _newest(workdir):
     return max((int(path.parent.name) for path in sealed), default=None)
 
 
-# Eighteen starts of the real program are slow.
-@pytest.mark.parametrize(
-    ("kills", "epochs"),
-    [(1, 12), pytest.param(16, 240, marks=[pytest.mark.slow, pytest.mark.timeout(900)])],
-)
-def test_nothing_is_lost_by_kills_at_random_moments(kills, epochs, tmp_path):
-    settings = (*OVERRIDES, f"--config.epochs={epochs}")
-    overrides = (*settings, programs.cached(tmp_path))
+@pytest.mark.slow  # Eighteen starts of the real program.
+@pytest.mark.timeout(900)
+def test_nothing_is_lost_by_kills_at_random_moments(tmp_path):
+    overrides = (*OVERRIDES, programs.cached(tmp_path))
     workdir, random = tmp_path / "killed", np.random.default_rng(16)
     lost = []
 
@@ -43,7 +41,7 @@ def test_nothing_is_lost_by_kills_at_random_moments(kills, epochs, tmp_path):
         if going_on and before is not None:
             lost.append(before - int(going_on[1]))
 
-    for kill in range(kills):
+    for kill in range(KILLS):
         before = _newest(workdir) if kill else None
         program = programs.train(workdir, tmp_path / f"log_{kill}", *overrides)
         with programs.started(program):
@@ -53,7 +51,7 @@ def test_nothing_is_lost_by_kills_at_random_moments(kills, epochs, tmp_path):
             else:
                 # While it trains, saves and measures.
                 program.wait_for("First step")
-                time.sleep(random.uniform(0, 0.8 * epochs / 240))
+                time.sleep(random.uniform(0, 0.8))
             assert program.process.poll() is None, "It ended before it was killed."
             program.process.kill()
             assert program.wait() == -9
@@ -66,13 +64,13 @@ def test_nothing_is_lost_by_kills_at_random_moments(kills, epochs, tmp_path):
         assert program.wait() == 0, program.output
     note(before, program)
     # Each kill while it trained came after a restart, but for the first, and ahead of one.
-    assert len(lost) >= (kills + 1) // 2
+    assert len(lost) >= KILLS // 2
     assert not any(lost)
     whole = programs.train(tmp_path / "whole", tmp_path / "log_whole", *overrides)
     with programs.started(whole):
         assert whole.wait() == 0, whole.output
     programs.assert_same_bits(
-        programs.final(workdir, *settings), programs.final(tmp_path / "whole", *settings)
+        programs.final(workdir, *OVERRIDES), programs.final(tmp_path / "whole", *OVERRIDES)
     )
     assert read_metrics(workdir) == read_metrics(tmp_path / "whole")
     assert read_results(workdir)["splits"] == read_results(tmp_path / "whole")["splits"]
