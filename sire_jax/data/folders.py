@@ -288,15 +288,21 @@ class _Walk:
         classes: The directories in it by the names of their classes.
 
     Raises:
-        ValueError: If two classes have the same directory.
+        ValueError: If two classes have the same directory, or one has the split in it.
     """
 
     def __init__(self, split: Path, classes: Mapping[str, str]):
-        # Whose each directory is; "" of those above, where a link in a loop leads.
-        self._owners = {_number(str(each)): "" for each in (split, split.parent)}
+        # Whose each directory is; "" of those above, where a link in a loop leads: to other data.
+        places = split, split.parent
+        above = {*places, *(each for place in places for each in place.resolve().parents)}
+        self._owners = {_number(str(each)): "" for each in above}
         self._roots = {name: str(split / actual) for name, actual in classes.items()}
         for name, root in self._roots.items():
-            self._take(root, name)
+            if not self._take(root, name):
+                raise ValueError(
+                    f"{printable(root)} is a link to {printable(str(Path(root).resolve()))}, which"
+                    " has the split itself in it; mend or remove it."
+                )
 
     def _take(self, directory: str, name: str) -> bool:
         """Takes a directory for a class; False if it has been, or is above all classes."""

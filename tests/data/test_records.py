@@ -271,6 +271,30 @@ def test_a_directory_counts_once_however_links_lead_to_it(folder):
     assert len(names) == 10
 
 
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_link_to_what_is_above_a_split_adds_no_images(folder, linked):
+    directory, _ = folder
+    train = directory / "pets" / "train"
+    write(directory / "other" / "ape" / "horse.png", picture(0))
+    write(directory / "elsewhere" / "horse.png", picture(0))
+    if linked:
+        train.rename(directory / "elsewhere" / "train")
+        train.symlink_to(directory / "elsewhere" / "train")
+    for i, above in enumerate([directory / "pets", *(directory / "pets").parents]):
+        (train / "bee" / f"loop_{i}").symlink_to(above)
+    (train / "bee" / "elsewhere").symlink_to(train.resolve().parent)
+    assert _open(directory).train.labels["label"].tolist() == LABELS["train"]
+
+
+def test_a_class_that_is_a_link_to_what_is_above_it_is_refused(folder):
+    train = folder[0] / "pets" / "train"
+    shutil.rmtree(train / "bee")
+    (train / "bee").symlink_to("..")
+    message = rf"train/bee is a link to {folder[0]}/pets, which has the split itself in it; mend"
+    with pytest.raises(ValueError, match=message):
+        _open(folder[0])
+
+
 def test_an_image_of_two_classes_is_refused(folder):
     train = folder[0] / "pets" / "train"
     (train / "bee" / "more").symlink_to(train / "cow")
