@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -311,8 +312,51 @@ def test_an_image_of_two_classes_is_refused(folder):
 def test_training_images_are_no_test_images_by_another_name(folder):
     shutil.rmtree(folder[0] / "pets" / "test")
     (folder[0] / "pets" / "test").symlink_to(folder[0] / "pets" / "train")
-    with pytest.raises(ValueError, match=r"same directory.*share it out instead: 'train\[:80%\]'"):
+    message = (
+        r"test/ape leads to images of the split 'train', which would be those of 'test' at the same"
+        r" time; an image is in one split\. Share one out instead: 'train\[:80%\]'"
+    )
+    with pytest.raises(ValueError, match=message):
         _open(folder[0])
+
+
+@pytest.mark.parametrize(
+    ("link", "target", "splits"),
+    [
+        ("test/cow", "train/cow", ()),
+        ("train/cow", "test/cow", ()),
+        ("test/bee/more", "train/cow", ()),
+        ("train/bee/more", "test", ()),
+        ("more/ape", "train/ape", (("train", "more"), "test")),
+    ],
+)
+def test_no_directory_is_in_two_splits(folder, link, target, splits):
+    write_folder(folder[0] / "pets", {"more": 1})
+    pets = folder[0] / "pets"
+    shutil.rmtree(pets / link, ignore_errors=True)
+    (pets / link).symlink_to(pets / target)
+    with pytest.raises(ValueError, match=r"leads to images of the split '.*an image is in one spl"):
+        _open(folder[0], "folder:pets", *splits)
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_files_that_are_trained_on_and_measured_are_said(folder, hard):
+    directory, _ = folder
+    for split, names in (("train", ("a", "b")), ("test", ("b", "c"))):
+        for name in names:
+            write(directory / "pool" / f"{name}.png", picture(0))
+            path = directory / "pets" / split / "bee" / f"{name}.png"
+            (path.hardlink_to if hard else path.symlink_to)(directory / "pool" / f"{name}.png")
+    message = (
+        "pets has 1 of 8 test images that are the same files as training images, so that they"
+        f" measure what was learnt by heart; the first is {directory}/pets/test/bee/b.png"
+    )
+    with pytest.warns(UserWarning, match=re.escape(message)):
+        _open(directory)
+    (directory / "pets" / "test" / "bee" / "b.png").unlink()
+    (directory / "pets" / "test" / "bee" / "lost.png").symlink_to("/nowhere")
+    (directory / "pets" / "train" / "bee" / "lost.png").symlink_to("/nowhere")
+    _open(directory)  # Without a warning, which would be an error.
 
 
 def test_a_class_that_is_a_link_to_nothing_is_refused(folder):
