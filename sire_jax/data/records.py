@@ -26,6 +26,9 @@ class Split(Protocol):
     def listing(self, chosen: np.ndarray | None = None) -> Iterator[Listed]:
         """Lists what the images are made of, all or those of these numbers."""
 
+    def sampled(self, chosen: np.ndarray | None = None) -> str:
+        """Returns a digest of samples of what the list can't tell; "" if it tells everything."""
+
     def name(self, index: int) -> str:
         """Names an image in messages."""
 
@@ -63,13 +66,22 @@ class Records:
 
     def listing(self) -> Iterator[Listed]:
         """Lists what the images are made of, in their order; no image is read for it."""
+        for split, chosen in self._parts():
+            yield from split.listing(chosen)
+
+    def sampled(self) -> str:
+        """Returns a digest of samples of what the list can't tell; "" if it tells everything."""
+        return " ".join(split.sampled(chosen) for split, chosen in self._parts()).strip()
+
+    def _parts(self) -> Iterator[tuple[Split, np.ndarray | None]]:
+        """Yields the splits, each with the numbers of those of its images that are chosen."""
         start = 0
         for split in self.splits:
             stop = start + len(split)
             chosen = self.chosen
             if chosen is not None:
                 chosen = chosen[(chosen >= start) & (chosen < stop)] - start
-            yield from split.listing(chosen)
+            yield split, chosen
             start = stop
 
     def without(self, indices: Collection[int]) -> "Records":

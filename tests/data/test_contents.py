@@ -7,10 +7,10 @@ import shutil
 import numpy as np
 import pytest
 import test_streamed_runs
-from pictured import encoded, picture, prepare_set, write, write_folder
+from pictured import encoded, flipped, picture, prepare_set, write, write_folder
 
 from sire_jax import configuration, evaluate, experiment, train
-from sire_jax.data import contents, sources
+from sire_jax.data import contents, folders, sources
 from sire_jax.data.dataset import Dataset, Selection, Source
 from sire_jax.data.records import open_records
 from sire_jax.streamed_runs import open_runs
@@ -54,6 +54,51 @@ def test_differences_of_images_are_counted_and_named(folder):
         " 1 removed: 'cow/2.png'; 1 changed: 'bee/1.png'"
     )
     assert before.brief() != _of(folder).brief()
+
+
+def _write_bitmaps(folder, seed):
+    for i in range(8):
+        content = encoded(picture(seed + i), "BMP")
+        write(folder / "pets" / "train" / "bee" / f"{i}.bmp", content)
+
+
+def test_other_images_of_the_same_names_and_sizes_are_a_difference(folder, tmp_path):
+    _write_bitmaps(folder, 0)
+    before = _of(folder)
+    _keep(tmp_path, before)
+    _write_bitmaps(folder, 8)
+    after = [_of(folder), contents.of(sources.load("folder:pets", str(folder)))]
+    for old in (before, contents.read(tmp_path)):
+        for new in after:
+            assert contents.differences(old, new) == [
+                "train: 17 -> 17 images of the same names and sizes, but other content"
+            ]
+    assert before.brief() != after[0].brief() == after[1].brief()
+    # A run that was begun without samples goes on.
+    described = json.loads((tmp_path / contents.FILE).read_text())
+    for part in ("train", "test"):
+        assert len(described[part].pop("sampled")) == 64
+    (tmp_path / contents.FILE).write_text(json.dumps(described))
+    assert contents.differences(contents.read(tmp_path), after[0]) == []
+
+
+def test_samples_of_many_files_are_evenly_chosen_and_both_of_their_ends(folder, monkeypatch):
+    (split,) = open_records("folder:pets", str(folder)).train.splits
+    monkeypatch.setattr(folders, "_FILES", 3)
+    monkeypatch.setattr(folders, "_END", 20)
+    files = [split.path(i) for i in range(9)]
+    before, one = split.sampled(), split.sampled(np.array([2]))
+    for number, place, noticed in ((0, 0, True), (4, -1, True), (8, 30, False), (5, 0, False)):
+        kept = files[number].read_bytes()
+        files[number].write_bytes(flipped(kept, place % len(kept)))
+        assert (split.sampled() != before) == noticed
+        files[number].write_bytes(kept)
+    assert split.sampled() == before
+    files[2].unlink()
+    files[2].symlink_to("/nowhere")
+    assert split.sampled() == before
+    assert split.sampled(np.array([2])) != one
+    assert split.sampled(np.array([], int)) == split.sampled(np.array([], int)) != one
 
 
 def test_other_names_of_classes_are_the_difference(folder):
