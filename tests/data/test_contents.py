@@ -245,6 +245,21 @@ def test_a_run_is_measured_on_other_test_images_only_when_that_is_wanted(copied)
     assert before["split"] == "train"
 
 
+@pytest.mark.parametrize("with_test", [False, True])
+def test_a_run_is_not_measured_where_its_training_images_changed(copied, with_test):
+    run, data, overrides = copied
+    write(data / "pets" / "train" / "ape" / "new.png", picture(0))
+    if with_test:
+        write(data / "pets" / "test" / "ape" / "new.png", picture(0))
+    difference = r"train: 45 -> 46 images; 1 added: 'ape/new\.png'\n"
+    difference += r"  test: 15 -> 16 images; 1 added: 'ape/new\.png'\n" * with_test
+    with pytest.raises(ValueError, match=difference + r"If .*data\.dir=DIR\.$"):
+        evaluate.evaluate(run, "test", overrides)
+    advice = r"--changed_data is for other test images: classes and training images have to be"
+    with pytest.raises(ValueError, match=rf"{difference}If .*data\.dir=DIR\. {advice}"):
+        evaluate.evaluate(run, "test", overrides, changed_data=True)
+
+
 def test_a_run_of_a_former_version_is_opened_with_the_names_of_the_data(copied):
     run, data, overrides = copied
     for name in (contents.FILE, contents.FILES):
