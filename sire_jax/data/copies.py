@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from sire_jax import untrusted
+from sire_jax.files import expanded
 
 _PARTIAL = ".partial"
 # Of a title in a file name, which may have 255 bytes.
@@ -39,8 +40,8 @@ def place(cache: str, title: str, files: Iterable[Path], what: Sequence[Any] = (
     identity = [*map(_identity, files), *what]
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     try:
-        directory = Path(cache).expanduser()
-    except RuntimeError:  # A user without a home, as in some containers.
+        directory = expanded(cache)
+    except FileNotFoundError:  # A user without a home, as in some containers.
         return None
     return directory / f"{title[:_LONG]}-{digest}.npz"
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from sire_jax.data import shares
 from sire_jax.data.dataset import Dataset, Listed, Selection
 from sire_jax.data.images import EXTENSIONS
+from sire_jax.files import expanded
 from sire_jax.names import listed, printable
 
 _LAYOUT = "an image folder is <folder>/<split>/<class>/*.jpg"
@@ -123,7 +124,7 @@ class FolderSplit:
 
 
 def open_splits(
-    name: str, directory: Path, selection: Selection
+    name: str, directory: str | Path, selection: Selection
 ) -> Dataset[tuple[FolderSplit, ...]]:
     """Lists the files of an image folder.
 
@@ -146,14 +147,16 @@ def open_splits(
         ValueError: If the folder doesn't have the splits, one has no classes or others than the
             first, a class has no training images, or two classes or splits have a directory in
             common.
-        FileNotFoundError: If there is no such folder.
+        FileNotFoundError: If there is no such folder, or no such home.
     """
     if not name:
         raise ValueError(
             "The data source 'folder:' names no folder; write folder:my_images, for"
             " my_images in config.data.dir, or folder:/whole/path."
         )
-    root = directory / Path(name).expanduser()
+    root = expanded(name, "config.data.name=folder:")
+    if not root.is_absolute():
+        root = expanded(directory, "config.data.dir=") / root
     if not root.is_dir():
         raise FileNotFoundError(
             f"There is no image folder {root}; {_LAYOUT}. Name the directory that has it with"

@@ -3,7 +3,6 @@
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,6 +11,7 @@ from PIL import Image
 from sire_jax.data import folders, images, prepared
 from sire_jax.data.dataset import EVERYTHING, Dataset, Listed, Selection, draw_classes
 from sire_jax.data.images import DamagedImageError
+from sire_jax.files import expanded
 from sire_jax.names import nearest
 
 
@@ -203,17 +203,17 @@ def open_records(
     Raises:
         ValueError: If there is no such source or split, are too few classes, or its files are not
             what they should be.
-        FileNotFoundError: If the set is not in ``directory``.
+        FileNotFoundError: If the set is not in ``directory``, or there is no such home.
     """
     kind, _, rest = name.partition(":")
-    root = _expanded(directory)
     opened: Dataset[Any]
     own = 3
     if kind == "tfds":
         given = None if selection.draw_classes else classes
+        root = expanded(directory, "config.data.dir=")
         opened, own = prepared.open_splits(rest, root, cache, selection, given)
     elif kind == "folder":
-        opened = folders.open_splits(rest, root, selection)
+        opened = folders.open_splits(rest, directory, selection)
     else:
         raise ValueError(
             f"There is no data source '{name}' to stream."
@@ -227,16 +227,6 @@ def open_records(
         for splits in (opened.train, opened.test)
     )
     return _draw(Dataset(train, test, opened.classes, opened.names), selection)
-
-
-def _expanded(directory: str) -> Path:
-    try:
-        return Path(directory).expanduser()
-    except RuntimeError as error:
-        raise ValueError(
-            f"config.data.dir is '{directory}', but the user has no home directory; give another"
-            " with --config.data.dir=DIR."
-        ) from error
 
 
 def _draw(dataset: Dataset[Records], selection: Selection) -> Dataset[Records]:

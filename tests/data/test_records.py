@@ -58,6 +58,21 @@ def test_a_folder_may_be_named_by_its_whole_path_or_from_the_home(folder, monkey
     assert len(_open("~").train) == 9
 
 
+def test_a_home_that_is_not_there_is_refused_only_where_it_is_needed(folder):
+    directory, _ = folder
+    assert len(_open("~nosuchuser", f"folder:{directory}/pets").train) == 9
+    copied = sources.load(f"folder:{directory}/pets", "~nosuchuser", cache="~nosuchuser/cache")
+    assert len(copied.train) == 9
+    for name, place in (
+        ("folder:~nosuchuser/pets", "config.data.name=folder:~nosuchuser/pets"),
+        ("folder:pets", "config.data.dir=~nosuchuser"),
+        ("tfds:pets", "config.data.dir=~nosuchuser"),
+    ):
+        message = f"{place} starts with the home directory of 'nosuchuser', and there is no such"
+        with pytest.raises(FileNotFoundError, match=re.escape(message)):
+            _open("~nosuchuser", name)
+
+
 def test_a_number_outside_of_the_records_is_refused(folder):
     records = _open(folder[0]).train
     for index in (-1, 9):
