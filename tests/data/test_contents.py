@@ -1,8 +1,10 @@
 """What the data of a run are is kept with it: other data are refused, moved ones are not."""
 
+import hashlib
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from pictured import encoded, flipped, picture, prepare_set, write, write_folder
 
 from sire_jax import configuration, evaluate, experiment, train
 from sire_jax.data import contents, folders, sources
-from sire_jax.data.dataset import Dataset, Selection, Source
+from sire_jax.data.dataset import Dataset, Listed, Selection, Source
 from sire_jax.data.records import open_records
 from sire_jax.streamed_runs import open_runs
 
@@ -161,6 +163,36 @@ def test_what_was_kept_is_read_again_also_without_the_list(folder, tmp_path):
         assert found == ["train: 9 -> 10 images, not the same"]
     (tmp_path / contents.FILES).unlink()
     assert contents.differences(contents.read(tmp_path), before) == []
+
+
+def test_what_is_there_is_not_written_again(folder, tmp_path):
+    data, written = _of(folder), []
+
+    def replace(path, content):
+        written.append(path.name)
+        path.write_bytes(content)
+
+    contents.keep(tmp_path, data, replace)
+    assert written == [contents.FILES, contents.FILE]
+    contents.keep(tmp_path, _of(folder), replace)
+    assert len(written) == 2
+    (tmp_path / contents.FILES).unlink()
+    contents.keep(tmp_path, data, replace)
+    write(folder / "pets" / "train" / "ape" / "a.png", picture(0))
+    contents.keep(tmp_path, _of(folder), replace)
+    assert len(written) == 6
+    assert contents.differences(contents.read(tmp_path), _of(folder)) == []
+
+
+def test_the_list_is_hashed_and_kept_as_json_of_any_names(tmp_path):
+    entries = [Listed('a "b"\\\n', 3, "\u00e4"), Listed("\udcff\x7f.png", -1, "\U0001f34e")]
+    records = SimpleNamespace(listing=lambda: iter(entries), sampled=lambda: "")
+    source = Source(np.zeros((2, 1, 1, 3), np.uint8), {"label": np.zeros(2)}, records)
+    data = contents.of(Dataset(source, source, {"label": 2}))
+    lines = "".join(json.dumps(each) + "\n" for each in entries)
+    assert data.parts["train"].digest == hashlib.sha256(lines.encode()).hexdigest()
+    _keep(tmp_path, data)
+    assert list(contents.read(tmp_path).parts["test"].listing()) == entries
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", '{"classes": 3}', '{"classes": {"label": ["a"]}}'])

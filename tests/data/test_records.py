@@ -56,6 +56,11 @@ def test_a_folder_may_be_named_by_its_whole_path_or_from_the_home(folder, monkey
     for name in (f"folder:{directory}/pets", "folder:~/pets"):
         assert np.array_equal(_open("/nowhere", name).train.read(2), pixels["train"][2])
     assert len(_open("~").train) == 9
+    # As the directory that a program runs in.
+    monkeypatch.chdir(directory / "pets" / "train")
+    (split,) = _open(".", "folder:.", ("all[:6]",), "all[6:]").train.splits
+    assert all(split.listed(i)[:4] in ("ape/", "bee/", "cow/") for i in range(6))
+    assert split.path(0).is_file()
 
 
 def test_a_home_that_is_not_there_is_refused_only_where_it_is_needed(folder):
