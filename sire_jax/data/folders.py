@@ -134,7 +134,7 @@ def open_splits(
     Classes are the names of the directories in a split, sorted. Files are taken for images by
     their extension; others are left out, with one warning, and hidden ones and what systems leave
     (``@eaDir``) without. A directory that links lead to counts once, and a warning says how many
-    files links lead to from training and from the test. Tiny ImageNet's own layout is
+    files are trained on several times, or trained on and measured. Tiny ImageNet's own layout is
     understood: ``val/images`` with ``val/val_annotations.txt``. A folder of classes, without
     splits, is the split ``"all"``, for shares of it.
 
@@ -450,16 +450,32 @@ def _check_counts(train: Sequence[FolderSplit], classes: Sequence[str]) -> None:
 
 
 def _warn_of_same_files(root: Path, train: Sequence[FolderSplit], test: FolderSplit) -> None:
-    """Warns of links to files, which a class may be made of, that lead from both to the same."""
-    known = np.concatenate([each.number[each.size >= 0] for each in train])
-    same = np.flatnonzero(np.isin(test.number, known) & (test.size >= 0))
-    if len(same):
-        warnings.warn(
-            f"{root} has {len(same):,} of {len(test):,} test images that are the same files as"
-            f" training images, so that they measure what was learnt by heart; the first is"
-            f" {test.name(int(same[0]))}.",
-            stacklevel=3,
-        )
+    """Warns of links to files, which a class may be made of, where several lead to the same one."""
+    number = np.concatenate([each.number for each in train])
+    there = np.concatenate([each.size >= 0 for each in train])
+    _, first = np.unique(number, return_index=True)
+    again = np.setdiff1d(np.flatnonzero(there), first)
+    measured = np.flatnonzero(np.isin(test.number, number[there]) & (test.size >= 0))
+    for same, splits, what, consequence in (
+        (again, train, "training images", "what is held out for validation may be trained on"),
+        (measured, [test], "test images", "they measure what was learnt by heart"),
+    ):
+        if len(same):
+            warnings.warn(
+                f"{root} has {len(same):,} of {sum(map(len, splits)):,} {what} that are the same"
+                f" files as training images, so that {consequence}; the first is"
+                f" {_name(splits, int(same[0]))}.",
+                stacklevel=3,
+            )
+
+
+def _name(splits: Sequence[FolderSplit], index: int) -> str:
+    """Names an image of splits that are counted through."""
+    for split in splits:
+        if index < len(split):
+            break
+        index -= len(split)
+    return split.name(index)
 
 
 def _warn_of_few_images(

@@ -360,7 +360,7 @@ def test_no_directory_is_in_two_splits(folder, link, target, splits):
 
 
 @pytest.mark.parametrize("hard", [False, True])
-def test_files_that_are_trained_on_and_measured_are_said(folder, hard):
+def test_files_that_are_trained_on_twice_or_measured_are_said(folder, hard):
     directory, _ = folder
     for split, names in (("train", ("a", "b")), ("test", ("b", "c"))):
         for name in names:
@@ -377,6 +377,15 @@ def test_files_that_are_trained_on_and_measured_are_said(folder, hard):
     (directory / "pets" / "test" / "bee" / "lost.png").symlink_to("/nowhere")
     (directory / "pets" / "train" / "bee" / "lost.png").symlink_to("/nowhere")
     _open(directory)  # Without a warning, which would be an error.
+    path = directory / "pets" / "more" / "cow" / "b.png"
+    write_folder(directory / "pets", {"more": 1})
+    (path.hardlink_to if hard else path.symlink_to)(directory / "pool" / "b.png")
+    message = (
+        "pets has 1 of 16 training images that are the same files as training images, so that what"
+        f" is held out for validation may be trained on; the first is {path}"
+    )
+    with pytest.warns(UserWarning, match=re.escape(message)):
+        _open(directory, "folder:pets", ("train", "more"))
 
 
 def test_a_class_that_is_a_link_to_nothing_is_refused(folder):
