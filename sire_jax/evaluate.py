@@ -74,7 +74,7 @@ def open_run(
         overrides: ``--config.data.dir=DIR`` and the like, where the data have moved.
         needs_data: Whether the data are used. If not, they need not be there: what classes are
             called is kept with the run (by a former version it was not: they are loaded).
-        changed_data: Whether data with other images than the run's are taken, with a warning.
+        changed_data: Whether data with other test images than the run's are taken, with a warning.
 
     Returns:
         Its programs and data.
@@ -107,15 +107,19 @@ def _check_data(
     lines = [f"\n  {line}" for line in contents.differences(kept, now)]
     if not lines:
         return
-    same_classes = not contents.of_names(kept, now)
-    if changed_data and same_classes:
+    # What predictions are fitted on is drawn from the training images.
+    only_test = not contents.of_names(kept, now) and kept.parts["train"].is_same(now.parts["train"])
+    if changed_data and only_test:
         warnings.warn(f"These are not the data of {workdir}:{''.join(lines)}", stacklevel=3)
         return
-    other = (
-        " Other test images of these classes are measured by evaluate --changed_data."
-        if same_classes
-        else ""
-    )
+    other = " Other test images alone, of these classes, are measured by evaluate --changed_data."
+    if changed_data:
+        other = (
+            " --changed_data is for other test images: classes and training images have to be those"
+            " of the run, as predictions are fitted on images that it was not trained on."
+        )
+    elif not only_test:
+        other = ""
     raise ValueError(
         f"The data are not those of the run {workdir}:{''.join(lines)}\n"
         f"If those are elsewhere, say where: --config.data.dir=DIR.{other}"
@@ -135,8 +139,8 @@ def evaluate(
         split: ``"train"``, ``"validation"`` or ``"test"``.
         overrides: ``--config.data.dir=DIR`` and the like, where the data have moved,
             ``--config.data.ten_crop=True``, or ``--config.predictions.joint.eta=0.3``.
-        changed_data: Whether the test images may be others than those of the run, of the same
-            classes; a warning says what differs.
+        changed_data: Whether the test images, and they alone, may be others than those of the run,
+            of the same classes; a warning says what differs.
 
     Returns:
         ``{"step", "split", "seeds", "outputs": {name: {metric: {"mean", "std", "runs"}}},

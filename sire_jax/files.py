@@ -4,11 +4,12 @@ import os
 from pathlib import Path
 
 
-def expanded(path: str | Path) -> Path:
+def expanded(path: str | Path, before: str = "") -> Path:
     """Expands ``~``, wherever a path comes in.
 
     Args:
         path: As the user wrote it.
+        before: What is written before it, such as the name of a setting, for the message.
 
     Returns:
         The path.
@@ -19,9 +20,14 @@ def expanded(path: str | Path) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError:
+        user = Path(path).parts[0][1:]
+        whose = (
+            f"the home directory of '{user}', and there is no such user"
+            if user
+            else "a home directory, and this user has none (HOME is not set)"
+        )
         raise FileNotFoundError(
-            f"{path} starts with a home directory, and this user has none (HOME is not set); give"
-            " the path in full."
+            f"{before}{path} starts with {whose}; give the path in full."
         ) from None
 
 

@@ -77,7 +77,7 @@ class Workdir:
             )
 
     def write_data(self, data: contents.Contents) -> None:
-        """Writes ``data.json``, ahead of the config."""
+        """Writes ``data.json``, unless it is there, ahead of the config."""
         if distributed.is_main():
             contents.keep(self.path, data, _replace)
 

@@ -69,6 +69,16 @@ def test_a_user_without_a_home_is_told(monkeypatch):
         files.expanded("~/runs")
 
 
+def test_a_home_of_nobody_is_named():
+    message = (
+        "config.data.dir=~nosuchuser/pets starts with the home directory of 'nosuchuser', and there"
+        " is no such user; give the path in full."
+    )
+    with pytest.raises(FileNotFoundError) as refused:
+        files.expanded("~nosuchuser/pets", "config.data.dir=")
+    assert str(refused.value) == message
+
+
 # None of them has begun to look for the run.
 @pytest.mark.parametrize("program", PROGRAMS, ids=_name)
 def test_what_cannot_be_written_is_refused_before_the_work(program, tmp_path, capsys):

@@ -2,6 +2,9 @@
 
 ``data.json`` in the workdir, for people, too; ``data_files.gz`` has a line for each image, so that
 a difference can be named. Where the data lie, and when they were written, is no part of it.
+
+Of images in memory it is what they are, of a prepared set samples of its files, and of a folder
+names, classes and sizes of its files, and samples of what is in them (``FolderSplit.sampled``).
 """
 
 import gzip
@@ -23,6 +26,7 @@ FILE, FILES = "data.json", "data_files.gz"
 _MOST_BYTES = 2**28
 # Names in a message.
 _SHOWN = 3
+_quoted = json.JSONEncoder().encode
 
 
 @dataclass(frozen=True)
@@ -33,11 +37,20 @@ class Part:
         images: How many.
         digest: Of their list.
         listing: Lists them (``dataset.Listed``).
+        sampled: Digest of samples of what the list can't tell; "" if it tells everything, or of a
+            run that was begun without.
     """
 
     images: int
     digest: str
     listing: Callable[[], Iterator[Listed]]
+    sampled: str = ""
+
+    def is_same(self, other: "Part") -> bool:
+        """Tells whether these are the same images, as far as is known of both."""
+        if self.digest != other.digest:
+            return False
+        return not (self.sampled and other.sampled) or self.sampled == other.sampled
 
 
 @dataclass(frozen=True)
@@ -58,12 +71,12 @@ class Contents:
         classes = {kind: len(names) for kind, names in self.names.items()}
         digest = hashlib.sha256(json.dumps(dict(self.names), sort_keys=True).encode())
         for part in self.parts.values():
-            digest.update(part.digest.encode())
+            digest.update((part.digest + part.sampled).encode())
         return f"{counts} images of {classes}, checksum {digest.hexdigest()[:16]}"
 
 
 def of(dataset: Dataset[Any]) -> Contents:
-    """Returns what a data set is; no image is read for it."""
+    """Returns what a data set is; for it samples of its files are read."""
     parts = {"train": dataset.train, "test": dataset.test}
     return Contents(dataset.names, {name: _part(source) for name, source in parts.items()})
 
@@ -74,22 +87,24 @@ def _part(source: Any) -> Part:
     if origin is None:
         entries = list(source.listing())
         return _listed_part(len(source), lambda: iter(entries))
-    return _listed_part(len(source), origin.listing)
+    return _listed_part(len(source), origin.listing, origin.sampled())
 
 
-def _listed_part(images: int, listing: Callable[[], Iterator[Listed]]) -> Part:
+def _listed_part(images: int, listing: Callable[[], Iterator[Listed]], sampled: str = "") -> Part:
     digest = hashlib.sha256()
     for entry in listing():
         digest.update(_line(entry))
-    return Part(images, digest.hexdigest(), listing)
+    return Part(images, digest.hexdigest(), listing, sampled)
 
 
-def _line(entry: Sequence[Any]) -> bytes:
-    return json.dumps(entry).encode() + b"\n"
+def _line(entry: Listed, before: str = "") -> bytes:
+    """Returns an entry as ``json.dumps`` writes it, which takes several times as long."""
+    name, size, what = entry
+    return f"[{before}{_quoted(name)}, {size}, {_quoted(what)}]\n".encode()
 
 
 def keep(directory: Path, contents: Contents, replace: Callable[[Path, bytes], None]) -> None:
-    """Writes what the data of a run are into its directory.
+    """Writes what the data of a run are into its directory, unless it is there.
 
     Args:
         directory: The workdir.
@@ -99,16 +114,21 @@ def keep(directory: Path, contents: Contents, replace: Callable[[Path, bytes], N
     described = {
         "classes": {kind: list(names) for kind, names in contents.names.items()},
         **{
-            name: {"images": part.images, "digest": part.digest}
+            name: {"images": part.images, "digest": part.digest, "sampled": part.sampled}
             for name, part in contents.parts.items()
         },
     }
+    stored, content = directory / FILE, (json.dumps(described, indent=2) + "\n").encode()
+    if (directory / FILES).exists() and stored.exists() and stored.read_bytes() == content:
+        return
     lines = (
-        _line((name, *entry)) for name, part in contents.parts.items() for entry in part.listing()
+        _line(entry, f"{_quoted(name)}, ")
+        for name, part in contents.parts.items()
+        for entry in part.listing()
     )
     # Without a time: the same data, the same file.
     replace(directory / FILES, gzip.compress(b"".join(lines), 6, mtime=0))
-    replace(directory / FILE, (json.dumps(described, indent=2) + "\n").encode())
+    replace(stored, content)
 
 
 def read(directory: str | Path) -> Contents | None:
@@ -128,6 +148,7 @@ def read(directory: str | Path) -> Contents | None:
                 int(found[name]["images"]),
                 str(found[name]["digest"]),
                 partial(_kept_listing, stored.with_name(FILES), name),
+                str(found[name].get("sampled", "")),
             )
             for name in ("train", "test")
         }
@@ -161,7 +182,7 @@ def differences(old: Contents, new: Contents) -> list[str]:
     return [
         f"{name}: {_of_images(old.parts[name], new.parts[name])}"
         for name in old.parts
-        if old.parts[name].digest != new.parts[name].digest
+        if not old.parts[name].is_same(new.parts[name])
     ]
 
 
@@ -189,6 +210,8 @@ def _of_classes(old: Sequence[str], new: Sequence[str]) -> str:
 
 def _of_images(old: Part, new: Part) -> str:
     counts = f"{old.images:,} -> {new.images:,} images"
+    if old.digest == new.digest:
+        return f"{counts} of the same names and sizes, but other content"
     try:
         before, after = Counter(old.listing()), Counter(new.listing())
     except Exception:  # The list was lost or damaged in one of many ways.

@@ -4,6 +4,7 @@ A copy can only save time: one that is absent, damaged or another user's is made
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -11,15 +12,18 @@ import uuid
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from sire_jax import untrusted
+from sire_jax.files import expanded
 
 _PARTIAL = ".partial"
 # Of a title in a file name, which may have 255 bytes.
 _LONG = 48
+# Names tried for a file that is written, each of which somebody may take for abandoned.
+_TRIES = 8
 
 
 def place(cache: str, title: str, files: Iterable[Path], what: Sequence[Any] = ()) -> Path | None:
@@ -39,8 +43,8 @@ def place(cache: str, title: str, files: Iterable[Path], what: Sequence[Any] = (
     identity = [*map(_identity, files), *what]
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     try:
-        directory = Path(cache).expanduser()
-    except RuntimeError:  # A user without a home, as in some containers.
+        directory = expanded(cache)
+    except FileNotFoundError:  # A user without a home, as in some containers.
         return None
     return directory / f"{title[:_LONG]}-{digest}.npz"
 
@@ -78,10 +82,9 @@ def _written_aside(path: Path) -> Iterator[Any]:
     Whoever reads finds all of it or nothing. It is locked while it is written: hosts may share the
     directory, and in containers the numbers of their processes.
     """
-    partial = path.with_name(f"{path.stem}.{uuid.uuid4().hex[:8]}{_PARTIAL}")
+    file, partial = _open_aside(path)
     try:
-        with partial.open("wb") as file:
-            _lock(file)
+        with file:
             yield file
             file.flush()
             partial.replace(path)
@@ -89,12 +92,27 @@ def _written_aside(path: Path) -> Iterator[Any]:
         partial.unlink(missing_ok=True)
 
 
-def _lock(file: Any) -> bool:
-    """Locks a file; False if somebody has, or none can in this file system."""
+def _open_aside(path: Path) -> tuple[BinaryIO, Path]:
+    """Opens and locks a file of a new name: of another where somebody takes it for abandoned."""
+    for _ in range(_TRIES):
+        partial = path.with_name(f"{path.stem}.{uuid.uuid4().hex[:8]}{_PARTIAL}")
+        file = partial.open("wb")
+        # Who removes it has its lock, or had it and has removed it.
+        if _lock(file) is not False and partial.exists():
+            return file, partial
+        file.close()
+        partial.unlink(missing_ok=True)
+    raise BlockingIOError(errno.EAGAIN, f"{_TRIES} new files were locked by others at once")
+
+
+def _lock(file: BinaryIO) -> bool | None:
+    """Locks a file; False if somebody has, None if none can in this file system."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         return False
+    except OSError:
+        return None
     return True
 
 

@@ -34,6 +34,9 @@ class Listing(Protocol):
     def listing(self) -> Iterator[Listed]:
         """Lists what the images are made of, in their order; another list for other images."""
 
+    def sampled(self) -> str:
+        """Returns a digest of samples of what the list can't tell; "" if it tells everything."""
+
 
 @dataclass(frozen=True)
 class Source:

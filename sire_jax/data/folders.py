@@ -1,12 +1,16 @@
 """Image folders: ``<folder>/<split>/<class>/**/*.jpg``, and what Tiny ImageNet has for it."""
 
+import contextlib
+import hashlib
 import os
 import unicodedata
 import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 from tqdm import tqdm
@@ -14,6 +18,7 @@ from tqdm import tqdm
 from sire_jax.data import shares
 from sire_jax.data.dataset import Dataset, Listed, Selection
 from sire_jax.data.images import EXTENSIONS
+from sire_jax.files import expanded
 from sire_jax.names import listed, printable
 
 _LAYOUT = "an image folder is <folder>/<split>/<class>/*.jpg"
@@ -28,6 +33,13 @@ _LEFT = {
 }
 
 
+# Files whose ends are read, to tell a set from another of the same names and sizes; bytes of an
+# end; and files at a time.
+_FILES, _END, _THREADS = 512, 2**16, 16
+# The split and the class that each directory belongs to, by its number.
+_Owners: TypeAlias = dict[tuple[int, int], tuple[str, str]]
+
+
 @dataclass(frozen=True, eq=False)
 class FolderSplit:
     """The image files of a split, with the classes that their directories say.
@@ -38,6 +50,7 @@ class FolderSplit:
             processes at once.
         label: Classes, int32 ``[n]``.
         size: Of the files in bytes, int64 ``[n]``; -1 of links to nothing.
+        number: What tells a file from any other on this machine, whatever its name, int64 ``[n]``.
         classes: Names of the classes.
     """
 
@@ -45,6 +58,7 @@ class FolderSplit:
     files: np.ndarray
     label: np.ndarray
     size: np.ndarray
+    number: np.ndarray
     classes: tuple[str, ...]
 
     def __len__(self) -> int:
@@ -52,8 +66,25 @@ class FolderSplit:
 
     def listing(self, chosen: np.ndarray | None = None) -> Iterator[Listed]:
         """Lists the files, all or those of these numbers."""
-        for i in range(len(self)) if chosen is None else chosen:
-            yield Listed(self.listed(i), int(self.size[i]), self.classes[self.label[i]])
+        columns = (self.files, self.size, self.label)
+        # As Python's values all at once: millions, one by one, take seconds.
+        rows = (each.tolist() if chosen is None else each[chosen].tolist() for each in columns)
+        for file, size, label in zip(*rows, strict=True):
+            yield Listed(_composed(os.fsdecode(file)), size, self.classes[label])
+
+    def sampled(self, chosen: np.ndarray | None = None) -> str:
+        """Returns a digest of both ends of files, evenly chosen of all or those of these numbers.
+
+        Of at most ``_FILES``: the start of a run reads no more than 64 MB of a set. A picture that
+        another of its name and size takes the place of goes unnoticed among more files than those,
+        or where only the middle of a large file differs.
+        """
+        numbers = np.arange(len(self)) if chosen is None else chosen
+        places = np.unique(np.linspace(0, len(numbers) - 1, _FILES).astype(int))[: len(numbers)]
+        # Many at a time, as each may wait for a file system elsewhere.
+        with ThreadPoolExecutor(_THREADS) as pool:
+            ends = pool.map(_ends, map(self.path, numbers[places]))
+            return hashlib.sha256(b"".join(ends)).hexdigest()
 
     def listed(self, index: int) -> str:
         """Returns the path of a file below the split, the same on all systems."""
@@ -91,19 +122,19 @@ class FolderSplit:
             return self
         names = [self.listed(i) for i in range(len(self))]
         chosen = np.sort(shares.order(names, self.label)[span.start : span.stop])
-        return replace(
-            self, files=self.files[chosen], label=self.label[chosen], size=self.size[chosen]
-        )
+        per_file = ("files", "label", "size", "number")
+        return replace(self, **{name: getattr(self, name)[chosen] for name in per_file})
 
 
 def open_splits(
-    name: str, directory: Path, selection: Selection
+    name: str, directory: str | Path, selection: Selection
 ) -> Dataset[tuple[FolderSplit, ...]]:
     """Lists the files of an image folder.
 
     Classes are the names of the directories in a split, sorted. Files are taken for images by
     their extension; others are left out, with one warning, and hidden ones and what systems leave
-    (``@eaDir``) without. A directory that links lead to counts once. Tiny ImageNet's own layout is
+    (``@eaDir``) without. A directory that links lead to counts once, and a warning says how many
+    files are trained on several times, or trained on and measured. Tiny ImageNet's own layout is
     understood: ``val/images`` with ``val/val_annotations.txt``. A folder of classes, without
     splits, is the split ``"all"``, for shares of it.
 
@@ -117,15 +148,18 @@ def open_splits(
 
     Raises:
         ValueError: If the folder doesn't have the splits, one has no classes or others than the
-            first, a class has no training images, or two classes have a directory in common.
-        FileNotFoundError: If there is no such folder.
+            first, a class has no training images, or two classes or splits have a directory in
+            common.
+        FileNotFoundError: If there is no such folder, or no such home.
     """
     if not name:
         raise ValueError(
             "The data source 'folder:' names no folder; write folder:my_images, for"
             " my_images in config.data.dir, or folder:/whole/path."
         )
-    root = directory / Path(name).expanduser()
+    root = expanded(name, "config.data.name=folder:")
+    if not root.is_absolute():
+        root = expanded(directory, "config.data.dir=") / root
     if not root.is_dir():
         raise FileNotFoundError(
             f"There is no image folder {root}; {_LAYOUT}. Name the directory that has it with"
@@ -133,11 +167,11 @@ def open_splits(
         )
     places = _places(root)
     selection.check_splits(root, places, "" if ALL not in places else _ADVICE)
-    _check_apart(places, selection)
     ignored: list[Path] = []
+    owners: _Owners = {}
     splits = dict.fromkeys(share.split for share in selection.shares)
     classes = tuple(_directories(places[selection.shares[0].split]))
-    whole = {split: _split(places[split], classes, ignored) for split in splits}
+    whole = {split: _split(places[split], classes, ignored, owners) for split in splits}
     spans = selection.spans({split: len(files) for split, files in whole.items()})
     *train, test = (
         whole[share.split].share(span) for share, span in zip(selection.shares, spans, strict=True)
@@ -149,6 +183,7 @@ def open_splits(
             stacklevel=2,
         )
     _check_counts(train, classes)
+    _warn_of_same_files(root, train, test)
     _warn_of_few_images(root, train, test, classes)
     return Dataset(tuple(train), (test,), {"label": len(classes)}, {"label": classes})
 
@@ -165,18 +200,6 @@ def _places(root: Path) -> dict[str, Path]:
     if ALL in found or {name.casefold() for name in found} & _SPLITS:
         return found
     return {**found, ALL: root}
-
-
-def _check_apart(places: Mapping[str, Path], selection: Selection) -> None:
-    """Checks that the test images are no directory of training images by another name."""
-    *train, test = (share.split for share in selection.shares)
-    for split in train:
-        a, b = places[split], places[test]
-        if split != test and a.samefile(b):
-            raise ValueError(
-                f"{a} and {b} are the same directory, so that training images would be those of"
-                " the test; share it out instead: 'train[:80%]' and 'train[80%:]'."
-            )
 
 
 def _directories(path: Path) -> dict[str, str]:
@@ -210,32 +233,44 @@ def _is_image(name: str) -> bool:
     return name.lower().endswith(EXTENSIONS) and not _is_left_out(name)
 
 
-def _split(path: Path, classes: Sequence[str], ignored: list[Path]) -> FolderSplit:
-    """Lists a split; files left out are added to ``ignored``."""
+def _split(path: Path, classes: Sequence[str], ignored: list[Path], owners: _Owners) -> FolderSplit:
+    """Lists a split; files left out are added to ``ignored``, its directories to ``owners``."""
     annotations = path / f"{path.name}_annotations.txt"
     if annotations.is_file():
-        files, label = _annotated(annotations, classes)
+        files, label = _annotated(annotations, classes, owners)
     else:
-        files, label = _by_directory(path, classes, ignored)
+        files, label = _by_directory(path, classes, ignored, owners)
     if not files:
         raise ValueError(
             f"{path} has no images; files count as images if they are named"
             f" {', '.join(EXTENSIONS)}."
         )
-    size = np.array([_size(f"{path}/{each}") for each in files], np.int64)
+    size, number = np.array([_size_and_number(f"{path}/{each}") for each in files], np.int64).T
     encoded = np.array([os.fsencode(each) for each in files])
-    return FolderSplit(path, encoded, label, size, tuple(classes))
+    return FolderSplit(path, encoded, label, size, number, tuple(classes))
 
 
-def _size(path: str) -> int:
+def _ends(path: Path) -> bytes:
+    """Returns a digest of the first and the last bytes of a file; of none if it can't be read."""
+    digest = hashlib.sha256()
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        digest.update(file.read(_END))
+        file.seek(max(file.tell(), path.stat().st_size - _END))
+        digest.update(file.read(_END))
+    return digest.digest()
+
+
+def _size_and_number(path: str) -> tuple[int, int]:
     try:
-        return os.stat(path).st_size  # noqa: PTH116 (of millions of files)
+        status = os.stat(path)  # noqa: PTH116 (of millions of files)
     except OSError:
-        return -1
+        return -1, 0
+    # In 64 bits, which are others by chance once in 10^6 sets of a million files.
+    return status.st_size, hash((status.st_dev, status.st_ino))
 
 
 def _by_directory(
-    path: Path, classes: Sequence[str], ignored: list[Path]
+    path: Path, classes: Sequence[str], ignored: list[Path], owners: _Owners
 ) -> tuple[list[str], np.ndarray]:
     _check_links(path)
     found = _directories(path)
@@ -253,12 +288,18 @@ def _by_directory(
         )
     # None: a bar on a terminal, nothing elsewhere.
     bar = tqdm(found.items(), desc=f"Listing {path}", unit="class", disable=None)
-    walk = _Walk(path, found)
+    walk = _Walk(path, found, owners)
     listings = {name: _images(path / actual, walk.files(name), ignored) for name, actual in bar}
-    files = [os.path.relpath(each, path) for listing in listings.values() for each in listing]
+    start = _length_of_prefix(path)
+    files = [each[start:] for listing in listings.values() for each in listing]
     numbers = {name: i for i, name in enumerate(classes)}
     label = [numbers[name] for name, listing in listings.items() for _ in listing]
     return files, np.array(label, np.int32)
+
+
+def _length_of_prefix(directory: Path) -> int:
+    """Returns how much of the paths in a directory is its own, which may be "." or "/"."""
+    return len(str(directory / "x")) - 1
 
 
 def _check_links(path: Path) -> None:
@@ -286,24 +327,40 @@ class _Walk:
     Args:
         split: The directory of the split.
         classes: The directories in it by the names of their classes.
+        owners: The directories of other splits, to which those of this one are added.
 
     Raises:
-        ValueError: If two classes have the same directory.
+        ValueError: If two classes or splits have the same directory, or one has the split in it.
     """
 
-    def __init__(self, split: Path, classes: Mapping[str, str]):
-        # Whose each directory is; "" of those above, where a link in a loop leads.
-        self._owners = {_number(str(each)): "" for each in (split, split.parent)}
+    def __init__(self, split: Path, classes: Mapping[str, str], owners: _Owners):
+        self._split, self._owners = split.name, owners
+        # Where a link in a loop leads: to other data.
+        places = split, split.parent
+        above = {*places, *(each for place in places for each in place.resolve().parents)}
+        self._above = {_number(str(each)) for each in above}
         self._roots = {name: str(split / actual) for name, actual in classes.items()}
         for name, root in self._roots.items():
-            self._take(root, name)
+            if not self._take(root, name):
+                raise ValueError(
+                    f"{printable(root)} is a link to {printable(str(Path(root).resolve()))}, which"
+                    " has the split itself in it; mend or remove it."
+                )
 
     def _take(self, directory: str, name: str) -> bool:
         """Takes a directory for a class; False if it has been, or is above all classes."""
         number = _number(directory)
+        if number in self._above:
+            return False
         taken = number in self._owners
-        owner = self._owners.setdefault(number, name)
-        if owner not in ("", name):
+        split, owner = self._owners.setdefault(number, (self._split, name))
+        if split != self._split:
+            raise ValueError(
+                f"{printable(directory)} leads to images of the split '{split}', which would be"
+                f" those of '{self._split}' at the same time; an image is in one split. Share one"
+                " out instead: 'train[:80%]' and 'train[80%:]'."
+            )
+        if owner != name:
             raise ValueError(
                 f"{printable(directory)} leads to images of the class '{owner}', which would be"
                 f" '{name}' at the same time; an image has one class."
@@ -341,7 +398,9 @@ def _number(path: str) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _annotated(annotations: Path, classes: Sequence[str]) -> tuple[list[str], np.ndarray]:
+def _annotated(
+    annotations: Path, classes: Sequence[str], owners: _Owners
+) -> tuple[list[str], np.ndarray]:
     """Reads lines of a file name, a tab and its class; the files are in ``images``."""
     numbers = {name: i for i, name in enumerate(classes)}
     label: dict[str, int] = {}
@@ -355,8 +414,9 @@ def _annotated(annotations: Path, classes: Sequence[str]) -> tuple[list[str], np
             )
         label[f"images/{file}"] = numbers[kind]
     root = annotations.parent
-    files = _Walk(root, {"images": "images"}).files("images")
-    present = {os.path.relpath(each, root) for each in _images(root / "images", files, [])}
+    files = _Walk(root, {"images": "images"}, owners).files("images")
+    start = _length_of_prefix(root)
+    present = {each[start:] for each in _images(root / "images", files, [])}
     for what, names in (
         ("names {} images that are not there", label.keys() - present),
         ("has no line for {} images", present - label.keys()),
@@ -387,6 +447,35 @@ def _check_counts(train: Sequence[FolderSplit], classes: Sequence[str]) -> None:
             f"{path} has {len(empty)} of {len(classes)} classes without training images:"
             f" {listed(empty)}; add images, or remove these directories from all splits."
         )
+
+
+def _warn_of_same_files(root: Path, train: Sequence[FolderSplit], test: FolderSplit) -> None:
+    """Warns of links to files, which a class may be made of, where several lead to the same one."""
+    number = np.concatenate([each.number for each in train])
+    there = np.concatenate([each.size >= 0 for each in train])
+    _, first = np.unique(number, return_index=True)
+    again = np.setdiff1d(np.flatnonzero(there), first)
+    measured = np.flatnonzero(np.isin(test.number, number[there]) & (test.size >= 0))
+    for same, splits, what, consequence in (
+        (again, train, "training images", "what is held out for validation may be trained on"),
+        (measured, [test], "test images", "they measure what was learnt by heart"),
+    ):
+        if len(same):
+            warnings.warn(
+                f"{root} has {len(same):,} of {sum(map(len, splits)):,} {what} that are the same"
+                f" files as training images, so that {consequence}; the first is"
+                f" {_name(splits, int(same[0]))}.",
+                stacklevel=3,
+            )
+
+
+def _name(splits: Sequence[FolderSplit], index: int) -> str:
+    """Names an image of splits that are counted through."""
+    for split in splits:
+        if index < len(split):
+            break
+        index -= len(split)
+    return split.name(index)
 
 
 def _warn_of_few_images(

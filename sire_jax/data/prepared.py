@@ -291,6 +291,10 @@ class PreparedSplit:
         what = f"{len(numbers)} records, {digest}, of the set {prepared}"
         yield Listed(f"{title} {self.split}[{self.first}:{last}]", 0, what)
 
+    def sampled(self, chosen: np.ndarray | None = None) -> str:
+        """Returns "": the list has samples of the files (``_describe``)."""
+        return ""
+
     def __getstate__(self) -> dict[str, Any]:
         # Another process opens the files itself.
         return {k: value for k, value in vars(self).items() if k not in ("_records", "_labels")}

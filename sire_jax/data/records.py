@@ -3,7 +3,6 @@
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,6 +11,7 @@ from PIL import Image
 from sire_jax.data import folders, images, prepared
 from sire_jax.data.dataset import EVERYTHING, Dataset, Listed, Selection, draw_classes
 from sire_jax.data.images import DamagedImageError
+from sire_jax.files import expanded
 from sire_jax.names import nearest
 
 
@@ -25,6 +25,9 @@ class Split(Protocol):
 
     def listing(self, chosen: np.ndarray | None = None) -> Iterator[Listed]:
         """Lists what the images are made of, all or those of these numbers."""
+
+    def sampled(self, chosen: np.ndarray | None = None) -> str:
+        """Returns a digest of samples of what the list can't tell; "" if it tells everything."""
 
     def name(self, index: int) -> str:
         """Names an image in messages."""
@@ -63,13 +66,22 @@ class Records:
 
     def listing(self) -> Iterator[Listed]:
         """Lists what the images are made of, in their order; no image is read for it."""
+        for split, chosen in self._parts():
+            yield from split.listing(chosen)
+
+    def sampled(self) -> str:
+        """Returns a digest of samples of what the list can't tell; "" if it tells everything."""
+        return " ".join(split.sampled(chosen) for split, chosen in self._parts()).strip()
+
+    def _parts(self) -> Iterator[tuple[Split, np.ndarray | None]]:
+        """Yields the splits, each with the numbers of those of its images that are chosen."""
         start = 0
         for split in self.splits:
             stop = start + len(split)
             chosen = self.chosen
             if chosen is not None:
                 chosen = chosen[(chosen >= start) & (chosen < stop)] - start
-            yield from split.listing(chosen)
+            yield split, chosen
             start = stop
 
     def without(self, indices: Collection[int]) -> "Records":
@@ -191,17 +203,17 @@ def open_records(
     Raises:
         ValueError: If there is no such source or split, are too few classes, or its files are not
             what they should be.
-        FileNotFoundError: If the set is not in ``directory``.
+        FileNotFoundError: If the set is not in ``directory``, or there is no such home.
     """
     kind, _, rest = name.partition(":")
-    root = _expanded(directory)
     opened: Dataset[Any]
     own = 3
     if kind == "tfds":
         given = None if selection.draw_classes else classes
+        root = expanded(directory, "config.data.dir=")
         opened, own = prepared.open_splits(rest, root, cache, selection, given)
     elif kind == "folder":
-        opened = folders.open_splits(rest, root, selection)
+        opened = folders.open_splits(rest, directory, selection)
     else:
         raise ValueError(
             f"There is no data source '{name}' to stream."
@@ -215,16 +227,6 @@ def open_records(
         for splits in (opened.train, opened.test)
     )
     return _draw(Dataset(train, test, opened.classes, opened.names), selection)
-
-
-def _expanded(directory: str) -> Path:
-    try:
-        return Path(directory).expanduser()
-    except RuntimeError as error:
-        raise ValueError(
-            f"config.data.dir is '{directory}', but the user has no home directory; give another"
-            " with --config.data.dir=DIR."
-        ) from error
 
 
 def _draw(dataset: Dataset[Records], selection: Selection) -> Dataset[Records]:

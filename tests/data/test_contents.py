@@ -1,17 +1,19 @@
 """What the data of a run are is kept with it: other data are refused, moved ones are not."""
 
+import hashlib
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import test_streamed_runs
-from pictured import encoded, picture, prepare_set, write, write_folder
+from pictured import encoded, flipped, picture, prepare_set, write, write_folder
 
 from sire_jax import configuration, evaluate, experiment, train
-from sire_jax.data import contents, sources
-from sire_jax.data.dataset import Dataset, Selection, Source
+from sire_jax.data import contents, folders, sources
+from sire_jax.data.dataset import Dataset, Listed, Selection, Source
 from sire_jax.data.records import open_records
 from sire_jax.streamed_runs import open_runs
 
@@ -54,6 +56,51 @@ def test_differences_of_images_are_counted_and_named(folder):
         " 1 removed: 'cow/2.png'; 1 changed: 'bee/1.png'"
     )
     assert before.brief() != _of(folder).brief()
+
+
+def _write_bitmaps(folder, seed):
+    for i in range(8):
+        content = encoded(picture(seed + i), "BMP")
+        write(folder / "pets" / "train" / "bee" / f"{i}.bmp", content)
+
+
+def test_other_images_of_the_same_names_and_sizes_are_a_difference(folder, tmp_path):
+    _write_bitmaps(folder, 0)
+    before = _of(folder)
+    _keep(tmp_path, before)
+    _write_bitmaps(folder, 8)
+    after = [_of(folder), contents.of(sources.load("folder:pets", str(folder)))]
+    for old in (before, contents.read(tmp_path)):
+        for new in after:
+            assert contents.differences(old, new) == [
+                "train: 17 -> 17 images of the same names and sizes, but other content"
+            ]
+    assert before.brief() != after[0].brief() == after[1].brief()
+    # A run that was begun without samples goes on.
+    described = json.loads((tmp_path / contents.FILE).read_text())
+    for part in ("train", "test"):
+        assert len(described[part].pop("sampled")) == 64
+    (tmp_path / contents.FILE).write_text(json.dumps(described))
+    assert contents.differences(contents.read(tmp_path), after[0]) == []
+
+
+def test_samples_of_many_files_are_evenly_chosen_and_both_of_their_ends(folder, monkeypatch):
+    (split,) = open_records("folder:pets", str(folder)).train.splits
+    monkeypatch.setattr(folders, "_FILES", 3)
+    monkeypatch.setattr(folders, "_END", 20)
+    files = [split.path(i) for i in range(9)]
+    before, one = split.sampled(), split.sampled(np.array([2]))
+    for number, place, noticed in ((0, 0, True), (4, -1, True), (8, 30, False), (5, 0, False)):
+        kept = files[number].read_bytes()
+        files[number].write_bytes(flipped(kept, place % len(kept)))
+        assert (split.sampled() != before) == noticed
+        files[number].write_bytes(kept)
+    assert split.sampled() == before
+    files[2].unlink()
+    files[2].symlink_to("/nowhere")
+    assert split.sampled() == before
+    assert split.sampled(np.array([2])) != one
+    assert split.sampled(np.array([], int)) == split.sampled(np.array([], int)) != one
 
 
 def test_other_names_of_classes_are_the_difference(folder):
@@ -116,6 +163,36 @@ def test_what_was_kept_is_read_again_also_without_the_list(folder, tmp_path):
         assert found == ["train: 9 -> 10 images, not the same"]
     (tmp_path / contents.FILES).unlink()
     assert contents.differences(contents.read(tmp_path), before) == []
+
+
+def test_what_is_there_is_not_written_again(folder, tmp_path):
+    data, written = _of(folder), []
+
+    def replace(path, content):
+        written.append(path.name)
+        path.write_bytes(content)
+
+    contents.keep(tmp_path, data, replace)
+    assert written == [contents.FILES, contents.FILE]
+    contents.keep(tmp_path, _of(folder), replace)
+    assert len(written) == 2
+    (tmp_path / contents.FILES).unlink()
+    contents.keep(tmp_path, data, replace)
+    write(folder / "pets" / "train" / "ape" / "a.png", picture(0))
+    contents.keep(tmp_path, _of(folder), replace)
+    assert len(written) == 6
+    assert contents.differences(contents.read(tmp_path), _of(folder)) == []
+
+
+def test_the_list_is_hashed_and_kept_as_json_of_any_names(tmp_path):
+    entries = [Listed('a "b"\\\n', 3, "\u00e4"), Listed("\udcff\x7f.png", -1, "\U0001f34e")]
+    records = SimpleNamespace(listing=lambda: iter(entries), sampled=lambda: "")
+    source = Source(np.zeros((2, 1, 1, 3), np.uint8), {"label": np.zeros(2)}, records)
+    data = contents.of(Dataset(source, source, {"label": 2}))
+    lines = "".join(json.dumps(each) + "\n" for each in entries)
+    assert data.parts["train"].digest == hashlib.sha256(lines.encode()).hexdigest()
+    _keep(tmp_path, data)
+    assert list(contents.read(tmp_path).parts["test"].listing()) == entries
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", '{"classes": 3}', '{"classes": {"label": ["a"]}}'])
@@ -198,6 +275,21 @@ def test_a_run_is_measured_on_other_test_images_only_when_that_is_wanted(copied)
     with pytest.raises(ValueError, match="--changed_data is for test images; the split is 'train'"):
         evaluate.evaluate(run, "train", overrides, changed_data=True)
     assert before["split"] == "train"
+
+
+@pytest.mark.parametrize("with_test", [False, True])
+def test_a_run_is_not_measured_where_its_training_images_changed(copied, with_test):
+    run, data, overrides = copied
+    write(data / "pets" / "train" / "ape" / "new.png", picture(0))
+    if with_test:
+        write(data / "pets" / "test" / "ape" / "new.png", picture(0))
+    difference = r"train: 45 -> 46 images; 1 added: 'ape/new\.png'\n"
+    difference += r"  test: 15 -> 16 images; 1 added: 'ape/new\.png'\n" * with_test
+    with pytest.raises(ValueError, match=difference + r"If .*data\.dir=DIR\.$"):
+        evaluate.evaluate(run, "test", overrides)
+    advice = r"--changed_data is for other test images: classes and training images have to be"
+    with pytest.raises(ValueError, match=rf"{difference}If .*data\.dir=DIR\. {advice}"):
+        evaluate.evaluate(run, "test", overrides, changed_data=True)
 
 
 def test_a_run_of_a_former_version_is_opened_with_the_names_of_the_data(copied):

@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -55,6 +56,26 @@ def test_a_folder_may_be_named_by_its_whole_path_or_from_the_home(folder, monkey
     for name in (f"folder:{directory}/pets", "folder:~/pets"):
         assert np.array_equal(_open("/nowhere", name).train.read(2), pixels["train"][2])
     assert len(_open("~").train) == 9
+    # As the directory that a program runs in.
+    monkeypatch.chdir(directory / "pets" / "train")
+    (split,) = _open(".", "folder:.", ("all[:6]",), "all[6:]").train.splits
+    assert all(split.listed(i)[:4] in ("ape/", "bee/", "cow/") for i in range(6))
+    assert split.path(0).is_file()
+
+
+def test_a_home_that_is_not_there_is_refused_only_where_it_is_needed(folder):
+    directory, _ = folder
+    assert len(_open("~nosuchuser", f"folder:{directory}/pets").train) == 9
+    copied = sources.load(f"folder:{directory}/pets", "~nosuchuser", cache="~nosuchuser/cache")
+    assert len(copied.train) == 9
+    for name, place in (
+        ("folder:~nosuchuser/pets", "config.data.name=folder:~nosuchuser/pets"),
+        ("folder:pets", "config.data.dir=~nosuchuser"),
+        ("tfds:pets", "config.data.dir=~nosuchuser"),
+    ):
+        message = f"{place} starts with the home directory of 'nosuchuser', and there is no such"
+        with pytest.raises(FileNotFoundError, match=re.escape(message)):
+            _open("~nosuchuser", name)
 
 
 def test_a_number_outside_of_the_records_is_refused(folder):
@@ -271,6 +292,30 @@ def test_a_directory_counts_once_however_links_lead_to_it(folder):
     assert len(names) == 10
 
 
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_link_to_what_is_above_a_split_adds_no_images(folder, linked):
+    directory, _ = folder
+    train = directory / "pets" / "train"
+    write(directory / "other" / "ape" / "horse.png", picture(0))
+    write(directory / "elsewhere" / "horse.png", picture(0))
+    if linked:
+        train.rename(directory / "elsewhere" / "train")
+        train.symlink_to(directory / "elsewhere" / "train")
+    for i, above in enumerate([directory / "pets", *(directory / "pets").parents]):
+        (train / "bee" / f"loop_{i}").symlink_to(above)
+    (train / "bee" / "elsewhere").symlink_to(train.resolve().parent)
+    assert _open(directory).train.labels["label"].tolist() == LABELS["train"]
+
+
+def test_a_class_that_is_a_link_to_what_is_above_it_is_refused(folder):
+    train = folder[0] / "pets" / "train"
+    shutil.rmtree(train / "bee")
+    (train / "bee").symlink_to("..")
+    message = rf"train/bee is a link to {folder[0]}/pets, which has the split itself in it; mend"
+    with pytest.raises(ValueError, match=message):
+        _open(folder[0])
+
+
 def test_an_image_of_two_classes_is_refused(folder):
     train = folder[0] / "pets" / "train"
     (train / "bee" / "more").symlink_to(train / "cow")
@@ -287,8 +332,60 @@ def test_an_image_of_two_classes_is_refused(folder):
 def test_training_images_are_no_test_images_by_another_name(folder):
     shutil.rmtree(folder[0] / "pets" / "test")
     (folder[0] / "pets" / "test").symlink_to(folder[0] / "pets" / "train")
-    with pytest.raises(ValueError, match=r"same directory.*share it out instead: 'train\[:80%\]'"):
+    message = (
+        r"test/ape leads to images of the split 'train', which would be those of 'test' at the same"
+        r" time; an image is in one split\. Share one out instead: 'train\[:80%\]'"
+    )
+    with pytest.raises(ValueError, match=message):
         _open(folder[0])
+
+
+@pytest.mark.parametrize(
+    ("link", "target", "splits"),
+    [
+        ("test/cow", "train/cow", ()),
+        ("train/cow", "test/cow", ()),
+        ("test/bee/more", "train/cow", ()),
+        ("train/bee/more", "test", ()),
+        ("more/ape", "train/ape", (("train", "more"), "test")),
+    ],
+)
+def test_no_directory_is_in_two_splits(folder, link, target, splits):
+    write_folder(folder[0] / "pets", {"more": 1})
+    pets = folder[0] / "pets"
+    shutil.rmtree(pets / link, ignore_errors=True)
+    (pets / link).symlink_to(pets / target)
+    with pytest.raises(ValueError, match=r"leads to images of the split '.*an image is in one spl"):
+        _open(folder[0], "folder:pets", *splits)
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_files_that_are_trained_on_twice_or_measured_are_said(folder, hard):
+    directory, _ = folder
+    for split, names in (("train", ("a", "b")), ("test", ("b", "c"))):
+        for name in names:
+            write(directory / "pool" / f"{name}.png", picture(0))
+            path = directory / "pets" / split / "bee" / f"{name}.png"
+            (path.hardlink_to if hard else path.symlink_to)(directory / "pool" / f"{name}.png")
+    message = (
+        "pets has 1 of 8 test images that are the same files as training images, so that they"
+        f" measure what was learnt by heart; the first is {directory}/pets/test/bee/b.png"
+    )
+    with pytest.warns(UserWarning, match=re.escape(message)):
+        _open(directory)
+    (directory / "pets" / "test" / "bee" / "b.png").unlink()
+    (directory / "pets" / "test" / "bee" / "lost.png").symlink_to("/nowhere")
+    (directory / "pets" / "train" / "bee" / "lost.png").symlink_to("/nowhere")
+    _open(directory)  # Without a warning, which would be an error.
+    path = directory / "pets" / "more" / "cow" / "b.png"
+    write_folder(directory / "pets", {"more": 1})
+    (path.hardlink_to if hard else path.symlink_to)(directory / "pool" / "b.png")
+    message = (
+        "pets has 1 of 16 training images that are the same files as training images, so that what"
+        f" is held out for validation may be trained on; the first is {path}"
+    )
+    with pytest.warns(UserWarning, match=re.escape(message)):
+        _open(directory, "folder:pets", ("train", "more"))
 
 
 def test_a_class_that_is_a_link_to_nothing_is_refused(folder):

@@ -1,3 +1,5 @@
+import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -599,6 +601,44 @@ def test_what_a_killed_program_was_writing_is_removed(tmp_path):
         fcntl.flock(file, fcntl.LOCK_EX)
         copies.write(tmp_path / "c.npz", {"x": np.arange(3)})
         assert sorted(each.name for each in tmp_path.iterdir()) == ["b.12345678.partial", "c.npz"]
+
+
+@pytest.mark.parametrize("removed_first", [False, True])
+def test_a_file_that_is_taken_for_abandoned_is_written_by_another_name(
+    tmp_path, monkeypatch, removed_first
+):
+    lock, names = copies._lock, []
+
+    def race(file):
+        names.append(file.name)
+        if len(names) > 1:
+            return lock(file)
+        with Path(file.name).open("r+b") as other:  # As `_remove_abandoned` does.
+            assert lock(other)
+            locked = None if removed_first else lock(file)
+            Path(file.name).unlink()
+        return lock(file) if removed_first else locked
+
+    monkeypatch.setattr(copies, "_lock", race)
+    copies.write(tmp_path / "a.npz", {"x": np.arange(3)})
+    assert len(set(names)) == 2
+    assert list(tmp_path.iterdir()) == [tmp_path / "a.npz"]
+    assert copies.read(tmp_path / "a.npz")["x"].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [(errno.ENOLCK, None), (errno.EAGAIN, r"No copy is kept in .*new files were locked by others")],
+)
+def test_a_file_system_without_locks_has_copies(tmp_path, monkeypatch, error, message):
+    def flock(file, how):
+        raise OSError(error, "from the file system")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    warned = pytest.warns(UserWarning, match=message) if message else contextlib.nullcontext()
+    with warned:
+        copies.write(tmp_path / "a.npz", {"x": np.arange(3)})
+    assert len(list(tmp_path.iterdir())) == (0 if message else 1)
 
 
 # The real set, where there is one.

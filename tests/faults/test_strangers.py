@@ -504,7 +504,9 @@ def _decoded():
 
 
 def _records():
-    split = FolderSplit(Path("/"), np.array([b"a"] * 3), np.zeros(3, np.int32), np.ones(3), ("a",))
+    split = FolderSplit(
+        Path("/"), np.array([b"a"] * 3), np.zeros(3, np.int32), np.ones(3), np.arange(3), ("a",)
+    )
     return {part: Records((split,), {"label": 2}, 1) for part in ("train", "test")}
 
 
