@@ -1,8 +1,9 @@
-"""What JAX's traced programs are made of: the one place that reads the parameters of equations.
+"""What JAX's traced programs are made of: loops, conditionals, calls, and what products cost.
 
-Their names and kinds are not part of JAX's public interface and have changed between versions; all
-of JAX 0.6.1 to 0.12 is understood. Where shapes tell, nothing else is read. What the parameters of
-``jax.lax``'s own functions say of an array's axes is read by ``slices``.
+This module and ``slices`` are the two that know JAX's equations: this one those that hold programs,
+``slices`` what the functions of ``jax.lax`` do with an array's axes. The names and parameters of
+equations are not part of JAX's public interface and have changed between versions; all of JAX 0.6.1
+to 0.12 is understood. Where shapes tell, nothing else is read.
 """
 
 import math
@@ -41,8 +42,8 @@ def _open(program: Any) -> Any:
 
 
 def shape(atom: Any) -> tuple[int, ...]:
-    """Returns the shape of a variable or literal of a program."""
-    return atom.aval.shape
+    """Returns the shape of a variable or literal of a program; what is no array has no axes."""
+    return getattr(atom.aval, "shape", ())
 
 
 def loop(equation: core.JaxprEqn) -> Loop | None:

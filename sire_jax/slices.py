@@ -3,9 +3,18 @@
 A network may keep several layers in one array: ``nn.scan`` stacks them along an axis, ``nn.vmap``
 the members of an ensemble, and a network may index a stack by hand. An exit after the first layer
 then reaches one slice of an array whose others it does not know. What becomes of an axis is known
-of the operations that move, pad, cut or join arrays, of sums, matrix products and convolutions.
-After others, such as look-ups by an index, all of a result is taken to depend on all of its
-operands: no slice is missed that does depend.
+of the operations that move, pad, cut or join arrays, of sums, windows, matrix products and
+convolutions. Where it is not known which slices depend, such as those at an index that a loop
+changes, or of members that go through an operation not known here, that is noted (``Unclear``).
+
+It matters in the end for the axes of parameters alone: what is summed over, as examples and
+positions are in the gradients of dense layers and convolutions, is forgotten. So as not to doubt
+parameters that no layers share, three things are assumed, by which slices may count as reached that
+are not. An operation not known here keeps an axis at its place, if its length is the same there, or
+else among those of its length, if any. What is looked up at many places, as in an embedding, is a
+table of which any loss reaches all: layers or members picked by an array of indices are not told
+apart, as those at one index are. And slices along different axes of one array are together all of
+it.
 """
 
 import math
@@ -20,8 +29,12 @@ from jax.extend import core
 
 from sire_jax import jaxprs
 
+# Where it is not known which slices depend, why: with the same reasons the same slices do.
+Unknown = tuple[str, ...]
 # For some axes a byte for each slice, 1 where it depends on a mark; the other axes do as a whole.
-Slices = dict[int, bytes]
+Slices = dict[int, bytes | Unknown]
+# In place of an axis: why it is not known whether any slice depends.
+_WHETHER = -1
 # For each mark the slices that depend on it; a mark without any is absent.
 Marks = Mapping[int, Slices]
 _NONE: Marks = {}
@@ -39,15 +52,6 @@ class Partly:
     mask: np.ndarray
     shape: tuple[int, ...]
 
-    @classmethod
-    def of(cls, slices: Slices, shape: Sequence[int]) -> "Partly":
-        """Says it of slices along one or more axes of an array."""
-        mask = np.ones([1] * len(shape), bool)
-        for axis, reached in slices.items():
-            along = [len(reached) if i == axis else 1 for i in range(len(shape))]
-            mask = mask & np.frombuffer(reached, bool).reshape(along)
-        return cls(mask, tuple(shape))
-
     def covers(self, other: "bool | Partly") -> bool:
         """Tells whether these slices are all of those that another reach has."""
         return isinstance(other, Partly) and bool((self.mask | ~other.mask).all())
@@ -57,8 +61,54 @@ class Partly:
         return f"{int(self.mask.sum())} of {self.mask.size} slices"
 
 
+@dataclass(frozen=True, eq=False)
+class Unclear:
+    """Says of a parameter that a loss reaches slices of it, not known which; true as a condition.
+
+    Attributes:
+        slices: What is known of each axis, and why no more is.
+        shape: That of the parameter.
+    """
+
+    slices: Slices
+    shape: tuple[int, ...]
+
+    def covers(self, other: "bool | Partly | Unclear") -> bool:
+        """Tells whether these slices, whichever they are, are those that another reach has."""
+        return isinstance(other, Unclear) and self.slices == other.slices
+
+    def __str__(self) -> str:
+        """Returns ``some slices``."""
+        return "some slices"
+
+
+def reached(slices: Slices | None, shape: Sequence[int]) -> bool | Partly | Unclear:
+    """Says which slices of a parameter a loss reaches.
+
+    Args:
+        slices: Those of its gradient that depend on the loss; ``None`` if it does not.
+        shape: The parameter's.
+    """
+    if slices is None:
+        return False
+    # A parameter that may be reached is taken to be.
+    axes = {axis: part for axis, part in slices.items() if axis != _WHETHER}
+    if not axes:
+        return True
+    mask = np.ones([1] * len(shape), bool)
+    for axis, part in axes.items():
+        if isinstance(part, tuple):
+            return Unclear(axes, tuple(shape))
+        along = [len(part) if i == axis else 1 for i in range(len(shape))]
+        mask = mask & np.frombuffer(part, bool).reshape(along)
+    return Partly(mask, tuple(shape))
+
+
 def together(reach: Iterable[Any]) -> bool | Partly:
-    """Returns what several losses reach of one parameter, as one of them would reach it."""
+    """Returns what several losses reach of one parameter, as one of them would reach it.
+
+    What one reaches of an array without its being known which slices counts as all of it.
+    """
     mask = np.zeros((), bool)
     shape: tuple[int, ...] = ()
     for one in reach:
@@ -94,6 +144,10 @@ def _through(equation: core.JaxprEqn, given: list[Marks]) -> list[Marks]:
     loop = jaxprs.loop(equation)
     if loop is not None and loop.length:
         return _through_loop(loop, given)
+    branches = jaxprs.branches(equation)
+    if branches:
+        results = [dependencies(branch, given[1:]) for branch in branches]
+        return [_union([*each, _everything(given[:1])]) for each in zip(*results, strict=True)]
     program = jaxprs.called(equation)
     if program is not None:
         return _through_call(equation, program.jaxpr, given)
@@ -102,7 +156,7 @@ def _through(equation: core.JaxprEqn, given: list[Marks]) -> list[Marks]:
         return _elementwise(equation, given)
     if name in _OPERATIONS:
         return _OPERATIONS[name](equation, given)
-    return [_everything(given)] * len(equation.outvars)
+    return _blurred(equation, given)
 
 
 def _through_call(equation: core.JaxprEqn, program: core.Jaxpr, given: list[Marks]) -> list[Marks]:
@@ -113,12 +167,24 @@ def _through_call(equation: core.JaxprEqn, program: core.Jaxpr, given: list[Mark
     if inside == outside:
         return dependencies(program, given)
     # Of the parts of arrays that lie on several devices.
-    results = dependencies(program, [_everything([marks]) for marks in given])
-    return [_everything([marks]) for marks in results]
+    count = len(given)
+    within = map(_parted, [equation] * count, given, outside[:count], inside[:count])
+    results = dependencies(program, list(within))
+    return list(map(_parted, [equation] * len(results), results, inside[count:], outside[count:]))
+
+
+def _parted(
+    equation: core.JaxprEqn, marks: Marks, before: Sequence[int], after: Sequence[int]
+) -> Marks:
+    """Keeps what is told of axes that don't lie on several devices."""
+    if len(before) != len(after):
+        return _everything([marks])
+    changed = {axis for axis, size in enumerate(before) if size != after[axis]}
+    return _blur(marks, changed, _causes(equation, [marks]))
 
 
 def _everything(given: Iterable[Marks]) -> Marks:
-    return {mark: {} for marks in given for mark in marks}
+    return _union(_moved(marks, {}) for marks in given)
 
 
 def _through_loop(loop: jaxprs.Loop, given: list[Marks]) -> list[Marks]:
@@ -144,29 +210,48 @@ def _through_loop(loop: jaxprs.Loop, given: list[Marks]) -> list[Marks]:
 def _settled(marks: Marks) -> Marks:
     """Drops axes that depend as a whole, and marks on which no slice depends."""
     return {
-        mark: {axis: part for axis, part in slices.items() if 0 in part}
+        mark: {a: part for a, part in slices.items() if isinstance(part, tuple) or 0 in part}
         for mark, slices in marks.items()
-        if all(1 in part for part in slices.values())
+        if all(isinstance(part, tuple) or 1 in part for part in slices.values())
     }
 
 
-def _union(several: Iterable[Marks]) -> Marks:
+def _unknown(parts: Iterable[bytes | Unknown]) -> Unknown:
+    """Returns all reasons of several parts, one of them not known."""
+    return tuple(
+        sorted({why for p in parts for why in (p if isinstance(p, tuple) else (p.hex(),))})
+    )
+
+
+def _joined(parts: Sequence[bytes | Unknown]) -> bytes | Unknown:
+    """Returns the union of slices along the same axis."""
+    told = [part for part in parts if isinstance(part, bytes)]
+    if len(told) == len(parts):
+        return bytes(map(max, zip(*told, strict=True)))
+    return next((part for part in told if 0 not in part), _unknown(parts))
+
+
+def _union(several: Iterable[Marks]) -> dict[int, Slices]:
     """Joins the marks of arrays of one shape; of a mark on different axes all depends."""
     union: dict[int, Slices] = {}
     for marks in several:
         for mark, slices in marks.items():
-            if mark in union:
-                before = union[mark]
-                slices = {
-                    axis: bytes(a | b for a, b in zip(before[axis], slices[axis], strict=True))
-                    for axis in before.keys() & slices.keys()
-                }
-            union[mark] = slices
+            union[mark] = _both(union[mark], slices) if mark in union else slices
     return union
 
 
-def _moved(marks: Marks, places: Mapping[int, int]) -> Marks:
+def _both(first: Slices, second: Slices) -> Slices:
+    """Joins the slices of two arrays of one shape that depend on the same mark."""
+    if (_WHETHER in first) == (_WHETHER in second):
+        return {axis: _joined([first[axis], second[axis]]) for axis in first if axis in second}
+    sure, perhaps = (second, first) if _WHETHER in first else (first, second)
+    added = perhaps[_WHETHER]
+    return {axis: _joined([part, added, perhaps.get(axis, ())]) for axis, part in sure.items()}
+
+
+def _moved(marks: Marks, places: Mapping[int, int]) -> dict[int, Slices]:
     """Gives axes new places; those without one are summed over."""
+    places = {**places, _WHETHER: _WHETHER}
     return {
         mark: {places[axis]: part for axis, part in slices.items() if axis in places}
         for mark, slices in marks.items()
@@ -174,10 +259,36 @@ def _moved(marks: Marks, places: Mapping[int, int]) -> Marks:
 
 
 def _along(marks: Marks, axis: int, size: int, change: Callable[[bytes], bytes]) -> Marks:
-    """Changes the slices along one axis."""
+    """Changes the slices along one axis, if it is known which depend."""
+
+    def changed(part: bytes | Unknown) -> bytes | Unknown:
+        return part if isinstance(part, tuple) else change(part)
+
     whole = b"\1" * size
     return {
-        mark: {**slices, axis: change(slices.get(axis, whole))} for mark, slices in marks.items()
+        mark: {**slices, axis: changed(slices.get(axis, whole))} for mark, slices in marks.items()
+    }
+
+
+def _causes(equation: core.JaxprEqn, given: Sequence[Marks]) -> dict[int, Unknown]:
+    """Returns for each mark why the slices that depend after an operation are not known.
+
+    Marks on which the same slices of all operands depend have the same reason, since whatever the
+    operation does, the same slices of its results depend on them.
+    """
+    alike: dict[str, list[int]] = {}
+    for mark in sorted({mark for marks in given for mark in marks}):
+        slices = [sorted(marks[mark].items()) if mark in marks else None for marks in given]
+        alike.setdefault(repr(slices), []).append(mark)
+    return {mark: (f"{id(equation)} {marks}",) for marks in alike.values() for mark in marks}
+
+
+def _blur(marks: Marks, axes: Iterable[int], causes: Mapping[int, Unknown]) -> Marks:
+    """Forgets which slices depend along some axes, but not that they differ."""
+    axes = set(axes)
+    return {
+        mark: {axis: causes[mark] if axis in axes else part for axis, part in slices.items()}
+        for mark, slices in marks.items()
     }
 
 
@@ -189,11 +300,19 @@ def _without(rank: int, axes: Iterable[int]) -> dict[int, int]:
 
 def _at(marks: Marks, index: int) -> Marks:
     """Returns the marks of one slice along the first axis."""
-    return {
-        mark: {axis - 1: part for axis, part in slices.items() if axis}
-        for mark, slices in marks.items()
-        if 0 not in slices or slices[0][index]
-    }
+    result = {}
+    for mark, slices in marks.items():
+        first = slices.get(0, b"")
+        if isinstance(first, tuple) or not first or first[index]:
+            result[mark] = _taken(slices, {0}, {a: a - 1 for a in slices if a > 0})
+    return result
+
+
+def _taken(slices: Slices, gone: Iterable[int], places: Mapping[int, int]) -> Slices:
+    """Drops axes of which one slice is left, and moves others."""
+    unknown = [p for axis in (*gone, _WHETHER) if isinstance(p := slices.get(axis), tuple)]
+    whether: Slices = {_WHETHER: _unknown(unknown)} if unknown else {}
+    return whether | {places[axis]: part for axis, part in slices.items() if axis in places}
 
 
 def _stacked(parts: Sequence[Marks], axis: int) -> Marks:
@@ -202,10 +321,15 @@ def _stacked(parts: Sequence[Marks], axis: int) -> Marks:
         {m: {a + (a >= axis): part for a, part in s.items()} for m, s in marks.items()}
         for marks in parts
     ]
-    union = _union(shifted)
+
+    def along(mark: int) -> bytes | Unknown:
+        slices = bytes(mark in marks for marks in parts)
+        unknown = [marks[mark][_WHETHER] for marks in parts if _WHETHER in marks.get(mark, {})]
+        return _unknown([*unknown, slices]) if unknown else slices
+
     return {
-        mark: {**slices, axis: bytes(mark in marks for marks in parts)}
-        for mark, slices in union.items()
+        mark: {**{a: part for a, part in slices.items() if a != _WHETHER}, axis: along(mark)}
+        for mark, slices in _union(shifted).items()
     }
 
 
@@ -214,6 +338,29 @@ def _stacked(parts: Sequence[Marks], axis: int) -> Marks:
 
 def _operand(equation: core.JaxprEqn, index: int = 0) -> tuple[int, ...]:
     return jaxprs.shape(equation.invars[index])
+
+
+def _blurred(equation: core.JaxprEqn, given: list[Marks]) -> list[Marks]:
+    """Follows an operation of which nothing is known."""
+    causes = _causes(equation, given)
+
+    def axes(slices: Slices, before: Sequence[int], after: Sequence[int]) -> Iterator[int]:
+        for axis in sorted(slices.keys() - {_WHETHER}):
+            same = axis < len(after) and before[axis] == after[axis]
+            yield from [axis] if same else [i for i, n in enumerate(after) if n == before[axis]]
+
+    def one(i: int, marks: Marks, after: Sequence[int]) -> Marks:
+        whole = _everything([marks])
+        return {
+            mark: whole[mark]
+            | dict.fromkeys(axes(slices, _operand(equation, i), after), causes[mark])
+            for mark, slices in marks.items()
+        }
+
+    return [
+        _union(one(i, marks, jaxprs.shape(variable)) for i, marks in enumerate(given) if marks)
+        for variable in equation.outvars
+    ]
 
 
 def _elementwise(equation: core.JaxprEqn, given: list[Marks]) -> list[Marks]:
@@ -232,7 +379,9 @@ def _elementwise(equation: core.JaxprEqn, given: list[Marks]) -> list[Marks]:
 def _reduce(equation: core.JaxprEqn, given: list[Marks]) -> list[Marks]:
     params = equation.params
     axes = params["dimensions"] if "dimensions" in params else params["axes"]
-    return [_moved(given[0], _without(len(_operand(equation)), axes))]
+    shape = _operand(equation)
+    places, single = _without(len(shape), axes), [axis for axis in axes if shape[axis] == 1]
+    return [{mark: _taken(slices, single, places) for mark, slices in given[0].items()}]
 
 
 def _transpose(equation: core.JaxprEqn, given: list[Marks]) -> list[Marks]:
@@ -283,17 +432,19 @@ def _concatenate(equation: core.JaxprEqn, given: list[Marks]) -> list[Marks]:
     places = {a: a for a in range(len(_operand(equation))) if a != axis}
     union = _union(_moved(marks, places) for marks in given)
 
-    def part(marks: Marks, mark: int, size: int) -> bytes:
-        return marks[mark].get(axis, b"\1" * size) if mark in marks else b"\0" * size
+    def part(slices: Slices | None, size: int) -> bytes | Unknown:
+        if slices is None:
+            return b"\0" * size
+        return slices.get(_WHETHER) or slices.get(axis, b"\1" * size)
+
+    def along(mark: int) -> bytes | Unknown:
+        parts = [part(m.get(mark), size) for m, size in zip(given, sizes, strict=True)]
+        told = [part for part in parts if isinstance(part, bytes)]
+        return b"".join(told) if len(told) == len(parts) else _unknown(parts)
 
     return [
         {
-            mark: {
-                **slices,
-                axis: b"".join(
-                    part(marks, mark, size) for marks, size in zip(given, sizes, strict=True)
-                ),
-            }
+            mark: {**{a: part for a, part in slices.items() if a != _WHETHER}, axis: along(mark)}
             for mark, slices in union.items()
         }
     ]
@@ -320,16 +471,99 @@ def _split(equation: core.JaxprEqn, given: list[Marks]) -> list[Marks]:
 
 
 def _dynamic_slice(equation: core.JaxprEqn, given: list[Marks]) -> list[Marks]:
-    # Where it starts is not known: any slice may depend, on an axis that is not taken whole.
+    # Where it starts is not known.
     sizes = zip(_operand(equation), equation.params["slice_sizes"], strict=True)
-    places = {axis: axis for axis, (whole, part) in enumerate(sizes) if whole == part}
-    return [_union([_moved(given[0], places), _everything(given[1:])])]
+    cut = {axis for axis, (whole, part) in enumerate(sizes) if whole != part}
+    taken = _blur(given[0], cut, _causes(equation, given))
+    return [_union([taken, _everything(given[1:])])]
 
 
 def _dynamic_update(equation: core.JaxprEqn, given: list[Marks]) -> list[Marks]:
+    causes = _causes(equation, given)
     sizes = zip(_operand(equation), _operand(equation, 1), strict=True)
-    places = {axis: axis for axis, (whole, part) in enumerate(sizes) if whole == part}
-    return [_union([given[0], _moved(given[1], places), _everything(given[2:])])]
+    cut = [axis for axis, (whole, part) in enumerate(sizes) if whole != part]
+    put = {mark: slices | dict.fromkeys(cut, causes[mark]) for mark, slices in given[1].items()}
+    return [_union([given[0], put, _everything(given[2:])])]
+
+
+def _gather(equation: core.JaxprEqn, given: list[Marks]) -> list[Marks]:
+    numbers, shape = equation.params["dimension_numbers"], _operand(equation)
+    batched = numbers.operand_batching_dims
+    free = _without(len(shape), [*numbers.collapsed_slice_dims, *batched])
+    places = {axis: numbers.offset_dims[i] for axis, i in free.items()}
+    looked_up = list(_without(len(jaxprs.shape(equation.outvars[0])), numbers.offset_dims))
+    of_batches = [looked_up[i] for i in numbers.start_indices_batching_dims]
+    places |= dict(zip(batched, of_batches, strict=True))
+    sizes = enumerate(zip(shape, equation.params["slice_sizes"], strict=True))
+    cut = {axis for axis, (whole, part) in sizes if whole != part and axis not in batched}
+    causes = _causes(equation, given)
+    taken = _moved(_blur(given[0], cut, causes), places)
+    for mark, slices in given[0].items():
+        if slices.keys() & (cut - places.keys()):
+            # Any place may be that of a slice that depends.
+            unknown = [i for i in looked_up if i not in of_batches] or [_WHETHER]
+            taken[mark] |= dict.fromkeys(unknown, causes[mark])
+    return [_union([taken, _everything(given[1:])])]
+
+
+def _scatter(equation: core.JaxprEqn, given: list[Marks]) -> list[Marks]:
+    """Follows what is put, or added, at one place as at an index, at many as from data."""
+    numbers = equation.params["dimension_numbers"]
+    shape, put = _operand(equation), _operand(equation, 2)
+    batched = numbers.operand_batching_dims
+    free = _without(len(shape), [*numbers.inserted_window_dims, *batched])
+    places = {numbers.update_window_dims[i]: axis for axis, i in free.items()}
+    places = {i: axis for i, axis in places.items() if put[i] == shape[axis]}
+    scattered = list(_without(len(put), numbers.update_window_dims))
+    of_batches = [scattered[i] for i in numbers.scatter_indices_batching_dims]
+    places |= dict(zip(of_batches, batched, strict=True))
+    updates = _moved(given[2], places)
+    if len(_operand(equation, 1)) - 1 == len(batched):
+        causes = _causes(equation, given)
+        cut = [i for i, size in enumerate(shape) if size > 1 and i not in places.values()]
+        updates = {m: slices | dict.fromkeys(cut, causes[m]) for m, slices in updates.items()}
+    return [_union([given[0], updates, _everything(given[1:2])])]
+
+
+def _cumulate(equation: core.JaxprEqn, given: list[Marks]) -> list[Marks]:
+    axis, step = equation.params["axis"], -1 if equation.params["reverse"] else 1
+
+    def change(part: bytes) -> bytes:
+        depends = list(accumulate(part[::step], max))
+        return bytes(depends)[::step]
+
+    return [_along(given[0], axis, _operand(equation)[axis], change)]
+
+
+def _sort(equation: core.JaxprEqn, given: list[Marks]) -> list[Marks]:
+    causes, axis = _causes(equation, given), equation.params["dimension"]
+    union = _union(_blur(marks, [axis], causes) for marks in given)
+    return [union] * len(equation.outvars)
+
+
+def _fourier(equation: core.JaxprEqn, given: list[Marks]) -> list[Marks]:
+    kept = len(_operand(equation)) - len(equation.params["fft_lengths"])
+    return [_moved(given[0], {axis: axis for axis in range(kept)})]
+
+
+def _window(equation: core.JaxprEqn, given: list[Marks]) -> list[Marks]:
+    """Follows axes on which a window has one value and moves by one."""
+    params, causes = equation.params, _causes(equation, given)
+    ones = [1] * len(_operand(equation))
+    alone = zip(
+        params["window_dimensions"],
+        params["window_strides"],
+        params.get("base_dilation") or ones,
+        params.get("window_dilation") or ones,
+        params["padding"],
+        strict=True,
+    )
+    others = {axis for axis, each in enumerate(alone) if each != (1, 1, 1, 1, (0, 0))}
+    union = _union(
+        _blur(marks, others, causes) if len(_operand(equation, i)) == len(ones) else marks
+        for i, marks in enumerate(given)
+    )
+    return [union] * len(equation.outvars)
 
 
 def _product(equation: core.JaxprEqn, given: list[Marks]) -> list[Marks]:
@@ -370,17 +604,25 @@ def _convolution(equation: core.JaxprEqn, given: list[Marks]) -> list[Marks]:
 def _reshape(equation: core.JaxprEqn, given: list[Marks]) -> list[Marks]:
     before, after = _operand(equation), jaxprs.shape(equation.outvars[0])
     if equation.params["dimensions"] is not None or 0 in before:
-        return [_everything(given)]
+        return _blurred(equation, given)
     groups = list(_groups(before, after))
     result: dict[int, Slices] = {}
     for mark, slices in given[0].items():
-        result[mark] = {}
+        single = [axis for axis in slices if axis != _WHETHER and before[axis] == 1]
+        result[mark] = _taken(slices, single, {})
         for old, new in groups:
-            if not slices.keys() & set(old):
+            old = [axis for axis in old if before[axis] > 1]
+            told = {axis: slices[axis] for axis in old if axis in slices}
+            if not told:
+                continue
+            known = {axis: part for axis, part in told.items() if isinstance(part, bytes)}
+            if len(known) < len(told):
+                wide = [axis for axis in new if after[axis] > 1]
+                result[mark] |= dict.fromkeys(wide, _unknown(told.values()))
                 continue
             merged = b"\1"
             for axis in old:
-                part = slices.get(axis, b"\1" * before[axis])
+                part = known.get(axis, b"\1" * before[axis])
                 merged = b"".join(part if byte else b"\0" * len(part) for byte in merged)
             parts = np.frombuffer(merged, bool).reshape([after[axis] for axis in new])
             for i, axis in enumerate(new):
@@ -412,8 +654,10 @@ _ELEMENTWISE = {
     *("add", "add_any", "sub", "mul", "div", "neg", "abs", "sign", "max", "min", "clamp"),
     *("select_n", "convert_element_type", "reduce_precision", "copy", "copy_p", "name"),
     *("optimization_barrier", "integer_pow", "pow", "sqrt", "rsqrt", "exp", "log", "tanh"),
+    *("sin", "cos", "log1p", "expm1", "erf", "rem", "nextafter", "complex"),
     *("logistic", "square", "and", "or", "not", "is_finite", "real", "imag", "conj"),
     *("device_put", "sharding_constraint", "eq", "ne", "lt", "le", "gt", "ge"),
+    *("psum", "psum_invariant", "pvary"),
 }
 _OPERATIONS: dict[str, Callable[[core.JaxprEqn, list[Marks]], list[Marks]]] = {
     "reduce_sum": _reduce,
@@ -432,6 +676,14 @@ _OPERATIONS: dict[str, Callable[[core.JaxprEqn, list[Marks]], list[Marks]]] = {
     "split": _split,
     "dynamic_slice": _dynamic_slice,
     "dynamic_update_slice": _dynamic_update,
+    "gather": _gather,
+    **dict.fromkeys(["scatter", "scatter-add", "scatter-sub", "scatter-mul"], _scatter),
+    **dict.fromkeys(["scatter-min", "scatter-max"], _scatter),
+    **dict.fromkeys(["cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"], _cumulate),
+    "sort": _sort,
+    "fft": _fourier,
+    **dict.fromkeys(["reduce_window_sum", "reduce_window_max", "reduce_window_min"], _window),
+    **dict.fromkeys(["reduce_window", "select_and_scatter_add", "select_and_gather_add"], _window),
     "dot_general": _product,
     "conv_general_dilated": _convolution,
     "reshape": _reshape,

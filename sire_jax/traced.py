@@ -109,7 +109,8 @@ def reach(
 
     Returns:
         For each loss a tree like ``params``: whether it reaches a parameter, or ``slices.Partly``,
-        true as a condition, if it reaches some slices of it and not others.
+        true as a condition, if it reaches some slices of it and not others, or ``slices.Unclear``,
+        true as well, if it is not known which.
     """
     shapes = dict(jax.eval_shape(losses, params, *args))
     names = sorted(shapes)
@@ -126,9 +127,7 @@ def reach(
 
     def one(mark: int) -> list[Any]:
         return [
-            slices.Partly.of(reached[mark], jnp.shape(leaf))
-            if reached.get(mark)
-            else mark in reached
+            slices.reached(reached.get(mark), jnp.shape(leaf))
             for leaf, reached in zip(leaves, marks, strict=True)
         ]
 

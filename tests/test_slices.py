@@ -11,7 +11,7 @@ from jax import lax
 from planned import normal
 
 from sire_jax import optimizers, traced
-from sire_jax.slices import Partly
+from sire_jax.slices import Partly, Unclear
 from sire_jax.updates import UPDATES, joint, multiway, pairwise, weighted
 from sire_jax.updates.aggregate import UPGrad
 from sire_jax.updates.reached import Reached
@@ -25,6 +25,8 @@ def _reach(losses, params, *args):
     """Returns for each loss and parameter a boolean, or which slices along the first axis."""
 
     def plain(reach):
+        if isinstance(reach, Unclear):
+            return "unclear"
         if not isinstance(reach, Partly):
             return reach
         assert reach.mask.shape[1:] == (1,) * (reach.mask.ndim - 1)
@@ -80,7 +82,7 @@ def test_a_scan_is_followed_in_calls_in_reverse_and_in_a_scan(wrap):
     assert reach["grid"]["grid"].mask.ravel().tolist() == [True, True, False]
 
 
-def test_what_lies_on_several_devices_is_told_apart_as_a_whole():
+def test_axes_that_lie_on_one_device_are_told_apart_on_several():
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec("data")
     mapped = jax.shard_map(
@@ -88,11 +90,14 @@ def test_what_lies_on_several_devices_is_told_apart_as_a_whole():
     )
 
     def losses(p):
-        first, second = mapped(p["a"], p["b"])
-        return {"first": first[0], "second": second.sum()}
+        first, second = mapped(p["a"], p["b"].T)
+        return {"first": first[0], "second": second.sum(), "third": second[:, 1].sum()}
 
-    expected = {"first": {"a": True, "b": False}, "second": {"a": False, "b": True}}
-    assert _reach(losses, {"a": (4,), "b": (4,)}) == expected
+    assert _reach(losses, {"a": (4,), "b": (3, 4)}) == {
+        "first": {"a": "unclear", "b": False},
+        "second": {"a": False, "b": True},
+        "third": {"a": False, "b": [False, True, False]},
+    }
 
 
 CASES = {
@@ -166,12 +171,35 @@ CASES = {
         {"w": (4, 3, 3)},
         {"w": True},
     ),
-    # Look-ups by an index are not followed.
+    # Look-ups of many places are those of embeddings: by data.
     "looked up": (lambda p: p["w"][jnp.asarray([0, 1])].sum(), {"w": (4, 3)}, {"w": True}),
+    "members that look up": (
+        lambda p: jax.vmap(lambda w: jnp.take_along_axis(X @ w, jnp.ones((2, 1), int), 1))(p["w"])[
+            0
+        ].sum(),
+        {"w": (4, 3, 3)},
+        {"w": FIRST},
+    ),
+    "an embedding, up to a position": (
+        lambda p: lax.scan(_turn(p["w"]), X, p["table"][TOKENS])[1][1].sum(),
+        {"table": (7, 3), "w": (3, 3)},
+        {"table": True, "w": True},
+    ),
+    "taken": (lambda p: jnp.take(p["w"], 0, axis=0).sum(), {"w": (4, 3)}, {"w": "unclear"}),
     "at a changing place": (
         lambda p: lax.fori_loop(0, 4, lambda i, h: h @ p["w"][i], X).sum(),
         {"w": (4, 3, 3)},
-        {"w": True},
+        {"w": "unclear"},
+    ),
+    "put at a changing place": (
+        lambda p: _buffered(p)[1].sum(),
+        {"layers": (4, 3, 3), "shared": (3, 3)},
+        {"layers": "unclear", "shared": True},
+    ),
+    "taken at a changing place, of one step": (
+        lambda p: lax.scan(_turn(p["w"]), X, p["x"][:, None] + jnp.zeros((5, 2, 3)))[1][1].sum(),
+        {"w": (3, 3), "x": (5, 3)},
+        {"w": True, "x": [True, True, False, False, False]},
     ),
     "some positions": (
         lambda p: _attended(X[:, None] + p["positions"][None, :4], p["w"])[:, 0].sum(),
@@ -194,12 +222,63 @@ CASES = {
         {"w": True},
     ),
     "conditional": (
-        lambda p: lax.cond(X.sum() > 0, lambda w: w[0].sum(), lambda w: w[1].sum(), p["w"]),
+        lambda p: lax.cond(X.sum() > 0, lambda w: w[0].sum(), lambda w: -w[0].sum(), p["w"]),
         {"w": (4, 3)},
-        {"w": True},
+        {"w": FIRST},
+    ),
+    "accumulated": (lambda p: jnp.cumsum(p["w"], 0)[2].sum(), {"w": (4, 3)}, {"w": UP_TO_THIRD}),
+    "accumulated from the end": (
+        lambda p: lax.cumsum(p["w"][::-1], 0, reverse=True)[1].sum(),
+        {"w": (4, 3)},
+        {"w": UP_TO_THIRD},
+    ),
+    "an operation that is not known": (
+        lambda p: _unfollowed(p["w"])[0].sum(),
+        {"w": (4, 3)},
+        {"w": "unclear"},
+    ),
+    "an operation that is not known, of tokens": (
+        lambda p: _unfollowed(jnp.stack([X] * 4, 1) @ p["w"] + p["b"][None, None])[:, 0].sum(),
+        {"w": (3, 3), "b": (3,)},
+        {"w": True, "b": True},
     ),
 }
 IMAGES = normal(3, 1, 5, 5, 2)
+
+
+TOKENS = jnp.asarray([[0, 1], [2, 3], [4, 5]])
+
+
+def _turn(w):
+    def turn(h, x):
+        h = jnp.tanh(h @ w + x)
+        return h, h
+
+    return turn
+
+
+def _buffered(p):
+    """Returns the features after each of several layers, put into an array one by one."""
+
+    def body(carry, layer):
+        i, h, after = carry
+        h = jnp.tanh(h @ layer @ p["shared"])
+        return (i + 1, h, after.at[i].set(h)), None
+
+    return lax.scan(body, (0, X, jnp.zeros((4, 2, 3))), p["layers"])[0][2]
+
+
+@jax.custom_vjp
+def _unfollowed(x):
+    return x
+
+
+def _whatever(_, cotangent):
+    shape = jax.ShapeDtypeStruct(cotangent.shape, cotangent.dtype)
+    return (jax.pure_callback(lambda c: c, shape, cotangent),)
+
+
+_unfollowed.defvjp(lambda x: (x, None), _whatever)
 
 
 def _convolved(images, kernel):
@@ -271,6 +350,146 @@ def test_a_scan_of_flax_is_followed():
     )
     with pytest.raises(ValueError, match=message):
         multiway(optimizers.sgd(), reach)
+
+
+POOLED = {
+    "max_pool": lambda x: nn.max_pool(x, (2, 2), (2, 2)),
+    "avg_pool": lambda x: nn.pooling.pool(x, 0.0, lax.add, (2, 2), (1, 1), "SAME"),
+    "cumsum": lambda x: jnp.cumsum(x, 1),
+    "cumprod": lambda x: jnp.cumprod(x, 2),
+    "cummax": lambda x: lax.cummax(x, 1, reverse=True),
+    "cumlogsumexp": lambda x: lax.cumlogsumexp(x, 3),
+    "sort": lambda x: jnp.sort(x, 1),
+    "fft": lambda x: (
+        jnp.fft.fft(x).real + jnp.fft.irfft2(jnp.fft.rfft2(x, axes=(1, 2)), axes=(1, 2))
+    ),
+    "take": lambda x: jnp.take(x, jnp.asarray([3, 1]), 1),
+    "take one": lambda x: jnp.take(x, 1, 2),
+    "top_k": lambda x: lax.top_k(x, 2)[0],
+}
+
+
+class Member(nn.Module):
+    """One of an ensemble, with an operation that acts on its images alone."""
+
+    name_of_operation: str
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.tanh(nn.Dense(4, name="features")(x))
+        x = POOLED[self.name_of_operation](x)
+        return nn.Dense(2, name="classes")(x.reshape(len(x), -1))
+
+
+class Ensemble(nn.Module):
+    """Members of nn.vmap, with an exit that is the first."""
+
+    name_of_operation: str
+
+    @nn.compact
+    def __call__(self, x):
+        members = nn.vmap(
+            Member,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=None,
+            axis_size=3,
+        )(self.name_of_operation, name="members")(x)
+        return {"main": members.mean(0), "exit": members[0]}
+
+
+@pytest.mark.parametrize("operation", POOLED)
+def test_members_of_an_ensemble_are_told_apart(operation):
+    images = jnp.zeros((2, 4, 4, 2))
+    network = Ensemble(operation)
+    params = jax.eval_shape(network.init, KEY, images)["params"]
+    reach = traced.reach(
+        lambda p: {k: (v**2).sum() for k, v in network.apply({"params": p}, images).items()}, params
+    )
+    assert [each is True for each in jax.tree.leaves(reach["main"])] == [True] * 4
+    masks = [each.mask.ravel().tolist() for each in jax.tree.leaves(reach["exit"])]
+    assert masks == [[True, False, False]] * 4
+    with pytest.raises(
+        ValueError, match=r"'exit' reaches 1 of 3 slices of .*'members/classes/bias'"
+    ):
+        multiway(optimizers.sgd(), reach)
+
+
+def _looped(p, first, last, h):
+    return lax.fori_loop(first, last, lambda i, h: jnp.tanh(h @ p["layers"][i]), h)
+
+
+def test_layers_at_a_changing_index_are_not_treated_apart():
+    def losses(p):
+        half = _looped(p, 0, 2, X)
+        return {"exit": half.sum(), "main": _looped(p, 2, 4, half).sum()}
+
+    reach = traced.reach(losses, {"layers": jnp.zeros((4, 3, 3))})
+    message = (
+        r"'exit' reaches some slices of the parameter 'layers', \(4, 3, 3\), not known which, and"
+        r" others may reach others: .* can't be told apart\. Give the layers parameters"
+    )
+    for rule in (multiway, pairwise, UPDATES["effective_joint"]):
+        with pytest.raises(ValueError, match=message):
+            rule(optimizers.sgd(), reach)
+    # A sum takes the array as a whole, decay included.
+    joint(optimizers.sgd(), reach)
+    assert Reached.of(reach).any() == {"layers": True}
+
+
+def test_losses_after_the_same_layers_at_a_changing_index_are_treated_apart():
+    def losses(p):
+        h = _looped(p, 0, 4, X)
+        return {"exit": (h @ p["exit"]).sum(), "main": jnp.tanh(h @ p["main"]).sum()}
+
+    params = {"layers": jnp.zeros((4, 3, 3)), "exit": jnp.zeros((3, 2)), "main": jnp.zeros((3, 2))}
+    reach = traced.reach(losses, params)
+    assert isinstance(reach["exit"]["layers"], Unclear)
+    assert traced.size(params, reach["exit"]) == 4 * 9 + 6
+    multiway(optimizers.sgd(), reach)
+    with pytest.raises(ValueError, match=r"no parameter is reached, all of it, by all of"):
+        weighted(joint(optimizers.sgd(), reach), GradNorm(), reach)
+
+
+class Tokens(nn.Module):
+    """A transformer's block, with outputs of some positions, picked in all ways."""
+
+    @nn.compact
+    def __call__(self, tokens):
+        positions = nn.Embed(6, 4)(jnp.arange(6)) + nn.Embed(2, 4)(jnp.zeros(6, int))
+        embedded = nn.Embed(7, 4)(tokens)
+        x = embedded + positions[None]
+        mask = nn.make_causal_mask(tokens)
+        x = x + nn.MultiHeadDotProductAttention(2)(x, x) + nn.SelfAttention(2)(x, mask=mask)
+        best = lax.top_k(x[..., 0], 2)[1]
+        outputs = {
+            "embedded": embedded[:, 0],
+            "first": x[:, 0],
+            "taken": jnp.take(x, 0, axis=1),
+            "from a place": lax.dynamic_slice_in_dim(x, tokens[0, 0], 2, 1).mean(1),
+            "best": jnp.take_along_axis(x, best[..., None], 1).mean(1),
+            "last": x[jnp.arange(2), tokens[:, 0]],
+            "sorted": jnp.sort(x, 1)[:, 0],
+            "pooled": nn.max_pool(x, (2,), (2,))[:, 0],
+            "rolled": jnp.roll(x, tokens[0, 0], 1)[:, 0],
+            "recurrent": nn.RNN(nn.SimpleCell(4))(x)[:, 2],
+            "unfollowed": _unfollowed(x)[:, 0],
+            "main": x.mean(1),
+        }
+        return {name: nn.Dense(2)(features) for name, features in outputs.items()}
+
+
+def test_what_becomes_of_positions_is_no_matter_of_parameters():
+    network, tokens = Tokens(), jnp.zeros((2, 6), int)
+    params = jax.eval_shape(network.init, KEY, tokens)["params"]
+
+    def losses(p, tokens):
+        return {k: (v**2).sum() for k, v in network.apply({"params": p}, tokens).items()}
+
+    reach = traced.reach(losses, params, tokens)
+    assert set(jax.tree.leaves(reach)) == {True, False}
+    assert reach["embedded"]["Embed_2"] == {"embedding": True}
+    multiway(optimizers.sgd(), reach)
 
 
 # ---- What is done with it.

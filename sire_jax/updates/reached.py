@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from sire_jax.slices import Partly, together
+from sire_jax.slices import Partly, Unclear, together
 
 PyTree = Any
 
@@ -69,6 +69,22 @@ def move(params: PyTree, step: PyTree, mask: PyTree) -> PyTree:
         return jnp.where(moves.mask, moved, param) if isinstance(moves, Partly) else moved
 
     return jax.tree.map(add, mask, params, step)
+
+
+def _why_not_apart(reach: Any, of_losses: Sequence[Any], whole: bool | Partly) -> str:
+    """Says why a loss is not treated apart from others, of what it and all reach of a parameter."""
+    if isinstance(reach, Unclear) and not all(reach.covers(other) for other in of_losses if other):
+        return (
+            "not known which, and others may reach others: layers that share an array, and are"
+            " taken from it by a changing index or go through an operation that is not followed,"
+            " can't be told apart"
+        )
+    if isinstance(reach, Partly) and not reach.covers(whole):
+        return (
+            "of which others reach more: layers that share an array, as those of nn.scan, can't be"
+            " treated apart"
+        )
+    return ""
 
 
 @dataclass(frozen=True)
@@ -142,27 +158,32 @@ class Reached:
         return [name in names and len(names) > 1 for names in self.by_leaf]
 
     def any(self) -> PyTree:
-        """Returns the tree of what any loss reaches, of slices if none reaches the others."""
+        """Returns the tree of what any loss reaches, of slices if none reaches the others.
+
+        Where it is not known which slices that is, it is all: decay moves those of no loss, too.
+        """
         return jax.tree.map(lambda *reach: together(reach), *self.trees.values())
 
     def check_apart(self) -> None:
         """Checks that losses can be treated apart: what reaches part of an array reaches it all.
 
         Raises:
-            ValueError: If a loss reaches some slices of a parameter, and another loss others.
+            ValueError: If a loss reaches some slices of a parameter, and another loss others, or
+                it is not known which (``slices.Unclear``) and they may.
         """
-        everything = jax.tree.leaves(self.any())
-        for name in self.names:
-            leaves, _ = jax.tree_util.tree_flatten_with_path(self.trees[name])
-            for (path, reach), whole in zip(leaves, everything, strict=True):
-                if isinstance(reach, Partly) and not reach.covers(whole):
+        reaches = zip(*map(jax.tree.leaves, self.trees.values()), strict=True)
+        leaves, _ = jax.tree_util.tree_flatten_with_path(self.any())
+        for of_losses, (path, whole) in zip(reaches, leaves, strict=True):
+            of = dict(zip(self.trees, of_losses, strict=True))
+            for name in self.names:
+                reach, why = of[name], _why_not_apart(of[name], of_losses, whole)
+                if why:
                     where = jax.tree_util.keystr(path, simple=True, separator="/")
                     raise ValueError(
                         f"The objective '{name}' reaches {reach} of the parameter '{where}',"
-                        f" {reach.shape}, of which others reach more: layers that share an array,"
-                        " as those of nn.scan, can't be treated apart. Give the layers parameters"
-                        " of their own, such as by a Python loop in place of nn.scan, or take the"
-                        " update rule 'joint' with the aggregator 'sum' and without adjust."
+                        f" {reach.shape}, {why}. Give the layers parameters of their own, such as"
+                        " by a Python loop in place of nn.scan, or take the update rule 'joint'"
+                        " with the aggregator 'sum' and without adjust."
                     )
 
     def check(self, weights: Mapping[str, Array]) -> None:

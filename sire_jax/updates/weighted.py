@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sire_jax.slices import Partly
+from sire_jax.slices import Partly, Unclear
 from sire_jax.updates import gradients
 from sire_jax.updates.reached import Reached, keep_dtypes
 from sire_jax.updates.rule import Losses, Updated, UpdateRule
@@ -43,7 +43,7 @@ def weighted(rule: UpdateRule, weighting: Weighting, reach: Mapping[str, PyTree]
         return rule
     reached = Reached.of(reach)
     shared = jax.tree.map(
-        lambda *reach: all(reach) and not any(isinstance(each, Partly) for each in reach),
+        lambda *reach: all(reach) and not any(isinstance(each, Partly | Unclear) for each in reach),
         *reach.values(),
     )
     _check(weighting, reach, shared)
