@@ -282,7 +282,8 @@ def find_reach(
         batch: Images and targets, or their shapes.
 
     Returns:
-        For each objective a tree of booleans over the parameters.
+        For each objective a tree over the parameters: booleans, or what it reaches of a parameter
+        that it does not reach whole (``slices.Partly``, ``slices.Unclear``).
 
     Raises:
         ValueError: If the objectives don't fit the outputs and the batch (``objectives.evaluate``),
