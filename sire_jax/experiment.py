@@ -224,7 +224,8 @@ class Experiment(Forward):
         if data.images not in (0, len(dataset.train)):
             raise ValueError(
                 f"config.data.images is {data.images}, but {data.name} has"
-                f" {len(dataset.train)} training images{' of these classes' * drawn}{without}."
+                f" {len(dataset.train)} training images{' of these classes' * drawn}{without}; set"
+                f" --config.data.images={len(dataset.train)}."
             )
         for kind, classes in data.classes.items():
             if dataset.classes.get(kind) != classes:
@@ -303,6 +304,12 @@ def _units(task: tasks.Task, config: ConfigDict) -> optimizers.Units:
         return {"epoch": None, "run": None}
     examples = task.examples(data.images, data.classes)
     steps = examples // config.batch_size
+    if examples < 1:
+        raise ValueError(
+            f"config.data.images is {data.images}, and config.data.task.validation_per_class takes"
+            f" {data.images - examples} of them aside, so that none are left to train on; take"
+            " fewer."
+        )
     if steps < 1:
         raise ValueError(
             f"config.batch_size is {config.batch_size}, but there are only {examples} training"

@@ -1,6 +1,7 @@
 """Paths as people write them, and whether they can be written to."""
 
 import os
+import tempfile
 from pathlib import Path
 
 
@@ -50,6 +51,18 @@ def check_writable(path: str | Path) -> Path:
         raise IsADirectoryError(f"{path} is a directory; name a file in it, with --out.")
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"There is no directory to write {path} to.")
-    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+    writable = os.access(path, os.W_OK) if path.exists() else _takes_files(path.absolute().parent)
+    if not writable:
         raise PermissionError(f"{path} can't be written; choose another --out.")
     return path
+
+
+def _takes_files(directory: Path) -> bool:
+    """Tells whether a file can be made in a directory; permissions alone don't say."""
+    if not os.access(directory, os.W_OK):
+        return False
+    try:
+        tempfile.TemporaryFile(dir=directory).close()
+    except OSError:
+        return False
+    return True

@@ -70,7 +70,13 @@ class Groups:
         Returns:
             int32 of that shape, ``NO_GROUP`` where a label is none of these: outside of [0,
             classes).
+
+        Raises:
+            ValueError: If they are no integers.
         """
+        labels = jnp.asarray(labels)
+        if not jnp.issubdtype(labels.dtype, jnp.integer):
+            raise ValueError(f"Labels are {labels.dtype}; they should be integers.")
         inside = is_label(labels, len(self.assignment))
         known = jnp.where(inside, labels.astype(jnp.int32), 0)
         return jnp.where(inside, jnp.asarray(self.assignment, jnp.int32)[known], NO_GROUP)

@@ -1,6 +1,7 @@
 """Networks with auxiliary outputs: a backbone and the heads attached to it."""
 
 import dataclasses
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -89,6 +90,11 @@ class Network(nn.Module):
         return outputs
 
     def _backbone_outputs(self, image: Array, train: bool) -> tuple[Array, Mapping[str, Array]]:
+        if not _takes_train(self.backbone):
+            raise ValueError(
+                f"The backbone {type(self.backbone).__name__} takes no `train`; its __call__ should"
+                " be (self, image, *, train=False), for dropout and batch statistics, or leave it."
+            )
         try:
             returned = self.backbone(image, train=train)
         except jax.errors.ConcretizationTypeError as error:
@@ -112,6 +118,12 @@ class Network(nn.Module):
                 f" {_described(endpoints)}; they should be a mapping from names to features."
             )
         return logits, endpoints
+
+
+def _takes_train(backbone: nn.Module) -> bool:
+    parameters = inspect.signature(backbone.__call__).parameters
+    anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    return "train" in parameters or anything
 
 
 def _described(value: Any) -> str:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from sire_jax import traced
 from sire_jax.metrics import at_label, is_classification, is_label
 from sire_jax.names import nearest
 
@@ -206,6 +207,10 @@ class Objective:
                 f"The loss of an objective is {self.loss!r}; it should be a function of an output"
                 " and a target."
             )
+        if self.ignore is not None and not isinstance(self.ignore, int):
+            raise ValueError(
+                f"An objective ignores {self.ignore!r}; it should be a whole number, such as -1."
+            )
         if isinstance(self.weight, int | float) and not 0 <= self.weight < math.inf:
             raise ValueError(
                 f"The weight of an objective is {self.weight}; it should be finite and at least 0."
@@ -304,13 +309,34 @@ def _values(name: str, objective: Objective, output: Array, batch: Mapping[str, 
         raise ValueError(
             f"The loss of the objective '{name}' can't compare {compared}: {error}"
         ) from error
-    if jnp.shape(values) != output.shape[:1]:
+    returned = list(values.shape) if hasattr(values, "shape") else type(values).__name__
+    if returned != list(output.shape[:1]):
         raise ValueError(
-            f"The loss of the objective '{name}' compares {compared} and returns"
-            f" {list(jnp.shape(values))}; it should return one number for each example,"
-            f" {list(output.shape[:1])}, neither their mean nor one for each pair of examples."
+            f"The loss of the objective '{name}' compares {compared} and returns {returned}; it"
+            f" should return one number for each example, {list(output.shape[:1])}, neither their"
+            " mean nor one for each pair of examples."
+        )
+    if not objective.labelled and _broadcasts(objective.loss, output, target):
+        raise ValueError(
+            f"The loss of the objective '{name}' compares {compared}: their shapes broadcast, so"
+            " that each example is compared with the targets of all. Give both the same shape, such"
+            " as output[:, 0]."
         )
     return values
+
+
+def _broadcasts(loss: Loss, output: Array, target: Any) -> bool:
+    """Tells whether a loss compares examples with all targets, as NumPy's rules make of [b, 1]."""
+    if not hasattr(target, "shape") or target.shape == output.shape:
+        return False
+    # One example more than there are targets: whoever compares them one by one can't.
+    more = jax.ShapeDtypeStruct((output.shape[0] + 1, *output.shape[1:]), output.dtype)
+    same = jax.ShapeDtypeStruct(target.shape, target.dtype)
+    try:
+        program = jax.make_jaxpr(loss)(more, same).jaxpr
+    except Exception:  # Of whatever finds the shapes wrong.
+        return False
+    return bool(traced.dependencies(program, [0, 1])[0])
 
 
 def _shown(tree: Any) -> Any:

@@ -138,7 +138,8 @@ class Shared:
 
     Attributes:
         axis: Name of the axis of devices.
-        batch_norm: Whether batch statistics are those of the whole batch, or of each part.
+        batch_norm: Whether batch statistics are those of the whole batch, or of each part. Those
+            that a module of one's own takes are of each part, unless it averages over ``axis``.
     """
 
     axis: str

@@ -206,3 +206,7 @@ def test_a_label_that_is_none_is_in_no_group():
     labels = jnp.asarray([[0, 4, 2], [-1, 5, 255]])
     assert THREE.of(labels).tolist() == [[0, 2, 0], [-1, -1, -1]]
     assert THREE.of(labels).dtype == jnp.int32
+    assert int(THREE.of(-1)) == -1
+    assert int(THREE.of(4)) == 2
+    with pytest.raises(ValueError, match="Labels are float32; they should be integers"):
+        THREE.of(jnp.ones(2))

@@ -261,6 +261,14 @@ REFUSED = {
         Objective("exit", "height", lambda o, t: (o[:, :1] - t[None]) ** 2),
         r"returns \[8, 8\]; it should return one number for each example, \[8\]",
     ),
+    "a loss that broadcasts and then means": (
+        Objective("one", "height", lambda o, t: ((o - t[None]) ** 2).mean(-1)),
+        r"their shapes broadcast, so that each example is compared with the targets of all",
+    ),
+    "a loss that is several": (
+        Objective("main", "label", lambda o, t: (cross_entropy(o, t), 0)),
+        r"returns tuple; it should return one number for each example, \[8\]",
+    ),
     "a loss that is a mean": (
         Objective("main", "label", lambda o, t: cross_entropy(o, t).mean()),
         r"returns \[\]; it should return one number for each example, \[8\], neither their mean",
@@ -293,7 +301,8 @@ def test_what_a_config_is_refused_for_is_refused_by_every_door(what):
         one_hot=jnp.ones((BATCH, 3)),
         pair=jnp.zeros((BATCH, 2), jnp.int32),
     )
-    network = _network()
+    heads = {"exit": Classifier(("features",), 3), "one": Classifier(("features",), 1)}
+    network = Network(Small(), heads)
     variables = _variables(network, batch)
     objectives = {"own": objective}
     with pytest.raises(ValueError, match=message):
@@ -304,6 +313,17 @@ def test_what_a_config_is_refused_for_is_refused_by_every_door(what):
     state = TrainState.start(jax.random.key(1), variables, rule)
     with pytest.raises(ValueError, match=message):
         jax.jit(make_step(network.apply, objectives, rule))(state, batch)
+
+
+def test_losses_of_ones_own_may_have_targets_of_another_shape():
+    batch = _batch(height=jnp.ones(BATCH), code=jnp.ones((BATCH, 2)))
+    objectives = {
+        "one": Objective("exit", "height", lambda o, t: (o[:, 0] - t) ** 2),
+        "unread": Objective("main", "height", lambda o, t: (o**2).mean(-1)),
+        "pairs": Objective("main", "code", lambda o, t: o[:, 0] * t[:, 1]),
+    }
+    found = _measured(_network(width=1), objectives, batch)
+    assert set(found) == {"one/loss", "unread/loss", "pairs/loss"}
 
 
 def test_names_that_could_not_be_told_apart_are_refused():
@@ -326,6 +346,7 @@ def test_a_batch_without_inputs_is_refused():
     ("settings", "message"),
     [
         ({"loss": "cross_entropy"}, "loss of an objective is 'cross_entropy'; it should be a func"),
+        ({"ignore": "no"}, "An objective ignores 'no'; it should be a whole number, such as -1"),
         ({"weight": -0.5}, "weight of an objective is -0.5; it should be finite and at least 0"),
         ({"weight": float("nan")}, "weight of an objective is nan"),
     ],
@@ -407,6 +428,16 @@ def test_a_backbone_that_returns_something_else_is_refused():
     ):
         with pytest.raises(ValueError, match=message):
             Network(Returns(what), {}).init(jax.random.key(0), image)
+
+
+def test_a_backbone_without_train_is_refused():
+    class Plain(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(3)(x), {}
+
+    with pytest.raises(ValueError, match=r"Plain takes no `train`; its __call__ should be"):
+        Network(Plain(), {}).init(jax.random.key(0), jnp.ones((2, 5)))
 
 
 def test_a_whole_network_under_remat_is_refused_with_what_to_do():
