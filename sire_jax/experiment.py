@@ -162,7 +162,7 @@ class Experiment(Forward):
     def predict(self) -> Predict:
         """Returns the outputs that fitted prediction rules need, of such a batch."""
         needed = {n for each in self.predictions.values() if is_fitted(each) for n in each.needs()}
-        return make_predict(self._measured(), self.objectives, sorted(needed))
+        return make_predict(self._measured(), sorted(needed), self.objectives)
 
     def _measured(self) -> Apply:
         apply = self.network.apply

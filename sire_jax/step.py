@@ -442,13 +442,15 @@ def _label_counts(chosen: objectives.Objectives, batch: Batch) -> Array | None:
     return next((o.counts(batch) for o in chosen.values() if o.target == "label"), None)
 
 
-def make_predict(apply: Apply, chosen: objectives.Objectives, names: Sequence[str]) -> Predict:
+def make_predict(
+    apply: Apply, names: Sequence[str], chosen: objectives.Objectives | None = None
+) -> Predict:
     """Makes the function whose results prediction rules are fitted to.
 
     Args:
         apply: ``apply`` of a Flax network that returns named outputs.
-        chosen: Objectives by name, which say which labels count.
         names: The outputs.
+        chosen: Objectives by name, which say which labels count; all do without.
 
     Returns:
         A pure function from ``(params, model_state, batch)`` to these outputs, in evaluation mode,
@@ -457,7 +459,7 @@ def make_predict(apply: Apply, chosen: objectives.Objectives, names: Sequence[st
 
     def predict(params: PyTree, model_state: PyTree, batch: Batch) -> Any:
         outputs = apply({"params": params, **model_state}, _images(batch), train=False)
-        counts, label = _label_counts(chosen, batch), batch["label"]
+        counts, label = _label_counts(chosen or {}, batch), batch["label"]
         counted = label if counts is None else jnp.where(counts > 0, label, -1)
         return {name: outputs[name] for name in names}, counted
 

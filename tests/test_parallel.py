@@ -111,7 +111,7 @@ def test_the_named_outputs_are_predicted_in_evaluation():
 
     batch = {"image": jnp.array([1.0, 2.0]), "label": jnp.array([4, 3]), "group": jnp.array([0, 1])}
     objectives = {"main": Objective("main", "label", cross_entropy, ignore=3)}
-    predict = make_predict(apply, objectives, ["a", "main"])
+    predict = make_predict(apply, ["a", "main"], objectives)
     outputs, labels = predict(3.0, {"state": 1.0}, batch)
     assert {name: each.tolist() for name, each in outputs.items()} == {
         "a": [-3, -6],

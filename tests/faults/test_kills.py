@@ -61,14 +61,14 @@ def test_nothing_is_lost_by_kills_at_random_moments(tmp_path):
     before = _newest(workdir)
     program = programs.train(workdir, tmp_path / "log", *overrides)
     with programs.started(program):
-        assert program.wait() == 0, program.output
+        assert program.wait(600) == 0, program.output
     note(before, program)
     # Each kill while it trained came after a restart, but for the first, and ahead of one.
     assert len(lost) >= KILLS // 2
     assert not any(lost)
     whole = programs.train(tmp_path / "whole", tmp_path / "log_whole", *overrides)
     with programs.started(whole):
-        assert whole.wait() == 0, whole.output
+        assert whole.wait(600) == 0, whole.output
     programs.assert_same_bits(
         programs.final(workdir, *OVERRIDES), programs.final(tmp_path / "whole", *OVERRIDES)
     )
