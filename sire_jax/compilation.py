@@ -148,7 +148,7 @@ def counts() -> Counts:
     return replace(_counts)
 
 
-# JAX does not document the names of its events; these are those of all of JAX 0.6.1 to 0.12.
+# JAX does not document the names of its events; these are those of all of JAX 0.10.2 to 0.12.
 _BACKEND = "/jax/core/compile/backend_compile_duration"
 _RETRIEVAL = "/jax/compilation_cache/cache_retrieval_time_sec"
 

@@ -1,6 +1,6 @@
 """JAX's coordination service: small values that all processes of a job see.
 
-The one place that knows where JAX keeps it: there is no public way to it. All of JAX 0.6.1 to 0.12
+The one place that knows where JAX keeps it: there is no public way to it. All of JAX 0.10.2 to 0.12
 is understood.
 """
 
