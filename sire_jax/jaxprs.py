@@ -2,8 +2,8 @@
 
 This module and ``slices`` are the two that know JAX's equations: this one those that hold programs,
 ``slices`` what the functions of ``jax.lax`` do with an array's axes. The names and parameters of
-equations are not part of JAX's public interface and have changed between versions; all of JAX 0.10.2
-to 0.12 is understood. Where shapes tell, nothing else is read.
+equations are not part of JAX's public interface and have changed between versions; all of JAX
+0.10.2 to 0.12 is understood. Where shapes tell, nothing else is read.
 """
 
 import math
