@@ -22,13 +22,13 @@ def _start(*arguments, **options):
     """Starts Python with the handlers of a terminal, whatever the tests were started with."""
     environment = {**os.environ, **programs.ENVIRONMENT, "JAX_NUM_CPU_DEVICES": "1"}
     environment["PYTHONPATH"] = str(PACKAGE.parent)
-    options = {"cwd": PACKAGE.parent, "stdout": subprocess.PIPE, **options}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    options = {"cwd": PACKAGE.parent, **pipes, **options}
     numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) == signal.SIG_IGN]
     before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
     try:
         return subprocess.Popen(
             [sys.executable, *arguments],
-            stderr=subprocess.PIPE,
             stdin=subprocess.DEVNULL,
             text=True,
             env=environment,
@@ -50,7 +50,7 @@ def _ended(process, seconds=120):
 
 def _stopped(after, number, *arguments):
     """Sends a signal to a program after some seconds; returns the status and what it said last."""
-    process = _start("-m", *arguments)
+    process = _start("-m", *arguments, stderr=subprocess.STDOUT)  # In the order of a terminal.
     time.sleep(after)
     assert process.poll() is None, _ended(process)
     process.send_signal(number)
@@ -101,7 +101,7 @@ os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("after", [0.5, 1, 1.5, 2, 3, 4, 5, 6, 7, 8, 10, 12])
+@pytest.mark.parametrize("after", [0.5, 1, 2, 3, 4, 5, 6, 8])
 def test_ctrl_c_ends_a_program_whenever_it_comes(after, tmp_path):
     # Importing, building, loading, compiling, training.
     train = ("sire_jax.train", programs.QUICKSTART, f"--workdir={tmp_path}", *ENDLESS)
