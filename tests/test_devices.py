@@ -1,4 +1,4 @@
-"""One step on 1, 2 and 8 devices: the same gradient, whatever the rule and the wrapper."""
+"""One step on 1 and on 8 devices: the same gradient, whatever the rule and the wrapper."""
 
 import json
 from pathlib import Path
@@ -32,16 +32,15 @@ def distances(tmp_path_factory):
     with programs.started(program):
         assert program.wait(280) == 0, program.output
     lines = [json.loads(line) for line in program.output.splitlines() if line.startswith("[")]
-    return {tuple(line[:4]): line[4:] for line in lines}
+    return {tuple(line[:3]): line[3:] for line in lines}
 
 
 @pytest.mark.parametrize(("rule", "aggregator"), RULES)
 @pytest.mark.parametrize("parallel", ["jit", "pmap"])
-@pytest.mark.parametrize("devices", [2, 8])
 def test_devices_that_share_a_batch_compute_the_gradient_of_one(
-    rule, aggregator, parallel, devices, distances
+    rule, aggregator, parallel, distances
 ):
-    gradient, statistics, losses = distances[rule, aggregator, parallel, devices]
+    gradient, statistics, losses = distances[rule, aggregator, parallel]
     assert gradient < 1e-6
     assert statistics < 1e-6
     assert losses < 1e-6
@@ -49,6 +48,6 @@ def test_devices_that_share_a_batch_compute_the_gradient_of_one(
 
 def test_statistics_of_each_device_are_others(distances):
     # So the equality above is not that of a network without batch norm.
-    gradient, statistics, _ = distances["own statistics", "", "pmap", 8]
+    gradient, statistics, _ = distances["own statistics", "", "pmap"]
     assert gradient > 1e-2
     assert statistics > 1e-4

@@ -69,7 +69,6 @@ def test_both_feeds_give_the_same_batches_for_the_same_seed(directory):
     [
         ("jit", 1),
         pytest.param("jit", 2, marks=pytest.mark.slow),
-        pytest.param("pmap", 1, marks=pytest.mark.slow),
         pytest.param("pmap", 2, marks=pytest.mark.slow),
     ],
 )

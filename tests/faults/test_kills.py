@@ -11,10 +11,10 @@ from sire_jax.workdir import read_metrics, read_results
 
 pytestmark = pytest.mark.optax_dtypes
 
-KILLS = 16
+KILLS = 6
 # Of steps many more than the killed lives take together.
 OVERRIDES = (
-    "--config.epochs=240",
+    "--config.epochs=120",
     "--config.seeds=1",
     "--config.evaluate_every=30",
     "--config.checkpoint_every=2",
@@ -29,7 +29,7 @@ def _newest(workdir):
     return max((int(path.parent.name) for path in sealed), default=None)
 
 
-@pytest.mark.slow  # Eighteen starts of the real program.
+@pytest.mark.slow  # Eight starts of the real program.
 @pytest.mark.timeout(900)
 def test_nothing_is_lost_by_kills_at_random_moments(tmp_path):
     overrides = (*OVERRIDES, programs.cached(tmp_path))
