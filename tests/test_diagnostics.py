@@ -15,6 +15,7 @@ from sire_jax import configuration, experiment, train, workdir
 from sire_jax.data import batches
 from sire_jax.data.batches import image_range
 from sire_jax.diagnostics import gradient_flow, reconstructions
+from sire_jax.diagnostics.reconstructions import Reconstructed
 from sire_jax.step import TrainState
 
 pytestmark = pytest.mark.optax_dtypes
@@ -109,10 +110,12 @@ def test_reconstructions_of_a_trained_run(trained, tmp_path, capsys, monkeypatch
     directory, config, results, _ = trained
     seen = []
 
-    def reconstruct(directory, count, overrides):
-        seen.append(whole(directory, 600, overrides))
-        images, outputs = seen[0]
-        return images[:count], {name: each[:count] for name, each in outputs.items()}
+    def reconstruct(directory, chosen, overrides):
+        seen.append(whole(directory, range(599), overrides))
+        image, outputs, classified = seen[0]
+        assert list(chosen) == [0, 1]
+        outputs = {name: each[:2] for name, each in outputs.items()}
+        return Reconstructed(image[:2], outputs, classified[:2])
 
     whole = reconstructions.reconstruct
     monkeypatch.setattr(reconstructions, "reconstruct", reconstruct)
@@ -120,9 +123,9 @@ def test_reconstructions_of_a_trained_run(trained, tmp_path, capsys, monkeypatch
     reconstructions.main([f"--workdir={directory}", "--images=2", f"--out={picture}"])
     assert picture.read_bytes()[:4] == b"\x89PNG"
     assert str(picture) in capsys.readouterr().out
-    ((images, found),) = seen
+    ((images, found, classified),) = seen
     dataset = experiment.build(config).load()[0]
-    np.testing.assert_allclose(images, dataset.test.image[:600] / 255, atol=1e-6)
+    np.testing.assert_allclose(images, dataset.test.image / 255, atol=1e-6)
     assert set(found) == {"decoder_1", "decoder_2"}
     for name, each in found.items():
         assert each.shape == images.shape
@@ -130,19 +133,56 @@ def test_reconstructions_of_a_trained_run(trained, tmp_path, capsys, monkeypatch
         loss = results["splits"]["test"][f"{name}/loss"][0]
         error = ((each - images) ** 2).mean()
         assert error == pytest.approx(loss * 0.25**2, rel=0.02)
+    right = np.mean(["number" not in said for said in classified])
+    assert right == pytest.approx(results["splits"]["test"]["main/top_1"][0], abs=1e-6)
+    # Chosen ones are those with their numbers.
+    some = whole(directory, [7, 3], ())
+    np.testing.assert_array_equal(some.image, images[[7, 3]])
+    assert some.classified == [classified[7], classified[3]]
+    with pytest.raises(ValueError, match=r"numbered 0 to 598; \[1, 100000\] are asked for"):
+        whole(directory, [1, 100_000], ())
 
 
 def test_reconstructions_are_drawn_a_row_for_each_run_under_each_image():
     images = np.linspace(0, 1, 2 * 4 * 4 * 3).reshape(2, 4, 4, 3)
     figure = reconstructions.draw(
-        images, {"a": {"d_1": images, "d_2": images + 0.1}, "b": {"d_1": images}}
+        {
+            "a": Reconstructed(images, {"d_1": images, "d_2": images + 0.1}, ["cat", "dog"]),
+            "b": Reconstructed(images, {"d_1": images}, []),
+        }
     )
+    assert [[text.get_text() for text in axes.texts] for axes in figure.axes[:4]] == [
+        ["cat"], [], [], [],
+    ]  # fmt: skip
     titles = [axes.get_title() for axes in figure.axes]
     assert len(titles) == 2 * 2 * 3
     assert titles[:3] == ["input\na", "d_1\n0.0e+00", "d_2\n1.0e-02"]
     assert titles[3:6] == ["input\nb", "d_1\n0.0e+00", ""]
     shown = figure.axes[7].get_images()[0].get_array()
     np.testing.assert_array_equal(shown, images[1])
+
+
+def test_what_an_image_is_taken_for_and_at_which_place_the_right_class_comes():
+    shares = np.array([[0.6, 0.3, 0.1], [0.5, 0.2, 0.3]])
+    logits, labels = jnp.log(jnp.asarray(shares)), np.array([0, 1])
+    assert reconstructions.classified(logits, labels, ("cat", "dog", "fox")) == [
+        "cat (0.60)",
+        "cat (0.50)\ndog is number 3",
+    ]
+    assert reconstructions.classified(logits, labels, ())[1] == "0 (0.50)\n1 is number 3"
+
+
+@pytest.mark.parametrize(
+    ("images", "chosen"), [("3", [0, 1, 2]), ("7,3", [7, 3]), ("5,", [5]), ("0,2", [0, 2])]
+)
+def test_images_are_a_number_of_them_or_their_numbers(images, chosen):
+    assert reconstructions._chosen(images) == chosen
+
+
+@pytest.mark.parametrize("images", ["0", "-1", "3,-1", "all", "", ","])
+def test_what_is_neither_is_refused(images):
+    with pytest.raises(ValueError, match=r"--images is .*; it should be how many, at least 1"):
+        reconstructions._chosen(images)
 
 
 def test_pixels_undo_what_the_network_sees():

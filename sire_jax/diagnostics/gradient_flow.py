@@ -25,6 +25,8 @@ from sire_jax.step import Apply, TrainState, make_losses
 
 SPLIT = "gradients"
 TOTAL = "total"
+# Panels side by side.
+_COLUMNS = 3
 
 
 def convolutions(params: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -139,15 +141,22 @@ def draw(workdirs: Mapping[str, str | Path], path: str | Path) -> Path:
         ValueError: If a run has no measurements.
     """
     flows = {title: read(each) for title, each in workdirs.items()}
-    figure = Figure(figsize=(max(4.6 * len(flows), 6.4), 4.4), layout="constrained")
-    panels = figure.subplots(1, len(flows), sharey=True, squeeze=False)[0]
+    columns = min(len(flows), _COLUMNS)
+    lines = -(-len(flows) // columns)
+    size = max(4.6 * columns, 6.4), 4.2 * lines + 0.2
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(lines, columns, sharey=True, squeeze=False)
+    panels = grid.ravel()[: len(flows)]
+    for unused in grid.ravel()[len(flows) :]:
+        unused.axis("off")
     # One colour for an objective in all panels.
     names = sorted({n for flow in flows.values() for n in flow}, key=lambda n: (n != MAIN, n))
     colours = {name: colormaps["tab10"](i % 10) for i, name in enumerate(names)} | {TOTAL: "0.8"}
     for axes, (title, flow) in zip(panels, flows.items(), strict=True):
         _panel(axes, flow, colours)
         axes.set_title(title, fontsize=9)
-    panels[0].set_ylabel("mean |weighted gradient|")
+    for axes in panels[::columns]:
+        axes.set_ylabel("mean |weighted gradient|")
     figure.suptitle("mean over training; thin: each measurement, paler the earlier", fontsize=8)
     figure.savefig(path, dpi=130)
     return Path(path)

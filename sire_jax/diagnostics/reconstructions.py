@@ -1,19 +1,24 @@
 """Shows what decoders make of images: each run a row under each image, as Fig. 2 of SIRe-Networks.
 
 ``python -m sire_jax.diagnostics.reconstructions --workdir=DIR --workdir=DIR2 --out=FILE``
+
+Beside each row stands how the run classifies the image: with and without skips, for instance.
 """
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax import Array
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from sire_jax import command
 from sire_jax.evaluate import kept_weights, open_run
 from sire_jax.heads.decoder import Decoder
+from sire_jax.networks import MAIN
 from sire_jax.workdir import titles
 
 
@@ -35,25 +40,40 @@ def pixels(images: np.ndarray, data: ConfigDict) -> np.ndarray:
     return images / (255 * data.scale)
 
 
+class Reconstructed(NamedTuple):
+    """What a trained network makes of some images.
+
+    Attributes:
+        image: ``[n, h, w, c]``, values in [0, 1].
+        outputs: For each decoder what it returns, likewise.
+        classified: For each image its predicted class and what is right, in words; empty if the
+            main output doesn't classify.
+    """
+
+    image: np.ndarray
+    outputs: dict[str, np.ndarray]
+    classified: list[str]
+
+
 def reconstruct(
-    workdir: str | Path, count: int, overrides: Sequence[str] = ()
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Applies the decoders of a trained network to the first test images.
+    workdir: str | Path, chosen: Sequence[int], overrides: Sequence[str] = ()
+) -> Reconstructed:
+    """Applies the decoders of a trained network to test images.
 
     The weights are those of the run's first seed: the best on validation data if it has any.
 
     Args:
         workdir: The run.
-        count: How many images.
+        chosen: Which images, by their number in the test split, from 0.
         overrides: ``--config.data.dir=DIR`` and the like, where the data have moved.
 
     Returns:
-        The images ``[count, h, w, c]``, with values in [0, 1], and for each decoder its output.
+        What it makes of them.
 
     Raises:
         FileNotFoundError: If there is no run, no checkpoint, or the data set is not prepared.
-        ValueError: If the network has no decoder, an override changes the run, or the data are not
-            those of the run.
+        ValueError: If the network has no decoder, there is no such image, an override changes the
+            run, or the data are not those of the run.
     """
     runs = open_run(workdir, overrides)
     parts, config = runs.parts, runs.config
@@ -61,35 +81,76 @@ def reconstruct(
     if not names:
         raise ValueError(f"The network of {workdir} has no decoder.")
     kept = kept_weights(runs, workdir)
-    image = runs.look("test", count, parts.ready_cropped)["image"]
+    looked_at = runs.look("test", max(chosen) + 1, parts.ready_cropped)
+    number = len(looked_at["image"])
+    if not all(0 <= each < number for each in chosen):
+        raise ValueError(
+            f"The test images are numbered 0 to {number - 1}; {list(chosen)} are asked for."
+        )
+    batch = jax.tree.map(lambda x: np.asarray(x)[list(chosen)], looked_at)
     first = jax.tree.map(lambda x: x[0], {"params": kept.params, **kept.model_state})
-    outputs = jax.jit(parts.network.apply)(first, image)
+    outputs = jax.jit(parts.network.apply)(first, batch["image"])
     shown = {name: pixels(np.asarray(outputs[name]), config.data) for name in names}
-    return pixels(np.asarray(image), config.data), shown
+    classifies = parts.accuracy() is not None
+    said = classified(outputs[MAIN], batch["label"], runs.names.get("label", ()))
+    return Reconstructed(pixels(batch["image"], config.data), shown, said if classifies else [])
 
 
-def draw(image: np.ndarray, rows: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
+def classified(logits: Array, labels: np.ndarray, names: Sequence[str]) -> list[str]:
+    """Says how images are classified.
+
+    Args:
+        logits: ``[n, classes]``.
+        labels: What is right, ``[n]``.
+        names: Of the classes; their numbers if there are none.
+
+    Returns:
+        For each image the class with the largest probability, and where that is not the right one,
+        at which place the right one comes.
+    """
+    shares = np.asarray(jax.nn.softmax(logits))
+    places = (shares > np.take_along_axis(shares, labels[:, None], 1)).sum(1) + 1
+    said = []
+    for share, label, place in zip(shares, labels, places, strict=True):
+        best = int(share.argmax())
+        name, right = (names[i] if names else str(i) for i in (best, int(label)))
+        wrong = "" if place == 1 else f"\n{right} is number {place}"
+        said.append(f"{name} ({share[best]:.2f}){wrong}")
+    return said
+
+
+def draw(rows: Mapping[str, Reconstructed]) -> Figure:
     """Draws images with their reconstructions beside them.
 
     Args:
-        image: ``[n, h, w, c]``, values in [0, 1].
-        rows: For each row under an image, by its label, the decoders' outputs by name. Their
-            squared errors are written above them; values outside [0, 1] are shown cut off.
+        rows: For each row under an image, by its label, what a network makes of the same images.
+            Squared errors are written above them; values outside [0, 1] are shown cut off.
 
     Returns:
         The picture: for each image a row of the input and all decoders for each label.
     """
-    columns = max(len(outputs) for outputs in rows.values()) + 1
+    columns = max(len(each.outputs) for each in rows.values()) + 1
+    image = next(iter(rows.values())).image
     lines = len(image) * len(rows)
     figure = Figure(figsize=(1.25 * columns + 0.6, 1.3 * lines), layout="constrained")
     panels = figure.subplots(lines, columns, squeeze=False)
     for panel in panels.flat:
         panel.axis("off")
     for i, original in enumerate(image):
-        for j, (label, outputs) in enumerate(rows.items()):
+        for j, (label, found) in enumerate(rows.items()):
             line = panels[i * len(rows) + j]
+            if found.classified:
+                line[0].text(
+                    0.5,
+                    -0.04,
+                    found.classified[i],
+                    fontsize=5,
+                    ha="center",
+                    va="top",
+                    transform=line[0].transAxes,
+                )
             shown = {f"input\n{label}" if label else "input": original}
-            shown |= {name: each[i] for name, each in outputs.items()}
+            shown |= {name: each[i] for name, each in found.outputs.items()}
             for panel, (name, picture) in zip(line, shown.items(), strict=False):
                 squeezed = picture[..., 0] if picture.shape[-1] == 1 else picture
                 panel.imshow(
@@ -104,23 +165,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the program with command line arguments."""
     parser = command.parser(__doc__)
     parser.add_argument("--workdir", required=True, action="append", help="a run; can be repeated")
-    parser.add_argument("--images", type=int, default=4, help="how many test images")
+    parser.add_argument("--images", default="4", help="how many test images; or which ones: 3,17,0")
     parser.add_argument("--out", default="reconstructions.png", help="the picture")
     known, overrides = parser.parse_known_args(arguments)
     with command.readable_errors():
         out = command.check_picture(known.out)
-        if known.images < 1:
-            raise ValueError(f"--images is {known.images}; it should be at least 1.")
+        chosen = _chosen(known.images)
         found = {
-            title: reconstruct(path, known.images, overrides)
+            title: reconstruct(path, chosen, overrides)
             for title, path in titles(known.workdir).items()
         }
-        image = next(iter(found.values()))[0]
-        if any(not np.array_equal(image, each) for each, _ in found.values()):
+        image = next(iter(found.values())).image
+        if any(not np.array_equal(image, each.image) for each in found.values()):
             raise ValueError("The runs have different test images; show them one by one.")
-        figure = draw(image, {label: outputs for label, (_, outputs) in found.items()})
-        figure.savefig(out, dpi=150)
-    print(f"{out}: input and decoders, with the mean squared error above each")
+        draw(found).savefig(out, dpi=150)
+    print(f"{out}: input, its class, and decoders, with the mean squared error above each")
+
+
+def _chosen(images: str) -> list[int]:
+    """Reads a number of images, or the numbers of several."""
+    try:
+        numbers = [int(each) for each in images.split(",") if each]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 0 or images == "0":
+        raise ValueError(
+            f"--images is {images}; it should be how many, at least 1, or numbers of images,"
+            " separated by commas: 3,17 (of one image alone: 3,)."
+        )
+    return numbers if "," in images else list(range(numbers[0]))
 
 
 if __name__ == "__main__":
