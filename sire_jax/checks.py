@@ -154,7 +154,10 @@ def number_or_schedule(where: str, value: Any) -> None:
     unit = value.get("unit", "step")
     if unit not in _UNITS:
         raise ValueError(f"{where}.unit is {unit!r}.{nearest(str(unit), _UNITS)}")
-    registry.check(optimizers.SCHEDULES, value, "schedule", where, optional=("unit",))
+    warmup = value.get("warmup", 0.0)
+    registry.check_type(f"{where}.warmup", warmup, 0.0)
+    optimizers.number_or_schedule(warmup, f"value of {where}.warmup")
+    registry.check(optimizers.SCHEDULES, value, "schedule", where, optional=("unit", "warmup"))
 
 
 def schedule(name: str, weight: optax.Schedule, steps: int) -> None:

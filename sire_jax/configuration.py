@@ -6,6 +6,7 @@ which show every setting, so that each can be overridden: ``--config.backbone.dr
 """
 
 import json
+import math
 import runpy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from sire_jax.data.tasks import TASKS
 from sire_jax.fitted_prediction import PREDICTIONS
 from sire_jax.heads import HEADS
 from sire_jax.objectives import LOSSES, LOSSES_WITH_SETTINGS
-from sire_jax.optimizers import OPTIMIZERS
+from sire_jax.optimizers import OPTIMIZERS, SCHEDULES
 from sire_jax.updates import AGGREGATORS, UPDATES, WEIGHTINGS
 
 SPLITS = ("train", "validation", "test")
@@ -73,6 +74,7 @@ def default() -> ConfigDict:
                 "task": task("images"),
             },
             "augmentation": {},
+            "initialization": "modules",  # each module's own; or that of layers of "pytorch"
             "backbone": {},
             "heads": {},
             "objectives": {},
@@ -89,6 +91,7 @@ def default() -> ConfigDict:
             "checkpoints_kept": 2,  # the newest
             # Where compiled programs are kept for the next start; "" for nowhere.
             "compilation_cache": "~/.cache/sire_jax/compiled",
+            "on_diverged": "stop",  # of a loss that is not finite; or "record" it, others go on
             "peer_timeout": 12.0,  # seconds without a sign of a process, or of its next step
             "chance_after": 10,  # epochs after which a run at chance level says so; 0: never
             "gradient_flow_every": 0,  # epochs between measurements of gradients; 0: none
@@ -113,6 +116,7 @@ _FREE = {
     "data.threads",
     # What it changes would otherwise have ended the run.
     "data.damaged",
+    "on_diverged",
     "chance_after",
     "gradient_flow_every",
     "tensorboard",
@@ -309,6 +313,7 @@ def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     """
     config = ConfigDict(config.to_dict())
     _switch(config, overrides)
+    _prepare(config, overrides)
     for argument in overrides:
         _check_override(config, argument)
     # The last one of a key counts; absl would join those of a tuple.
@@ -336,6 +341,47 @@ def _switch(config: ConfigDict, overrides: Sequence[str]) -> None:
         new = registry.describe(parts, chosen[-1], what)
         kept = {k: v for k, v in section.items() if k in new and k != "name"}
         config[key] = ConfigDict({k: v for k, v in {**new, **kept}.items() if k not in supplied})
+
+
+def _prepare(config: ConfigDict, overrides: Sequence[str]) -> None:
+    """Makes a place for overrides that name none yet.
+
+    An augmentation that the config does not have; the ``warmup`` or the ``unit`` of a schedule; a
+    number in place of a schedule, or of another section that stands for one.
+    """
+    for argument in overrides:
+        path, _, value = argument.removeprefix("--config.").partition("=")
+        *sections, last = path.split(".")
+        if sections[:1] == ["augmentation"] and len(sections) == 2:
+            name = sections[1]
+            if name not in config.augmentation and name in AUGMENTATIONS:
+                config.augmentation[name] = augmentation(name)
+        section = _section_at(config, sections)
+        if section is None:
+            continue
+        if section.get("name") in SCHEDULES and last in _OF_SCHEDULES:
+            section.update({last: section.get(last, _OF_SCHEDULES[last])})
+        if last in _NUMBERS and isinstance(section.get(last), ConfigDict) and _is_number(value):
+            with section.ignore_type():
+                section[last] = float(value)
+
+
+# What any schedule may have beside its settings, and what is a number or such a section.
+_OF_SCHEDULES = {"unit": "step", "warmup": 0.0}
+_NUMBERS = ("learning_rate", "weight", "weight_decay")
+
+
+def _section_at(config: ConfigDict, keys: Sequence[str]) -> ConfigDict | None:
+    for key in keys:
+        config = config.get(key) if isinstance(config, ConfigDict) else None
+    return config if isinstance(config, ConfigDict) else None
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def _check_override(config: ConfigDict, argument: str) -> None:
@@ -408,9 +454,22 @@ def completed(config: ConfigDict) -> ConfigDict:
     """
     config, known = config.copy_and_resolve_references(), default()
     for section, defaults in ((config, known), (config.get("data"), known.data)):
-        if isinstance(section, ConfigDict):
-            section.update({k: v for k, v in defaults.items() if k not in section})
+        _complete(section, defaults)
+    for key, (parts, what, supplied) in _SWITCHED.items():
+        section = config.get(key)
+        if isinstance(section, ConfigDict) and section.get("name") in parts:
+            defaults = registry.describe(parts, section.name, what)
+            _complete(section, {k: v for k, v in defaults.items() if k not in supplied})
+    heads = config.get("heads")
+    for section in heads.values() if isinstance(heads, ConfigDict) else ():
+        if isinstance(section, ConfigDict) and section.get("name") == "decoders":
+            _complete(section, {"last": "linear"})
     return config
+
+
+def _complete(section: Any, defaults: Mapping[str, Any]) -> None:
+    if isinstance(section, ConfigDict):
+        section.update({k: v for k, v in defaults.items() if k not in section})
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

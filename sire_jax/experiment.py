@@ -28,6 +28,7 @@ from sire_jax.data.dataset import Dataset, Selection, Source
 from sire_jax.fitted_prediction import PREDICTIONS, is_fitted
 from sire_jax.groups import Groups, check_names, from_section
 from sire_jax.heads import HEADS
+from sire_jax.initialization import as_pytorch
 from sire_jax.names import listed
 from sire_jax.networks import MAIN, Network
 from sire_jax.parallel import INITIAL
@@ -147,7 +148,10 @@ class Experiment(Forward):
         """Returns the state of a run before its first step; ``seed`` is an int32."""
         key = jax.random.key(seed)
         image = jnp.zeros(self.batch["image"].shape, self.batch["image"].dtype)
-        variables = self.network.init(jax.random.fold_in(key, INITIAL), image)
+        own = jax.random.fold_in(key, INITIAL)
+        variables: Any = self.network.init(own, image)
+        if self.config.initialization == "pytorch":
+            variables = {**variables, "params": as_pytorch(own, variables["params"])}
         return TrainState.start(key, variables, self.rule)
 
     def step(self, axis: str | None = None) -> Step:
@@ -297,25 +301,38 @@ def _section(
     return {k: made[k] for k in sorted(made, key=lambda k: place[k])}
 
 
-def _units(task: tasks.Task, config: ConfigDict) -> optimizers.Units:
-    """Returns the lengths in steps of what schedules count in."""
+def steps_per_epoch(task: tasks.Task, config: ConfigDict) -> int | None:
+    """Returns the steps of an epoch as the config tells, ``None`` if it doesn't.
+
+    Args:
+        task: What an example is.
+        config: The config.
+
+    Raises:
+        ValueError: If there are too few examples for one.
+    """
     data = config.data
     if not data.images and isinstance(task, tasks.Images):
-        return {"epoch": None, "run": None}
+        return None
     examples = task.examples(data.images, data.classes)
-    steps = examples // config.batch_size
     if examples < 1:
         raise ValueError(
             f"config.data.images is {data.images}, and config.data.task.validation_per_class takes"
             f" {data.images - examples} of them aside, so that none are left to train on; take"
             " fewer."
         )
-    if steps < 1:
+    if examples < config.batch_size:
         raise ValueError(
             f"config.batch_size is {config.batch_size}, but there are only {examples} training"
             " examples."
         )
-    return {"epoch": steps, "run": steps * config.epochs}
+    return examples // config.batch_size
+
+
+def _units(task: tasks.Task, config: ConfigDict) -> optimizers.Units:
+    """Returns the lengths in steps of what schedules count in."""
+    steps = steps_per_epoch(task, config)
+    return {"epoch": steps, "run": None if steps is None else steps * config.epochs}
 
 
 def _optimizer(config: ConfigDict, units: optimizers.Units) -> optax.GradientTransformation:

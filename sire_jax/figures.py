@@ -141,6 +141,31 @@ def compare(runs: Mapping[str, tuple[str | Path, str]], split: str, path: Path) 
     figure.savefig(path, dpi=130)
 
 
+def losses(runs: Mapping[str, Sequence[float]], path: Path) -> None:
+    """Draws the losses of the first steps of several runs; a cross is the end of one that diverged.
+
+    Args:
+        runs: The loss of each step, by the name of the run.
+        path: The picture to write.
+    """
+    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for (name, values), colour in zip(runs.items(), _colours(len(runs)), strict=True):
+        finite = np.asarray(values)[np.isfinite(values)]
+        broken = len(finite) < len(values)
+        steps = np.arange(1, len(finite) + 1)
+        axes.plot(steps, finite, color=colour, label=name, linewidth=1.2)
+        if broken:
+            axes.plot(steps[-1:], finite[-1:], color=colour, marker="x")
+    axes.set_yscale("log")
+    axes.set_xlabel("step")
+    axes.set_ylabel("weighted sum of the losses")
+    axes.grid(alpha=0.3)
+    if runs:
+        axes.legend(frameon=False, fontsize=7, ncols=1 + len(runs) // 12)
+    figure.savefig(path, dpi=130)
+
+
 def sweep(points: Sequence[Mapping[str, Any]], about: Mapping[str, Any], path: Path) -> None:
     """Draws what a table measures against what it varies: Figs. 2 and 3 of Palacio et al.
 

@@ -98,8 +98,10 @@ def number_or_schedule(value: Any, what: str, units: Units | None = None) -> flo
 
     Args:
         value: A number; a function from steps to one; or ``{"name": "linear", "init_value": …, …}``
-            with the arguments of the ``optax`` schedule, and a ``"unit"`` in which it counts:
-            ``"step"`` (if there is none), ``"epoch"`` or ``"run"``, the whole of it.
+            with the arguments of the ``optax`` schedule; a ``"unit"`` in which it counts:
+            ``"step"`` (if there is none), ``"epoch"`` or ``"run"``, the whole of it; and a
+            ``"warmup"`` in that unit, over which it is multiplied by what rises in a line to 1
+            (Goyal et al., *Accurate, Large Minibatch SGD*, 2017, Section 2.2).
         what: What it is, for messages.
         units: The length of each unit in steps, ``None`` where it is not known.
 
@@ -121,13 +123,31 @@ def number_or_schedule(value: Any, what: str, units: Units | None = None) -> flo
                 f"The {what} counts in the unit '{unit}', but how many steps that is is not known:"
                 " set config.data.images to the number of training images."
             )
+        warmup = _check_least(f"warmup of the {what}", section.pop("warmup", 0.0))
         schedule = registry.create(SCHEDULES, section, f"schedule of the {what}")
-        return schedule if length == 1 else lambda step: schedule(step / length)
+        counted = schedule if length == 1 else lambda step: schedule(step / length)
+        return _warmed_up(counted, warmup * length) if warmup else counted
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"The {what} is {value!r}; it should be a number or a schedule.")
+    return _check_least(what, value)
+
+
+def _check_least(what: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"The {what} is {value!r}; it should be a number.")
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(f"The {what} is {value}; it should be finite and at least 0.")
     return float(value)
+
+
+def _warmed_up(schedule: optax.Schedule, steps: float) -> optax.Schedule:
+    """Has a schedule begin at a small share of its value, not at 0, which would waste a step."""
+
+    def warmed_up(count: Any) -> jax.Array:
+        share = jnp.minimum((jnp.asarray(count, jnp.float32) + 1) / steps, 1.0)
+        return share * jnp.asarray(schedule(count), jnp.float32)
+
+    return warmed_up
 
 
 def _check_share(name: str, value: float) -> None:
@@ -137,13 +157,35 @@ def _check_share(name: str, value: float) -> None:
 
 
 def adam(
-    learning_rate: Any = 1e-3, weight_decay: Any = 0.0, b1: float = 0.9, b2: float = 0.999
+    learning_rate: Any = 1e-3,
+    weight_decay: Any = 0.0,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    clip: float = 0.0,
 ) -> optax.GradientTransformation:
-    """Adam (Kingma and Ba, 2015), with the L2 penalty in the gradient, as in PyTorch."""
+    """Adam (Kingma and Ba, 2015), with the L2 penalty in the gradient, as in PyTorch.
+
+    Args:
+        learning_rate: A number or a schedule.
+        weight_decay: As ``WeightDecay.of`` reads it.
+        b1: What the mean of the gradients keeps from step to step, in [0, 1).
+        b2: Likewise that of their squares.
+        clip: The largest norm that the gradient of all parameters together may have, the penalty
+            left out; what is longer is scaled down to it (Pascanu et al., 2013). 0: any.
+
+    Raises:
+        ValueError: If a setting is out of range.
+    """
     _check_share("b1", b1)
     _check_share("b2", b2)
     rate = number_or_schedule(learning_rate, "learning rate")
-    return optax.chain(WeightDecay.of(weight_decay).penalty(), optax.adam(rate, b1=b1, b2=b2))
+    penalty = WeightDecay.of(weight_decay).penalty()
+    return _clipped(clip, optax.chain(penalty, optax.adam(rate, b1=b1, b2=b2)))
+
+
+def _clipped(clip: float, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    norm = _check_least("clip", clip)
+    return optax.chain(optax.clip_by_global_norm(norm), optimizer) if norm else optimizer
 
 
 @dataclass(frozen=True)
@@ -240,11 +282,26 @@ def sgd(
     weight_decay: Any = 0.0,
     momentum: float = 0.9,
     nesterov: bool = False,
-) -> LinearOptimizer:
-    """Gradient descent with momentum, with the L2 penalty in the gradient."""
+    clip: float = 0.0,
+) -> optax.GradientTransformation:
+    """Gradient descent with momentum, with the L2 penalty in the gradient.
+
+    Args:
+        learning_rate: A number or a schedule.
+        weight_decay: As ``WeightDecay.of`` reads it.
+        momentum: What the sum of the gradients keeps from step to step, in [0, 1).
+        nesterov: Whether a step looks ahead (Nesterov's momentum) rather than that of a heavy ball.
+        clip: As of ``adam``.
+
+    Returns:
+        A ``LinearOptimizer``, unless it clips.
+
+    Raises:
+        ValueError: If a setting is out of range.
+    """
     _check_share("momentum", momentum)
     rate = number_or_schedule(learning_rate, "learning rate")
-    return LinearOptimizer(optax.sgd(rate, momentum, nesterov), weight_decay)
+    return _clipped(clip, LinearOptimizer(optax.sgd(rate, momentum, nesterov), weight_decay))
 
 
 OPTIMIZERS = {"adam": adam, "sgd": sgd}

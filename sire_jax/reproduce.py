@@ -2,6 +2,8 @@
 
 ``python -m sire_jax.reproduce --table=pairs_1 --seeds=10 [--config.data.dir=DIR …]``
 
+With ``--rehearse`` it takes some steps of each row instead and says what the whole would take.
+
 Tables are data, ``configs/tables/NAME.json``, of the current directory or shipped. A row that has
 been trained is not trained again.
 """
@@ -11,6 +13,7 @@ import platform
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +29,13 @@ from sire_jax import (
     files,
     names,
     registry,
+    rehearsal,
     tables,
     traced,
 )
-from sire_jax.train import InterruptedRunError, NonFiniteLossError, train
+from sire_jax.diagnostics import gradient_flow
+from sire_jax.divergence import NonFiniteLossError
+from sire_jax.train import InterruptedRunError, train
 from sire_jax.workdir import check_writable, read_config, read_results
 
 Table = dict[str, Any]
@@ -94,9 +100,96 @@ def row_config(
         The config.
     """
     variant = f"{row['variant']},{option}" if option else row["variant"]
-    return configuration.load(
-        f"{configs / table['config']}:{variant}", [*row.get("overrides", []), *overrides]
-    )
+    # A row that diverges is a result, too.
+    given = ["--config.on_diverged=record", *row.get("overrides", []), *overrides]
+    return configuration.load(f"{configs / table['config']}:{variant}", given)
+
+
+def load_rows(
+    table: Table,
+    rows: Sequence[Mapping[str, Any]],
+    configs: Path,
+    option: str,
+    overrides: Sequence[str],
+) -> dict[str, ConfigDict]:
+    """Loads the configs of rows.
+
+    Args:
+        table: The table.
+        rows: Rows of it.
+        configs: The directory of the configs.
+        option: One of the table's options, or "".
+        overrides: ``--config.a.b=value`` each, for all rows.
+
+    Returns:
+        Their configs, by what the rows are called.
+
+    Raises:
+        ValueError: If the table has no such option, or a config is wrong; it names the row.
+    """
+    if option and option not in table.get("options", ()):
+        hint = names.nearest(option, table.get("options", ()))
+        raise ValueError(f"The table has no option '{option}'.{hint}")
+    found = {}
+    for row in rows:
+        with registry.located(f"The row '{identity(row)}'"):
+            found[identity(row)] = row_config(table, row, configs, option, overrides)
+    return found
+
+
+def _build(name: str, config: ConfigDict) -> experiment.Experiment:
+    with registry.located(f"The row '{name}'"):
+        return experiment.build(configuration.with_groups(config))
+
+
+def rehearse(
+    table: Table,
+    rows: Sequence[Mapping[str, Any]],
+    workdir: str | Path,
+    configs: Path,
+    option: str = "",
+    overrides: Sequence[str] = (),
+    steps: int = 0,
+) -> dict[str, rehearsal.Rehearsal]:
+    """Takes some steps of each row as it is, after all have been built.
+
+    Args:
+        table: The table.
+        rows: Its rows to rehearse.
+        workdir: Where ``rehearsal.json``, ``rehearsal.md`` and ``rehearsal.png`` are written.
+        configs: The directory of the configs.
+        option: One of the table's options.
+        overrides: ``--config.a.b=value`` each, for all rows.
+        steps: Of each row, at most; see ``rehearsal.rehearse``.
+
+    Returns:
+        What they have shown, by row.
+
+    Raises:
+        ValueError: If the table has no such option, or a config of any row is wrong.
+        PermissionError: If the workdir can't be written to.
+    """
+    workdir = check_writable(workdir)
+    row_configs = load_rows(table, rows, configs, option, overrides)
+    parts = {name: _build(name, config) for name, config in row_configs.items()}
+    found: dict[str, rehearsal.Rehearsal] = {}
+    for number, (name, each) in enumerate(parts.items(), start=1):
+        found[name] = rehearsal.rehearse(each, steps)
+        print(f"{number}/{len(parts)}  {name}: {found[name].verdict()}", flush=True)
+        title = f"{table['title']}: some steps of each row as it is shipped"
+        text = f"{title}\n\n{_note(overrides)}{rehearsal.markdown(found)}\n"
+        (workdir / "rehearsal.md").write_text(text)
+        details = {
+            "title": title,
+            "option": option,
+            "overrides": list(overrides),
+            **_machine(),
+            "rows": {row: asdict(shown) for row, shown in found.items()},
+        }
+        (workdir / "rehearsal.json").write_text(json.dumps(details, indent=1) + "\n")
+        totals = {row: shown.losses["total"] for row, shown in found.items() if shown.losses}
+        figures.losses(totals, workdir / "rehearsal.png")
+    return found
 
 
 Figure = dict[str, Any]
@@ -123,11 +216,14 @@ def compare(
         reference: The row that times are relative to and its measurements, if it has been trained.
 
     Returns:
-        ``{"name", "variant", "<column>": {"paper", "ours", "difference", "deviations", "runs"}}``:
-        means with standard deviations, the difference of the means, and that in the paper's
-        standard deviations (``None`` where the paper has no figure, or no deviation above 0).
+        ``{"name", "variant", "diverged"}``, the steps after which each run did, and for each column
+        ``{"paper", "ours", "difference", "deviations", "runs"}``: of the runs that did not diverge,
+        if there are any, means with standard deviations, the difference of the means, and that in
+        the paper's standard deviations (``None`` where the paper has no figure, or no deviation
+        above 0).
     """
-    line: dict[str, Any] = {"name": row["name"], "variant": identity(row)}
+    diverged = results.get("diverged", [])
+    line: dict[str, Any] = {"name": row["name"], "variant": identity(row), "diverged": diverged}
     for column, kind in table["columns"].items():
         if "relative_time" in kind:
             line[column] = _relative_time(row, results, reference)
@@ -135,13 +231,29 @@ def compare(
             line[column] = _figure(row.get(column), [parameters / 1e6])
         else:
             # A row without decoders has no errors of theirs.
-            runs = results["splits"][kind["split"]].get(kind["metric"])
+            runs = _converged(results["splits"][kind["split"]].get(kind["metric"]), diverged)
             if runs is not None and kind.get("error_percent"):
                 runs = [100 * (1 - each) for each in runs]
             elif runs is not None and kind.get("percent"):
                 runs = [100 * each for each in runs]
             line[column] = _figure(row.get(column), runs)
     return {**line, "seconds": results["seconds"]}
+
+
+def _converged(runs: list[float] | None, diverged: Sequence[int | None]) -> list[float] | None:
+    """Leaves out the runs that diverged, if others did not."""
+    if runs is None or None not in diverged:
+        return runs
+    return [run for run, step in zip(runs, diverged, strict=True) if step is None]
+
+
+def _divergence(diverged: Sequence[int | None]) -> str:
+    """Says how many runs diverged, behind a row's name."""
+    steps = [step for step in diverged if step is not None]
+    if not steps:
+        return ""
+    those = f"{len(steps)} of {len(diverged)} runs " * (len(diverged) > 1)
+    return f" ({those}diverged after {', '.join(map(str, steps))} steps)"
 
 
 def _relative_time(
@@ -187,7 +299,8 @@ def markdown(lines: Sequence[Mapping[str, Any]], table: Table) -> str:
             for column, kind in columns.items()
             for cell in _cells(line[column], has_paper[column], kind.get("format", ".3f"))
         ]
-        rows.append([line["name"], *cells, f"{line['seconds']:.0f}"])
+        name = line["name"] + _divergence(line["diverged"])
+        rows.append([name, *cells, f"{line['seconds']:.0f}"])
     return tables.align(rows)
 
 
@@ -227,7 +340,8 @@ def reproduce(
         table: The table.
         rows: Its rows to train; others are shown if they have been trained.
         workdir: Where the rows' workdirs are, and ``table.json``, ``table.md``, ``table.png``; of a
-            table that varies something ``sweep.png``, too.
+            table that varies something ``sweep.png``, too, and of one that shows the gradients of
+            its rows ``gradient_flow.png``.
         configs: The directory of the configs.
         option: One of the table's options, such as ``as_released``.
         overrides: ``--config.a.b=value`` each, for all rows.
@@ -236,14 +350,15 @@ def reproduce(
         A comparison for each row that has been trained.
 
     Raises:
-        ValueError: If the table has no such option, or as ``train`` raises.
+        ValueError: If the table has no such option, or as ``train`` raises; before anything is
+            trained, if a config of any row is wrong.
         PermissionError: If the workdir can't be written to.
     """
-    if option and option not in table["options"]:
-        raise ValueError(
-            f"The table has no option '{option}'.{names.nearest(option, table['options'])}"
-        )
     workdir = check_writable(workdir)
+    row_configs = load_rows(table, rows, configs, option, overrides)
+    for name, config in row_configs.items():
+        if _trained(config, workdir / name) is None:
+            _build(name, config)
     lines: list[dict[str, Any]] = []
     points: list[dict[str, Any]] = []
     drawn: dict[str, tuple[Path, str]] = {}
@@ -251,8 +366,10 @@ def reproduce(
     counts = any("parameters" in kind for kind in table["columns"].values())
     reference = None
     for row in table["rows"]:
-        config = row_config(table, row, configs, option, overrides)
         directory = workdir / identity(row)
+        config = row_configs.get(identity(row))
+        if config is None:
+            config = row_config(table, row, configs, option, overrides)
         results = _trained(config, directory)
         if results is None and row not in rows:
             continue
@@ -275,6 +392,9 @@ def reproduce(
         }
         (workdir / "table.json").write_text(json.dumps(details, indent=1) + "\n")
         figures.compare(drawn, table["curves"]["split"], workdir / "table.png")
+        if table.get("gradient_flow"):
+            flows = {title: directory for title, (directory, _) in drawn.items()}
+            gradient_flow.draw(flows, workdir / "gradient_flow.png")
         if "sweep" in table:
             runs = {column: lines[-1][column]["runs"] for column in table["sweep"]["columns"]}
             points.append({"x": row["x"], "series": row["series"], **runs})
@@ -311,16 +431,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, help="runs of each row; as in the config by default")
     parser.add_argument("--option", default="", help="a reading of the paper, such as as_released")
     parser.add_argument("--workdir", help="where the runs are kept; runs/TABLE by default")
+    rehearsal.add_option(parser)
     known, overrides = parser.parse_known_args(arguments)
     configs = find_configs(known.table)
     if known.seeds is not None:
         overrides.append(f"--config.seeds={known.seeds}")
+    rehearsed = "rehearsal" * (known.rehearse is not None)
     if known.workdir is None:
-        known.workdir = Path("runs") / "-".join(filter(None, (known.table, known.option)))
+        parts = filter(None, (known.table, known.option, rehearsed))
+        known.workdir = Path("runs") / "-".join(parts)
     started = time.perf_counter()
     with command.readable_errors(NonFiniteLossError, goes_on=True):
         table = load_table(known.table, configs)
         rows = choose_rows(table, [name for name in known.rows.split(",") if name])
+        if rehearsed:
+            told = (known.workdir, configs, known.option, overrides, known.rehearse)
+            print(f"\n{rehearsal.markdown(rehearse(table, rows, *told))}")
+            print(f"Losses: {files.expanded(known.workdir) / 'rehearsal.png'}")
+            return
         try:
             lines = reproduce(table, rows, known.workdir, configs, known.option, overrides)
         except InterruptedRunError as stopped:

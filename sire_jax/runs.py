@@ -111,8 +111,9 @@ class Runs:
         places = (self.of_runs, self.of_runs, best, self.everywhere)
         self._start = Program(jax.jit(self._first_checkpoint, out_shardings=places))
         self._no_metrics = Program(jax.jit(self._nothing, out_shardings=self.of_runs))
+        self._finite = Program(jax.jit(_finite, out_shardings=self.everywhere))
         self._means = Program(jax.jit(means, out_shardings=self.everywhere))
-        self._steps = self._step_program()
+        self._steps: Any = self._step_program()
         self._measure = self.totals(parts.measure(), parts.ready_cropped)
         self._predict = self._prediction_program()
         self._best = Program(
@@ -260,6 +261,16 @@ class Runs:
         span = np.int32(first), np.int32(count)
         return self._steps(state, sums, self.arrays, order, *span)
 
+    def planned_memory(self, state: TrainState) -> int | None:
+        """Returns the bytes that a step takes with all arrays, as the compiler plans; may be None.
+
+        The program is compiled; the call that follows doesn't compile it again.
+        """
+        span = np.int32(0), np.int32(1)
+        return self._steps.memory(
+            state, self.no_metrics(), self.arrays, self.epoch_order(state, 0), *span
+        )
+
     def measure(
         self,
         params: PyTree,
@@ -278,6 +289,10 @@ class Runs:
     def averages(self, metrics: Metrics) -> dict[str, np.ndarray]:
         """Divides metrics; a value for each run."""
         return {name: np.asarray(each) for name, each in self._means(metrics).items()}
+
+    def finite(self, state: TrainState) -> np.ndarray:
+        """Tells of each run whether all its parameters and states are finite."""
+        return np.asarray(self._finite((state.params, state.model_state, state.update_state)))
 
     def fit(self, params: PyTree, model_state: PyTree) -> dict[str, PyTree]:
         """Fits the prediction rules that have parameters; a value for each run."""
@@ -323,6 +338,12 @@ class Runs:
         return (ready or self.parts.ready_central)(batch)
 
 
+def _finite(trees: PyTree) -> jax.Array:
+    """Tells of each run, along the first axis, whether all its numbers are finite."""
+    numbers = [x for x in jax.tree.leaves(trees) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return jnp.stack([jnp.isfinite(x).all(tuple(range(1, x.ndim))) for x in numbers]).all(0)
+
+
 class UnloadedRuns(Runs):
     """Runs without their data: for what needs only weights and the names of classes.
 
@@ -363,3 +384,13 @@ class Program:
             found = jax.block_until_ready(self._function(*args))
         self._compiled.add(signature)
         return found
+
+    def memory(self, *args: Any) -> int | None:
+        """Returns the bytes of arguments, results and all between; ``None`` if that isn't told."""
+        if not hasattr(self._function, "lower"):
+            return None
+        planned = self._function.lower(*args).compile().memory_analysis()
+        if planned is None:
+            return None
+        own = planned.argument_size_in_bytes + planned.output_size_in_bytes
+        return int(own - planned.alias_size_in_bytes + planned.temp_size_in_bytes)

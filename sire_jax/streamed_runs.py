@@ -178,6 +178,10 @@ class StreamedRuns(Runs):
         self._open = (order.epoch, first + count, batches)
         return state, sums, broken
 
+    def planned_memory(self, state: TrainState) -> int | None:
+        """Returns nothing: without a batch the program is not known."""
+        return None
+
     def totals(
         self, measure: Callable[..., PyTree], ready: Callable[[Batch], Batch]
     ) -> Callable[[PyTree, PyTree, Mapping[str, PyTree], str], PyTree]:

@@ -1,4 +1,7 @@
-"""Trains a network: ``python -m sire_jax.train --config=configs/X.py:variant --workdir=DIR``."""
+"""Trains a network: ``python -m sire_jax.train --config=configs/X.py:variant --workdir=DIR``.
+
+With ``--rehearse`` it takes some steps only, keeps nothing, and says what the whole would take.
+"""
 
 import contextlib
 import json
@@ -10,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -23,12 +25,13 @@ from sire_jax import (
     figures,
     files,
     lock,
-    parallel,
+    rehearsal,
     tables,
     traced,
 )
 from sire_jax.checkpoint import CheckpointError, Checkpoints
 from sire_jax.diagnostics import gradient_flow
+from sire_jax.divergence import Diverged, NonFiniteLossError
 from sire_jax.logs import Logs
 from sire_jax.metrics import Metrics
 from sire_jax.networks import MAIN
@@ -39,6 +42,8 @@ from sire_jax.streamed_runs import open_runs
 from sire_jax.workdir import Workdir, read_results
 
 PyTree = Any
+# What is kept of runs that diverged, in checkpoints and results.
+DIVERGED = "diverged"
 
 
 class InterruptedRunError(Exception):
@@ -51,10 +56,6 @@ class InterruptedRunError(Exception):
     def __init__(self, message: str, status: int):
         super().__init__(message)
         self.status = status
-
-
-class NonFiniteLossError(Exception):
-    """A loss was not a number or infinite; the newest checkpoint is from before."""
 
 
 def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
@@ -74,7 +75,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
         OSError: If the workdir can't be written to or has no room for a checkpoint.
         CheckpointError: If a checkpoint could not be written.
         PeerError: If another process failed.
-        NonFiniteLossError: If a loss is not finite.
+        NonFiniteLossError: If a loss is not finite and ``config.on_diverged`` is ``"stop"``.
         InterruptedRunError: If a signal asked to stop; the state has been saved.
         BlockingIOError: If another program trains in the workdir.
     """
@@ -110,7 +111,9 @@ def _train_in(
     # Process 0's, as a network file system may show it to some before others.
     results = json.loads(distributed.exchange(json.dumps(found))[0])
     checkpoints = Checkpoints(directory.checkpoints, keep=config.checkpoints_kept)
-    if results and results["step"] == checkpoints.latest() == config.epochs * runs.steps_per_epoch:
+    whole = config.epochs * runs.steps_per_epoch
+    ended = results and (results["step"] == whole or None not in results.get(DIVERGED, [None]))
+    if ended and results["step"] == checkpoints.latest():
         checkpoints.close()
         return results
     distributed.say(_describe(parts, runs))
@@ -134,6 +137,9 @@ def _train(
     # ---- Start, or go on.
     started, compiled = time.perf_counter(), compilation.counts()
     step, (state, sums, best, spent) = _open(runs, checkpoints, directory)
+    seeds = range(config.seed, config.seed + config.seeds)
+    known = checkpoints.notes().get(DIVERGED) if step else None
+    diverged = Diverged(config.on_diverged, seeds, directory.checkpoints, known)
     steps = runs.steps_per_epoch
     # It was stopped before its last epoch was measured, or while.
     unmeasured = step > 0 and step % steps == 0 and _has_losses(runs, sums)
@@ -144,7 +150,7 @@ def _train(
 
     def save() -> None:
         tree = (state, sums, best, runs.place(np.float32(seconds())))
-        _save(checkpoints, step, tree, runs, directory)
+        _save(checkpoints, step, tree, runs, diverged)
 
     logs.go_on_after(step - 1 if unmeasured else step)
     images, silent = _images_per_step(parts), not distributed.is_main()
@@ -153,7 +159,9 @@ def _train(
 
     def end_epoch(epoch: int) -> bool:
         nonlocal best, sums
-        ended = _end_of_epoch(config, runs, logs, progress, state, sums, best, step, epoch, stop)
+        ended = _end_of_epoch(
+            config, runs, logs, progress, state, sums, best, step, epoch, stop, diverged
+        )
         if ended is not None:
             best, sums = ended
         return ended is not None
@@ -161,10 +169,10 @@ def _train(
     # ---- Train.
     if unmeasured:
         stopped = not end_epoch(step // steps)
-    while step < config.epochs * steps and not stopped:
+    while step < config.epochs * steps and not stopped and not diverged.all():
         epoch, first = divmod(step, steps)
         order = runs.epoch_order(state, epoch)
-        while first < steps:
+        while first < steps and not diverged.all():
             stopped, count = distributed.agree(
                 bool(stop.signal), min(pace.steps, steps - first, _until_save(config, step))
             )
@@ -173,7 +181,8 @@ def _train(
             called = time.perf_counter()
             state, sums, broken = runs.take_steps(state, sums, order, first, count)
             stop.unsaved = True
-            _check_finite(broken, config.seed, directory)
+            for message in diverged.note(broken):
+                progress.say(message)
             pace.note(count, time.perf_counter() - called)
             step_seconds.append((time.perf_counter() - called) / count)
             first, step = first + count, step + count
@@ -187,7 +196,8 @@ def _train(
             stopped = not end_epoch(epoch + 1)
         due = config.checkpoint_every and (epoch + 1) % config.checkpoint_every == 0
         due = due or _until_save(config, step) == config.checkpoint_steps
-        if stopped or step == config.epochs * steps or (due and first == steps):
+        ends = stopped or step == config.epochs * steps or diverged.all()
+        if ends or (due and first == steps):
             save()
     progress.close()
     # Before it is said that it has been saved.
@@ -210,6 +220,8 @@ def _train(
         # Of all runs together; the median leaves compilation out.
         "step_seconds": float(np.median(step_seconds)) if step_seconds else None,
         "weights": "best validation accuracy" if best is not None else "last",
+        # For each run the steps after which a loss was not finite, if one was.
+        DIVERGED: diverged.steps,
         "splits": measured,
         # Damaged ones, of this start, in training and measuring.
         "skipped_images": runs.number_skipped(),
@@ -299,6 +311,7 @@ def _end_of_epoch(
     step: int,
     epoch: int,
     stop: Stop,
+    diverged: Diverged,
 ) -> tuple[Best | None, Metrics] | None:
     """Records the losses of the epoch's steps and, where due, measures.
 
@@ -318,7 +331,7 @@ def _end_of_epoch(
             logs.record(step, epoch, split, found)
             shown |= {f"{split} {k}": v for k, v in found.items() if k == accuracy}
             if split == "validation" and best is not None and accuracy is not None:
-                best = runs.better(best, found[accuracy], state)
+                best = runs.better(best, diverged.scores(found[accuracy]), state)
             _report_chance(config, runs, progress, epoch, split, found)
     every = config.gradient_flow_every
     if every and (last or epoch % every == 0):
@@ -362,38 +375,13 @@ def _report_chance(
         )
 
 
-def _check_finite(broken: Mapping[str, jax.Array], seed: int, directory: Workdir) -> None:
-    """Raises where a loss was not finite, naming the first; the total only if it is alone."""
-    first = {name: np.asarray(each) for name, each in broken.items()}
-    name = min(first, key=lambda name: (first[name].min(), name == "total/loss"))
-    if first[name].min() == parallel.NEVER:
-        return
-    run, loss = seed + int(first[name].argmin()), name.removesuffix("/loss")
-    raise NonFiniteLossError(
-        f"The loss '{loss}' is not finite after {first[name].min()} steps of the run with seed"
-        f" {run}. {_KEPT.format(directory.checkpoints)}"
-    )
-
-
-_KEPT = "The last finite checkpoint is kept in {}; try a smaller learning rate or weight."
-
-
 def _save(
-    checkpoints: Checkpoints, step: int, tree: Checkpoint, runs: Runs, directory: Workdir
+    checkpoints: Checkpoints, step: int, tree: Checkpoint, runs: Runs, diverged: Diverged
 ) -> None:
-    """Saves a checkpoint, if it is finite: its losses were taken before the last update."""
-    if not _all_finite(tree[0].params, tree[0].model_state, tree[0].update_state):
-        raise NonFiniteLossError(
-            f"The parameters are not finite after {step} steps."
-            f" {_KEPT.format(directory.checkpoints)}"
-        )
-    checkpoints.save(step, tree, notes=distributed.describe(runs.mesh))
-
-
-@jax.jit
-def _all_finite(*trees: PyTree) -> jax.Array:
-    numbers = [x for x in jax.tree.leaves(trees) if jnp.issubdtype(x.dtype, jnp.inexact)]
-    return jnp.stack([jnp.isfinite(x).all() for x in numbers]).all()
+    """Saves a checkpoint, if it may be kept."""
+    diverged.check(runs.finite(tree[0]), step)
+    notes = {**distributed.describe(runs.mesh), DIVERGED: diverged.steps}
+    checkpoints.save(step, tree, notes=notes)
 
 
 def _lists(values: Mapping[str, np.ndarray]) -> dict[str, list[float]]:
@@ -432,17 +420,29 @@ def summary(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _rehearse(config: ConfigDict, steps: int) -> None:
+    parts = experiment.build(configuration.with_groups(config))
+    found = rehearsal.rehearse(parts, steps)
+    distributed.say(rehearsal.markdown({config.name or "run": found}))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the program with command line arguments."""
     parser = command.parser(__doc__)
     parser.add_argument("--config", required=True, help="configs/X.py or configs/X.py:variant")
-    parser.add_argument("--workdir", required=True, help="directory of the run")
+    parser.add_argument("--workdir", help="directory of the run")
+    rehearsal.add_option(parser)
     known, overrides = parser.parse_known_args(arguments)
+    if known.workdir is None and known.rehearse is None:
+        parser.error("--workdir is needed: the directory of the run")
     with (
         distributed.ended_together(),
         command.readable_errors(NonFiniteLossError, distributed.PeerError, goes_on=True),
     ):
         distributed.start()
+        if known.rehearse is not None:
+            _rehearse(configuration.load(known.config, overrides), known.rehearse)
+            return
         try:
             results = train(configuration.load(known.config, overrides), known.workdir)
         except InterruptedRunError as stopped:

@@ -12,8 +12,10 @@ from sire_jax.configuration import SPLITS, default
 from sire_jax.data.augmentation import AUGMENTATIONS
 from sire_jax.data.dataset import Selection
 from sire_jax.data.tasks import TASKS
+from sire_jax.divergence import POLICIES
 from sire_jax.fitted_prediction import PREDICTIONS
 from sire_jax.heads import HEADS
+from sire_jax.initialization import INITIALIZATIONS
 from sire_jax.optimizers import OPTIMIZERS
 from sire_jax.updates import AGGREGATORS, UPDATES, WEIGHTINGS
 
@@ -75,6 +77,8 @@ def _check_devices(config: ConfigDict) -> None:
     _check_choice("parallel", config.parallel, ("jit", "pmap"))
     _check_choice("devices_share", config.devices_share, ("batch", "runs"))
     _check_choice("batch_norm", config.batch_norm, ("batch", "device"))
+    _check_choice("initialization", config.initialization, INITIALIZATIONS)
+    _check_choice("on_diverged", config.on_diverged, POLICIES)
     if config.batch_norm == "device" and config.parallel != "pmap":
         raise ValueError(
             "config.batch_norm is 'device', which needs config.parallel 'pmap': under"

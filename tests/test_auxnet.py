@@ -142,6 +142,7 @@ def test_settings_of_the_data_sets():
     optimizer = cifar.optimizer.to_dict() | {"learning_rate": 0}
     assert optimizer == {
         "name": "sgd",
+        "clip": 0.0,
         "learning_rate": 0,
         "momentum": 0.9,
         "nesterov": True,

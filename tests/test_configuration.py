@@ -389,7 +389,7 @@ def test_an_override_of_a_part_brings_its_settings_and_keeps_those_in_common():
     optimizer = config.optimizer.to_dict()
     assert optimizer.pop("learning_rate")["init_value"] == 0.1
     assert optimizer == {
-        "name": "adam", "weight_decay": 0.5, "b1": 0.8, "b2": 0.999,
+        "name": "adam", "weight_decay": 0.5, "b1": 0.8, "b2": 0.999, "clip": 0.0,
     }  # fmt: skip
     assert config.aggregator.to_dict() == {"name": "cagrad", "radius": 0.2}
     assert config.update_rule.to_dict() == {"name": "pairwise", "adjust": True, "scale_own": False}
@@ -404,3 +404,51 @@ def test_the_control_of_multiway_refuses_another_optimizer():
     config = configuration.load(path, given)
     with pytest.raises(ValueError, match="needs an optimizer whose step is linear"):
         experiment.build(config)
+
+
+# ---- Overrides of what the config does not have yet.
+
+
+def test_an_augmentation_may_be_added_by_an_override():
+    config = _load("augmentation.affine.rotation=10", variant="main_only")
+    expected = configuration.augmentation("affine", rotation=10.0)
+    assert config.augmentation.affine.to_dict() == expected.to_dict()
+    experiment.build(config)
+    with pytest.raises(ValueError, match=r"config.augmentation has no key 'affin'"):
+        _load("augmentation.affin.rotation=10")
+    with pytest.raises(ValueError, match=r"config.augmentation.affine has no key 'rotatoin'"):
+        _load("augmentation.affine.rotatoin=10")
+
+
+def _sire(*overrides):
+    given = [f"--config.{each}" for each in overrides]
+    return configuration.load(f"{configuration.repository_configs()}/sire.py", given)
+
+
+def test_a_number_may_take_the_place_of_a_schedule():
+    assert _sire("optimizer.learning_rate=1e-3").optimizer.learning_rate == 1e-3
+    kept = _sire("optimizer.learning_rate.scale=0.1").optimizer.learning_rate
+    assert (kept.name, kept.scale) == ("piecewise", 0.1)
+    with pytest.raises(ValueError, match="wrong type"):
+        _sire("optimizer.learning_rate=fast")
+
+
+def test_any_schedule_may_be_given_a_warmup_by_an_override():
+    config = _sire("optimizer.learning_rate.warmup=0.025")
+    assert config.optimizer.learning_rate.warmup == 0.025
+    experiment.build(config)
+    with pytest.raises(ValueError, match=r"config.optimizer.learning_rate.warmup is -1"):
+        experiment.build(_sire("optimizer.learning_rate.warmup=-1.0"))
+
+
+def test_configs_of_older_runs_are_what_they_were():
+    new = _sire()
+    old = ConfigDict(new.to_dict())
+    for key in ("on_diverged", "initialization"):
+        del old[key]
+    del old.optimizer["clip"]
+    del old.heads.decoder["last"]
+    completed = configuration.completed(old)
+    assert completed.heads.decoder.last == "linear"
+    completed.heads.decoder.last = new.heads.decoder.last
+    assert configuration.differences(completed, new) == []

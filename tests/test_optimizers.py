@@ -258,3 +258,44 @@ def test_a_config_may_decay_heads_by_themselves():
     again.optimizer.weight_decay.heads = -1.0
     with pytest.raises(ValueError, match=r"weight decay is -1\.0;"):
         experiment.build(again)
+
+
+# ---- Warm-up and clipping.
+
+
+def test_a_warmup_multiplies_any_schedule_by_what_rises_to_one():
+    section = {"name": "linear", "init_value": 1.0, "end_value": 0.0, "transition_steps": 10}
+    warmed = number_or_schedule({**section, "warmup": 4}, "learning rate")
+    expected = [0.25, 0.9 * 0.5, 0.8 * 0.75, 0.7, 0.6, 0.0]
+    np.testing.assert_allclose(_values(warmed, [0, 1, 2, 3, 4, 10]), expected, rtol=1e-6)
+    units = {"epoch": 4, "run": 40}
+    of_epochs = {**section, "transition_steps": 10, "unit": "epoch", "warmup": 1.0}
+    warmed = number_or_schedule(of_epochs, "learning rate", units)
+    np.testing.assert_allclose(_values(warmed, [0, 3, 4]), [0.25, 0.925, 0.9], rtol=1e-6)
+    without = number_or_schedule({**section, "warmup": 0.0}, "learning rate")
+    np.testing.assert_allclose(_values(without, [0, 1]), [1.0, 0.9], rtol=1e-6)
+
+
+@pytest.mark.parametrize("warmup", [-1, float("inf"), "long", True])
+def test_what_is_no_warmup_is_refused(warmup):
+    section = {"name": "constant", "value": 0.1, "warmup": warmup}
+    with pytest.raises(ValueError, match="The warmup of the learning rate is"):
+        number_or_schedule(section, "learning rate")
+
+
+@pytest.mark.optax_dtypes
+def test_a_long_gradient_is_scaled_down_ahead_of_weight_decay():
+    params = {"a": jnp.array([2.0]), "b": jnp.array([0.0])}
+    gradient = {"a": jnp.array([30.0]), "b": jnp.array([-40.0])}
+    optimizer = sgd(0.1, 0.5, momentum=0.0, clip=1.0)
+    step, _ = optimizer.update(gradient, optimizer.init(params), params)
+    np.testing.assert_allclose(step["a"], [-0.1 * (0.6 + 0.5 * 2)], rtol=1e-6)
+    np.testing.assert_allclose(step["b"], [0.1 * 0.8], rtol=1e-6)
+    short = jax.tree.map(lambda x: x / 100, gradient)
+    plain = sgd(0.1, 0.5, momentum=0.0)
+    for each in (optimizer, plain):
+        step, _ = each.update(short, each.init(params), params)
+        np.testing.assert_allclose(step["a"], [-0.1 * (0.3 + 1)], rtol=1e-6)
+    assert not isinstance(optimizer, optimizers.LinearOptimizer)
+    with pytest.raises(ValueError, match=r"The clip is -1.0; it should be finite and at least 0"):
+        optimizers.adam(clip=-1.0)

@@ -22,7 +22,6 @@ from sire_jax import (
     experiment,
     inspect,
     lock,
-    parallel,
     reproduce,
     train,
     workdir,
@@ -272,18 +271,6 @@ def test_parameters_that_are_not_finite_are_not_saved(tmp_path):
     with pytest.raises(train.NonFiniteLossError, match="parameters are not finite after 1 steps"):
         train.train(config, str(tmp_path))
     assert Checkpoints(tmp_path / "checkpoints").latest() == 0
-
-
-def test_the_first_loss_that_breaks_is_named_and_the_total_only_alone(tmp_path):
-    directory = workdir.Workdir(tmp_path, _config())
-    never = parallel.NEVER
-    broken = {"digits/loss": [never, 4], "main/loss": [never, 3], "total/loss": [never, 3]}
-    with pytest.raises(train.NonFiniteLossError, match=r"'main' .* after 3 steps.*seed 6"):
-        train._check_finite(broken, 5, directory)
-    broken = {"main/loss": [never, never], "total/loss": [2, never]}
-    with pytest.raises(train.NonFiniteLossError, match=r"'total' .* after 2 steps.*seed 5"):
-        train._check_finite(broken, 5, directory)
-    train._check_finite({"main/loss": [never, never]}, 5, directory)
 
 
 def test_the_best_validation_weights_are_kept(tmp_path):

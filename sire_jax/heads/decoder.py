@@ -9,6 +9,10 @@ from flax import linen as nn
 from jax import Array
 
 from sire_jax.backbones.plan import IMAGE, Plan
+from sire_jax.layers import BatchNorm
+
+# What may follow the last transposed convolution.
+LAST = ("normalized", "linear", "sigmoid")
 
 
 def _has_parameters(block: Any) -> bool:
@@ -21,8 +25,12 @@ class Decoder(nn.Module):
     The blocks of the first ``stage`` stages in reverse order, each by its mirror: nearest
     up-sampling for what divides the size, transposed convolutions for convolutions. With ``skips``
     the output of each block is added to the input of its mirror (long skip connections by
-    summation). The last transposed convolution is linear: its values are predictions of the image
-    as the network sees it, in ``value_range``; none are cut off.
+    summation). What ends it predicts the image as the network sees it, in ``value_range``; none of
+    its values are cut off. It is the last transposed convolution, followed by
+
+    - ``"normalized"``: batch norm, as all others are;
+    - ``"linear"``: nothing;
+    - ``"sigmoid"``: ``v_0 + (v_1 - v_0) / (1 + exp(-x))``, with ``value_range`` ``(v_0, v_1)``.
 
     Avola et al., *SIRe-Networks* (2022), Sections 3.2 and 4.3, Fig. 1.
 
@@ -33,6 +41,8 @@ class Decoder(nn.Module):
         value_range: The smallest and the largest value that images can have: a statement, which a
             config's images are checked against.
         remat: Whether what it computes is computed again for the gradient rather than kept.
+        last: What follows the last transposed convolution. The paper does not say; with
+            ``"linear"`` its own settings diverge at full width.
     """
 
     plan: Plan
@@ -40,9 +50,15 @@ class Decoder(nn.Module):
     skips: bool = True
     value_range: tuple[float, float] = (0.0, 1.0)
     remat: bool = False
+    last: str = "normalized"
 
     def __post_init__(self) -> None:
         self.plan.check_decoder(self.stage)
+        if self.last not in LAST:
+            raise ValueError(
+                f"The last layer of a decoder is {self.last!r}; it should be one of"
+                f" {', '.join(LAST)}."
+            )
         if len(self.value_range) != 2 or not self.value_range[0] < self.value_range[1]:
             raise ValueError(
                 f"value_range is {tuple(self.value_range)}; it should be (smallest, largest)."
@@ -108,6 +124,14 @@ class Decoder(nn.Module):
             except ValueError as error:
                 raise ValueError(f"Decoder {self.stage} can't be made: {name}: {error}") from error
             x = mirror(x, train=train)
+        return self._ended(x, train)
+
+    def _ended(self, x: Array, train: bool) -> Array:
+        if self.last == "normalized":
+            return BatchNorm(name="last_norm")(x, train=train)
+        if self.last == "sigmoid":
+            smallest, largest = self.value_range
+            return smallest + (largest - smallest) * nn.sigmoid(x)
         return x
 
     def _channels(self, image_channels: int) -> list[int]:
@@ -141,6 +165,7 @@ def decoders(
     skips: bool = True,
     value_range: tuple[float, float] = (0.0, 1.0),
     remat: bool = False,
+    last: str = "normalized",
 ) -> dict[str, Decoder]:
     """Makes the decoders of a plan: a family of heads.
 
@@ -150,6 +175,8 @@ def decoders(
         skips: Whether they have long skip connections (the S of SIRe).
         value_range: The smallest and the largest value that images can have.
         remat: Whether decoders are computed again for the gradient rather than kept.
+        last: What follows the last transposed convolution: ``"normalized"``, ``"linear"`` or
+            ``"sigmoid"`` (see ``Decoder``).
 
     Returns:
         A decoder for each stage, by its number.
@@ -165,4 +192,4 @@ def decoders(
         raise ValueError(f"stages is {stages!r}; it should be numbers of stages, such as (1, 3).")
     if len(set(chosen)) < len(chosen):
         raise ValueError(f"There can't be two decoders of a stage: {tuple(chosen)}.")
-    return {str(i): Decoder(plan, i, skips, value_range, remat) for i in chosen}
+    return {str(i): Decoder(plan, i, skips, value_range, remat, last) for i in chosen}

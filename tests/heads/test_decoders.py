@@ -28,7 +28,8 @@ class _Passed(nn.Module):
         return jnp.zeros((2, 1)), image
 
 
-def _network(plan, dtype="float32", **settings):
+def _network(plan, dtype="float32", last="linear", **settings):
+    settings["last"] = last
     heads = {f"decoder_{k}": each for k, each in decoders(plan, **settings).items()}
     return Network(Planned(plan, 3, dtype=dtype), heads)
 
@@ -86,7 +87,7 @@ def test_with_skips_a_decoder_sees_every_block_that_it_mirrors_and_else_none(ski
     given = {"image": image} | {
         name: normal(i, *each.shape) for i, (name, each) in enumerate(endpoints.items(), 1)
     }
-    heads = {f"decoder_{k}": each for k, each in decoders(plan, skips=skips).items()}
+    heads = {f"decoder_{k}": each for k, each in decoders(plan, skips=skips, last="linear").items()}
     network = Network(_Passed(), heads)
     variables = random_like(shapes_of(network, given))
 
@@ -418,3 +419,28 @@ def test_a_plan_that_begins_with_a_pool_ends_its_decoders_linearly():
     decoded = network.apply(variables, image)["decoder_1"]
     assert decoded.shape == image.shape
     assert float(decoded.min()) < 0 < float(decoded.max())
+
+
+def test_a_decoder_ends_linearly_normalized_or_in_its_range():
+    image = 5 * normal(0, 6, 8, 8, 3)
+    networks = {
+        last: _network(CONVOLUTIONS, stages=(1,), value_range=(-2.0, 4.0), last=last)
+        for last in ("normalized", "linear", "sigmoid")
+    }
+    variables = random_like(shapes_of(networks["normalized"], image))
+    norm = variables["params"]["heads_decoder_1"]["last_norm"]
+    outputs = {}
+    for last, network in networks.items():
+        returned, _ = network.apply(variables, image, train=True, mutable=["batch_stats"])
+        outputs[last] = returned["decoder_1"]
+    linear = outputs["linear"]
+    mean, variance = linear.mean((0, 1, 2), keepdims=True), linear.var((0, 1, 2), keepdims=True)
+    scale, bias = (norm[key].reshape(1, 1, 1, -1) for key in ("scale", "bias"))
+    expected = scale * (linear - mean) / np.sqrt(variance + 1e-5) + bias
+    np.testing.assert_allclose(outputs["normalized"], expected, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(outputs["sigmoid"], -2 + 6 / (1 + np.exp(-linear)), rtol=1e-4)
+
+
+def test_another_last_layer_is_refused():
+    with pytest.raises(ValueError, match=r"last layer of a decoder is 'relu'; .* normalized, lin"):
+        decoders(CONVOLUTIONS, last="relu")

@@ -1,0 +1,102 @@
+"""Runs whose losses or parameters are no longer finite: an end, or a result like any other."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from sire_jax import parallel
+
+# What may be done about a run that diverges: to end all, or to record it and go on with the others.
+POLICIES = ("stop", "record")
+_KEPT = "The last finite checkpoint is kept in {}; try a smaller learning rate or weight."
+
+
+class NonFiniteLossError(Exception):
+    """A loss was not a number or infinite; the newest checkpoint is from before."""
+
+
+class Diverged:
+    """Which runs have diverged, and after how many steps.
+
+    Args:
+        policy: ``"stop"`` or ``"record"`` (``config.on_diverged``).
+        seeds: The seeds of the runs.
+        checkpoints: The directory of the checkpoints, for messages.
+        known: What ``steps`` was, of a run that goes on.
+
+    Attributes:
+        steps: For each run the steps that it had taken when it diverged, ``None`` if it hasn't.
+    """
+
+    def __init__(
+        self,
+        policy: str,
+        seeds: range,
+        checkpoints: Path,
+        known: Sequence[int | None] | None = None,
+    ):
+        self._stops, self._seeds, self._checkpoints = policy == "stop", seeds, checkpoints
+        self.steps = list(known or [None] * len(seeds))
+
+    def note(self, broken: Mapping[str, jax.Array]) -> list[str]:
+        """Notes the runs of which a loss was not finite.
+
+        Args:
+            broken: For each loss the first step of each run at which it was not finite, as
+                ``parallel.over_steps`` returns it.
+
+        Returns:
+            A message for each run that diverged now.
+
+        Raises:
+            NonFiniteLossError: If one has and the policy is to stop; it names the first loss, the
+                total only if that is alone.
+        """
+        first = {name: np.asarray(each) for name, each in broken.items()}
+        ordered = sorted(first, key=lambda name: (first[name].min(), name == "total/loss"))
+        if self._stops and first[ordered[0]].min() != parallel.NEVER:
+            name = ordered[0]
+            what = _what(name, first[name].min(), self._seeds[int(first[name].argmin())])
+            raise NonFiniteLossError(f"{what} {_KEPT.format(self._checkpoints)}")
+        said = []
+        for run, seed in enumerate(self._seeds):
+            name = min(ordered, key=lambda name: (first[name][run], name == "total/loss"))
+            at = int(first[name][run])
+            if at != parallel.NEVER and self.steps[run] is None:
+                self.steps[run] = at
+                said.append(f"{_what(name, at, seed)} It is recorded; the other runs go on.")
+        return said
+
+    def check(self, finite: np.ndarray, step: int) -> None:
+        """Notes the runs whose parameters are not finite: losses are taken before an update.
+
+        Args:
+            finite: Whether those of each run are, after ``step`` steps.
+            step: How many.
+
+        Raises:
+            NonFiniteLossError: If one's are not and the policy is to stop.
+        """
+        if self._stops and not finite.all():
+            raise NonFiniteLossError(
+                f"The parameters are not finite after {step} steps."
+                f" {_KEPT.format(self._checkpoints)}"
+            )
+        for run in np.flatnonzero(~finite):
+            if self.steps[run] is None:
+                self.steps[run] = step
+
+    def all(self) -> bool:
+        """Tells whether no run is left."""
+        return None not in self.steps
+
+    def scores(self, accuracy: np.ndarray) -> np.ndarray:
+        """Returns validation accuracies as what chooses weights: none of runs that diverged."""
+        return np.where([step is None for step in self.steps], accuracy, -1.0)
+
+
+def _what(name: str, step: int, seed: int) -> str:
+    loss = name.removesuffix("/loss")
+    return f"The loss '{loss}' is not finite after {step} steps of the run with seed {seed}."

@@ -1,0 +1,239 @@
+"""Some steps of a run as it is shipped, before the whole of it costs a week.
+
+``python -m sire_jax.reproduce --table=sire_1 --rehearse`` rehearses every row of a table,
+``python -m sire_jax.train --config=configs/sire.py:cnn --rehearse`` one run.
+"""
+
+import argparse
+import math
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import numpy as np
+
+from sire_jax import experiment, parallel, tables, traced
+from sire_jax.data.dataset import Source
+from sire_jax.data.tasks import Pairs
+from sire_jax.runs import Runs
+from sire_jax.streamed_runs import open_runs
+
+# Steps of a rehearsal of no given number of steps, and seconds after which it ends, too.
+STEPS, SECONDS = 20, 60.0
+# Batches of made-up images, which come again and again.
+_BATCHES = 4
+_GIB = 2**30
+
+
+@dataclass
+class Rehearsal:
+    """What some steps of a run have shown.
+
+    Attributes:
+        name: Of the run.
+        parameters: Of its network.
+        images: ``"real"`` or ``"made up"``.
+        whole: Steps of the whole run, those of all seeds one after the other.
+        memory: Bytes that a step takes with all arrays, as the compiler plans; ``None`` if it
+            doesn't tell.
+        refused: Why no step was taken; ``""`` if steps were.
+        compiling: Seconds of the first step, which compiles.
+        seconds: Of each further step.
+        losses: The losses of each step by objective, ``"total"`` their weighted sum.
+        diverged: The step whose loss was the first that is not finite, if one was not; the first is
+            number 1.
+    """
+
+    name: str
+    parameters: int
+    images: str
+    whole: int
+    memory: int | None = None
+    refused: str = ""
+    compiling: float | None = None
+    seconds: list[float] = field(default_factory=list)
+    losses: dict[str, list[float]] = field(default_factory=dict)
+    diverged: int | None = None
+
+    def step_seconds(self) -> float | None:
+        """Returns the median of the further steps; ``None`` if there were none."""
+        return float(np.median(self.seconds)) if self.seconds else None
+
+    def hours(self) -> float | None:
+        """Returns how long the whole run would take without its measurements, if it gets there."""
+        seconds = self.step_seconds()
+        if seconds is None or self.diverged is not None:
+            return None
+        return seconds * self.whole / 3600
+
+    def verdict(self) -> str:
+        """Says in some words what became of the losses."""
+        if self.refused:
+            return self.refused
+        total = self.losses["total"]
+        if self.diverged is not None:
+            return f"diverges: a loss is not finite at step {self.diverged}"
+        ahead = max(len(total) // 4, 1)
+        first, last = np.mean(total[:ahead]), np.mean(total[-ahead:])
+        return f"{'falls' if last < first else 'finite'}: {first:.4g} -> {last:.4g}"
+
+
+class _MadeUp(Runs):
+    """Runs on images drawn at random, of the right shape, where the real ones are not at hand."""
+
+    def _load(self) -> None:
+        config, generator = self.config, np.random.default_rng(0)
+        pairs = isinstance(self.parts.task, Pairs)
+        images = _BATCHES * config.batch_size * (1 + pairs)
+        # A stream's images come as the network sees them.
+        streamed = config.data.feed == "stream"
+        shape = self.parts.batch["image"].shape[-3:] if streamed else tuple(config.data.shape)
+        # Coarse, as neighbours are alike in photographs.
+        squares = generator.integers(0, 256, (images, 4, 4, shape[-1]), np.uint8)
+        rows, columns = (np.arange(side) * 4 // side for side in shape[:2])
+        labels = {
+            kind: generator.integers(0, classes, images, np.int32)
+            for kind, classes in config.data.classes.items()
+        }
+        arrays = self.parts.task.prepare(Source(squares[:, rows][:, :, columns], labels))
+        examples = np.arange(images, dtype=np.int32).reshape((-1, 2) if pairs else -1)
+        self.arrays = self.place(arrays)
+        self.examples = self.place({"train": examples[None]})
+        self.steps_per_epoch = _BATCHES
+        self.names = {}
+
+
+def rehearse(parts: experiment.Experiment, steps: int = 0, memory: int | None = None) -> Rehearsal:
+    """Takes some steps of a run as it is, with its first seed.
+
+    Args:
+        parts: The parts of the run.
+        steps: How many, at least 2; fewer if a loss is not finite. 0: 20, or as many, but at least
+            two, as begin within a minute.
+        memory: Bytes that a step may take; by default what the device has.
+
+    Returns:
+        What they have shown.
+
+    Raises:
+        ValueError: If ``steps`` is 1 or negative, or the data are not what the config says.
+        FileNotFoundError: If the data set is not at hand, and the config doesn't say how many
+            images it has.
+    """
+    if steps < 0 or steps == 1:
+        raise ValueError(
+            f"A rehearsal of {steps} steps says nothing; it should be at least 2, or 0 for as many"
+            " as a minute allows."
+        )
+    seeds = parts.config.seeds
+    parts = _with_one_seed(parts)
+    runs, whole = _open(parts)
+    images = "made up" if isinstance(runs, _MadeUp) else "real"
+    parameters = traced.size(parts.variables["params"])
+    found = Rehearsal(parts.config.name, parameters, images, whole * seeds)
+    state = runs.initial()
+    found.memory = runs.planned_memory(state)
+    available = _memory() if memory is None else memory
+    if found.memory is not None and found.memory > available:
+        return replace(found, refused=_too_big(found.memory, available))
+    _take(found, runs, state, steps or STEPS, math.inf if steps else SECONDS)
+    return found
+
+
+def _with_one_seed(parts: experiment.Experiment) -> experiment.Experiment:
+    config = parts.config.copy_and_resolve_references()
+    config.seeds, config.steps_per_call = 1, 1
+    return replace(parts, config=config)
+
+
+def _open(parts: experiment.Experiment) -> tuple[Runs, int]:
+    """Opens a run, on made-up images if need be, and counts the steps of the whole of it."""
+    config = parts.config
+    try:
+        runs = open_runs(parts)
+        return runs, config.epochs * runs.steps_per_epoch
+    except FileNotFoundError:
+        steps = experiment.steps_per_epoch(parts.task, config)
+        if steps is None:
+            raise
+        return _MadeUp(parts), config.epochs * steps
+
+
+def _take(found: Rehearsal, runs: Runs, state: Any, steps: int, seconds: float) -> None:
+    """Takes the steps one by one and notes what they show."""
+    order, started = None, time.perf_counter()
+    for step in range(steps):
+        epoch, first = divmod(step, runs.steps_per_epoch)
+        if order is None or first == 0:
+            order = runs.epoch_order(state, epoch)
+        called = time.perf_counter()
+        state, sums, broken = runs.take_steps(state, runs.no_metrics(), order, first, 1)
+        losses = {k: float(each[0]) for k, each in runs.averages(sums).items()}
+        now = time.perf_counter()
+        if step == 0:
+            found.compiling = now - called
+        else:
+            found.seconds.append(now - called)
+        for name, loss in losses.items():
+            found.losses.setdefault(name.removesuffix("/loss"), []).append(loss)
+        if min(int(each[0]) for each in broken.values()) != parallel.NEVER:
+            found.diverged = step + 1
+            return
+        if step > 0 and now - started > seconds:
+            return
+
+
+def _memory() -> int:
+    """Returns the bytes that the accelerator has, or the machine."""
+    told = jax.devices()[0].memory_stats() or {}
+    if "bytes_limit" in told:
+        return int(told["bytes_limit"])
+    return int(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+
+
+def _too_big(needed: int, available: int) -> str:
+    return f"too big for this machine: {needed / _GIB:.1f} GiB of {available / _GIB:.1f} GiB"
+
+
+def add_option(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--rehearse[=STEPS]`` to a program's arguments."""
+    parser.add_argument(
+        "--rehearse",
+        nargs="?",
+        type=int,
+        const=0,
+        metavar="STEPS",
+        help="take only some steps, those of a minute if not said, and tell what all would take",
+    )
+
+
+def markdown(rehearsals: Mapping[str, Rehearsal]) -> str:
+    """Writes rehearsals as a Markdown table, and what all would take together.
+
+    Args:
+        rehearsals: By the name of the row.
+    """
+    heads = ("row", "parameters", "images", "steps", "losses", "s a step", "memory, GiB", "hours")
+    rows = [[*heads], *(_row(name, each) for name, each in rehearsals.items())]
+    hours = [each.hours() for each in rehearsals.values()]
+    known = [each for each in hours if each is not None]
+    unknown = len(hours) - len(known)
+    note = f", {unknown} without a figure left out" * (unknown > 0)
+    return f"{tables.align(rows)}\n\nAll rows as shipped, here: {sum(known):,.1f} hours{note}."
+
+
+def _row(name: str, found: Rehearsal) -> list[str]:
+    seconds, hours = found.step_seconds(), found.hours()
+    return [
+        name,
+        f"{found.parameters:,}",
+        found.images,
+        str(len(found.losses.get("total", ()))),
+        found.verdict(),
+        "" if seconds is None else f"{seconds:.3g}",
+        "" if found.memory is None else f"{found.memory / _GIB:.2f}",
+        "" if hours is None else f"{hours:,.1f}",
+    ]

@@ -1,0 +1,118 @@
+"""Runs that diverge: an end, or a result beside those of the others."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from sire_jax import configuration, parallel, reproduce, train
+from sire_jax.checkpoint import Checkpoints
+from sire_jax.divergence import Diverged, NonFiniteLossError
+
+pytestmark = pytest.mark.optax_dtypes
+
+NEVER = parallel.NEVER
+CONFIGS = configuration.repository_configs()
+
+
+def _diverged(tmp_path, policy="record", known=None):
+    return Diverged(policy, range(5, 8), tmp_path, known)
+
+
+def test_the_first_loss_that_breaks_is_named_and_the_total_only_alone(tmp_path):
+    broken = {"digits/loss": [NEVER, 4], "main/loss": [NEVER, 3], "total/loss": [NEVER, 3]}
+    with pytest.raises(NonFiniteLossError, match=r"'main' .* after 3 steps.*seed 6") as stopped:
+        _diverged(tmp_path, "stop").note(broken)
+    assert f"The last finite checkpoint is kept in {tmp_path}" in str(stopped.value)
+    broken = {"main/loss": [NEVER, NEVER], "total/loss": [2, NEVER]}
+    with pytest.raises(NonFiniteLossError, match=r"'total' .* after 2 steps.*seed 5"):
+        _diverged(tmp_path, "stop").note(broken)
+    assert _diverged(tmp_path, "stop").note({"main/loss": [NEVER] * 3}) == []
+
+
+def test_what_is_recorded_is_said_once_and_the_first_counts(tmp_path):
+    diverged = _diverged(tmp_path)
+    first = {"main/loss": [NEVER, 7, NEVER], "total/loss": [NEVER, 7, NEVER]}
+    assert diverged.note(first) == [
+        "The loss 'main' is not finite after 7 steps of the run with seed 6."
+        " It is recorded; the other runs go on."
+    ]
+    again = {"main/loss": [NEVER, 8, NEVER], "total/loss": [9, 8, NEVER]}
+    assert [line[:18] for line in diverged.note(again)] == ["The loss 'total' i"]
+    assert diverged.steps == [9, 7, None]
+    assert not diverged.all()
+    np.testing.assert_array_equal(diverged.scores(np.array([0.9, 0.8, 0.7])), [-1, -1, 0.7])
+    diverged.check(np.array([False, True, False]), 11)
+    assert diverged.steps == [9, 7, 11]
+    assert diverged.all()
+    assert _diverged(tmp_path, known=diverged.steps).all()
+
+
+def test_parameters_that_are_not_finite_end_what_stops(tmp_path):
+    with pytest.raises(NonFiniteLossError, match=r"not finite after 4 steps\."):
+        _diverged(tmp_path, "stop").check(np.array([True, False, True]), 4)
+    _diverged(tmp_path, "stop").check(np.array([True, True, True]), 4)
+
+
+# A rate of which one weight of some hundred thousand makes the run with it diverge.
+def _config(*overrides):
+    small = ("epochs=2", "devices=1", "data.task.train=100", "data.task.test=30")
+    given = [f"--config.{each}" for each in (*small, *overrides)]
+    return configuration.load(f"{CONFIGS}/quickstart.py", given)
+
+
+ENDLESS = ("optimizer.learning_rate=1e25", "on_diverged=record", "seeds=2", "steps_per_call=1")
+
+
+@pytest.mark.slow  # It compiles a whole network.
+def test_where_all_diverge_the_run_ends_with_a_result_and_is_not_trained_again(tmp_path, capsys):
+    results = train.train(_config(*ENDLESS), str(tmp_path))
+    steps = results["diverged"]
+    assert len(steps) == 2
+    assert all(step in (1, 2, 3) for step in steps)
+    assert results["step"] == max(steps) + 1 < 4
+    assert len(re.findall("It is recorded", capsys.readouterr().out)) == 2
+    assert len(results["splits"]["test"]["main/top_1"]) == 2
+    assert Checkpoints(tmp_path / "checkpoints").notes()["diverged"] == steps
+    again = train.train(_config(*ENDLESS), str(tmp_path))
+    assert "compiling" not in capsys.readouterr().out
+    assert json.dumps(again) == json.dumps(results)  # As NaN is not equal to itself.
+
+
+def _results(diverged, top_1):
+    measured = {"test": {"main/top_1": top_1}}
+    return {"splits": measured, "diverged": diverged, "seconds": 1.0}
+
+
+TABLE = {
+    "columns": {"error": {"split": "test", "metric": "main/top_1", "error_percent": True}},
+}
+
+
+@pytest.mark.parametrize(
+    ("diverged", "top_1", "runs", "name"),
+    [
+        ([None, None], [0.5, 0.25], [50, 75], "row"),
+        ([], [0.5, 0.25], [50, 75], "row"),
+        ([None, 7], [0.5, 0.0], [50], "row (1 of 2 runs diverged after 7 steps)"),
+        ([3, 7], [0.01, 0.0], [99, 100], "row (2 of 2 runs diverged after 3, 7 steps)"),
+        ([3], [0.01], [99], "row (diverged after 3 steps)"),
+    ],
+    ids=["none", "of an older version", "one", "all", "the only one"],
+)
+def test_a_row_is_of_the_runs_that_did_not_diverge_and_of_all_where_all_did(
+    diverged, top_1, runs, name
+):
+    line = reproduce.compare(
+        {"name": "row", "variant": "row", "error": 99.0}, TABLE, _results(diverged, top_1)
+    )
+    assert line["error"]["runs"] == pytest.approx(runs)
+    assert f"| {name} " in reproduce.markdown([line], TABLE)
+
+
+def test_a_table_records_what_diverges():
+    table = reproduce.load_table("sire_2", CONFIGS)
+    config = reproduce.row_config(table, table["rows"][3], CONFIGS, "", [])
+    assert config.on_diverged == "record"
+    assert configuration.load(f"{CONFIGS}/sire.py").on_diverged == "stop"

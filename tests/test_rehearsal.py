@@ -1,0 +1,143 @@
+"""Some steps of a run as it is shipped."""
+
+import json
+
+import numpy as np
+import pytest
+
+from sire_jax import configuration, experiment, rehearsal, reproduce, traced, train
+from sire_jax.rehearsal import Rehearsal, rehearse
+
+pytestmark = pytest.mark.optax_dtypes
+
+CONFIGS = configuration.repository_configs()
+SMALL = ("epochs=3", "data.task.train=100", "data.task.test=30")
+
+
+def _parts(*overrides):
+    given = [f"--config.{each}" for each in (*SMALL, *overrides)]
+    return experiment.build(configuration.load(f"{CONFIGS}/quickstart.py:main_only", given))
+
+
+@pytest.fixture(scope="module")
+def rehearsed():
+    parts = _parts("seeds=4")
+    return parts, rehearse(parts, steps=5)
+
+
+def test_a_rehearsal_shows_sizes_times_and_losses(rehearsed):
+    parts, found = rehearsed
+    assert found.images == "real"
+    assert found.parameters == traced.size(parts.variables["params"])
+    # Two steps an epoch of fifty pairs each, three epochs, four seeds.
+    assert found.whole == 2 * 3 * 4
+    assert len(found.seconds) == 4
+    assert found.hours() == pytest.approx(24 * np.median(found.seconds) / 3600)
+    assert set(found.losses) == {"main", "total"}
+    assert found.losses["main"] == found.losses["total"]
+    assert len(found.losses["main"]) == 5
+    assert found.losses["main"][0] == pytest.approx(np.log(2), abs=0.2)
+    # The digits, and the parameters with Adam's two moments.
+    assert found.memory > 1797 * 64 + 3 * 4 * found.parameters
+    assert found.diverged is None
+    assert found.verdict().startswith(("falls", "finite"))
+
+
+def test_its_steps_are_those_of_the_run(rehearsed, tmp_path):
+    _, found = rehearsed
+    config = _parts("seeds=1", "evaluate_every=0").config
+    train.train(config, str(tmp_path))
+    lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    first = next(line for line in lines if line["split"] == "steps")
+    np.testing.assert_allclose(first["main/loss"], np.mean(found.losses["main"][:2]), rtol=1e-5)
+
+
+def test_what_does_not_fit_is_refused_by_its_size():
+    found = rehearse(_parts(), memory=2**20)
+    assert found.losses == {}
+    assert found.verdict() == (
+        f"too big for this machine: {found.memory / 2**30:.1f} GiB of 0.0 GiB"
+    )
+    assert "0.0 hours, 1 without a figure left out." in rehearsal.markdown({"row": found})
+
+
+def test_a_run_that_diverges_says_when():
+    found = rehearse(_parts("optimizer.learning_rate=1e25"), steps=6)
+    assert found.diverged in (2, 3)
+    assert found.verdict() == f"diverges: a loss is not finite at step {found.diverged}"
+    assert len(found.losses["total"]) == found.diverged
+    assert found.hours() is None
+
+
+@pytest.mark.slow  # It compiles a network of its own.
+@pytest.mark.parametrize("feed", ["device", "stream"])
+def test_images_are_made_up_where_there_are_none(feed, tmp_path):
+    given = {
+        "device": ("data.shape=(32,32,3)",),
+        "stream": ("data.shape=(40,40,3)", "data.resize=40", "data.crop=32", "data.feed=stream"),
+    }[feed]
+    small = ("backbone.width=0.05", "backbone.hidden=(4,4)", "batch_size=4", "epochs=2")
+    overrides = (*small, *given, "data.images=6000", f"data.dir={tmp_path}")
+    config = configuration.load(
+        f"{CONFIGS}/sire.py:cnn", [f"--config.{each}" for each in overrides]
+    )
+    found = rehearse(experiment.build(config), steps=3)
+    assert found.images == "made up"
+    assert len(found.losses["total"]) == 3
+    assert found.whole == 2 * (6000 - 100 * 50) // 4
+
+
+def test_a_rehearsal_of_one_step_is_refused():
+    with pytest.raises(ValueError, match=r"A rehearsal of 1 steps says nothing; .* at least 2"):
+        rehearse(_parts(), steps=1)
+
+
+def test_a_table_of_rehearsals_sums_their_hours():
+    seconds = {"short": [0.5, 1.5, 1.0], "long": [36.0, 36.0]}
+    rows = {
+        name: Rehearsal(name, 1234, "real", 1800, 2**29, "", 9.0, each, {"total": [3.0, 2.0, 1.0]})
+        for name, each in seconds.items()
+    }
+    text = rehearsal.markdown(rows)
+    assert "| short | 1,234      | real   | 3     | falls: 3 -> 1 | 1        | 0.50" in text
+    assert "| 18.0  |" in text
+    assert text.endswith("All rows as shipped, here: 18.5 hours.")
+
+
+def test_a_table_is_rehearsed_row_by_row_once_all_are_built(tmp_path, capsys):
+    table = reproduce.load_table("quickstart", CONFIGS)
+    overrides = [f"--config.{each}" for each in SMALL]
+    given = (table, table["rows"][1:], tmp_path, CONFIGS, "", overrides)
+    found = reproduce.rehearse(*given, steps=2)
+    name = reproduce.identity(table["rows"][1])
+    assert list(found) == [name]
+    assert f"1/1  {name}: " in capsys.readouterr().out
+    written = json.loads((tmp_path / "rehearsal.json").read_text())
+    assert written["rows"][name]["losses"]["total"] == found[name].losses["total"]
+    assert rehearsal.markdown(found) in (tmp_path / "rehearsal.md").read_text()
+    assert (tmp_path / "rehearsal.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("work", [reproduce.rehearse, reproduce.reproduce])
+def test_a_mistake_in_the_last_row_is_found_before_the_first_is_begun(work, tmp_path):
+    table = reproduce.load_table("quickstart", CONFIGS)
+    wrong = {**table["rows"][0], "id": "wrong", "overrides": ["--config.batch_size=1000"]}
+    rows = [*table["rows"], wrong]
+    with pytest.raises(ValueError, match=r"The row 'wrong': config.batch_size is 1000, but there"):
+        work({**table, "rows": rows}, rows, tmp_path, CONFIGS)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_programs_rehearse(tmp_path, monkeypatch, capsys):
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    small = [f"--config.{each}" for each in SMALL]
+    config = f"--config={CONFIGS}/quickstart.py:main_only"
+    train.main([config, "--rehearse=2", *small])
+    assert "| quickstart/main_only |" in capsys.readouterr().out
+    assert not list(here.iterdir())
+    with pytest.raises(SystemExit) as ended:
+        train.main([config, *small])
+    assert ended.value.code == 2
+    assert "--workdir is needed" in capsys.readouterr().err
