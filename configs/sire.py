@@ -4,6 +4,15 @@
 with ``_base``, the bare network; and each but ``cnn`` with ``_imagenet`` (ahead of ``_base``):
 224 x 224 pixels and 1000 classes, the sizes of Table 4; their images are streamed.
 
+The paper leaves open what ends a decoder; the rest of its settings are as printed. Other readings
+are options behind commas, ``configs/sire.py:cnn,linear``; what became of each is in
+``docs/results/sire.md``::
+
+    linear       decoders end in a convolution alone: diverges at full width
+    sigmoid      in a sigmoid
+    heavy_ball   in a convolution alone, with momentum 0.9 but not Nesterov's
+    pytorch      initial values of all layers are those of PyTorch's
+
 The three parts of SIRe are settings::
 
     S   long skip connections      --config.heads.decoder.skips=False
@@ -30,7 +39,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from sire_jax import configuration
+from sire_jax import configuration, registry
 from sire_jax.configuration import augmentation, backbone, head, objective, optimizer
 
 # The backbone, the number of decoders, and lambda (Table 4).
@@ -44,6 +53,11 @@ _NETWORKS: dict[str, tuple[dict[str, Any], int, float]] = {
 }
 # The weight of GoogLeNet's own auxiliary classifiers (Szegedy et al., 2015, Section 5).
 _AUXILIARY_WEIGHT = 0.3
+
+
+# Readings of what the paper leaves open.
+_ENDS = {"linear": "linear", "sigmoid": "sigmoid", "heavy_ball": "linear"}
+_READINGS = (*_ENDS, "pytorch")
 
 
 def _variants() -> dict[str, tuple[str, bool, bool]]:
@@ -70,9 +84,15 @@ def get_config(variant: str = "cnn") -> ConfigDict:
         The config.
 
     Raises:
-        ValueError: If there is no such variant.
+        ValueError: If there is no such variant or reading.
     """
-    network, imagenet, base = configuration.variant(VARIANTS, variant)
+    name, *readings = variant.split(",")
+    for reading in readings:
+        registry.choose(dict.fromkeys(_READINGS), reading, "reading")
+    ends = [each for each in readings if each in _ENDS]
+    if len(ends) > 1:
+        raise ValueError(f"'{ends[0]}' and '{ends[1]}' are two ends of a decoder; take one.")
+    network, imagenet, base = configuration.variant(VARIANTS, name)
     settings, stages, weight = _NETWORKS[network]
     classes = 1000 if imagenet else 100
 
@@ -96,7 +116,8 @@ def get_config(variant: str = "cnn") -> ConfigDict:
         config.backbone.residuals = False
     config.objectives.main = objective("main", "label", "cross_entropy")
     chosen = () if base else tuple(range(1, stages + 1))
-    config.heads.decoder = head("decoders", stages=chosen)
+    last = _ENDS[ends[0]] if ends else "normalized"
+    config.heads.decoder = head("decoders", stages=chosen, last=last)
     config.objectives.decoder = objective("decoder", "image", "mean_squared_error", weight)
     if network == "googlenet":
         for i, endpoint in enumerate(("stage_4_block_1", "stage_4_block_4"), start=1):
@@ -118,9 +139,12 @@ def get_config(variant: str = "cnn") -> ConfigDict:
         "boundaries": (0.3, 0.6, 0.8),
         "unit": "run",
     }
+    nesterov = "heavy_ball" not in readings
     config.optimizer = optimizer(
-        "sgd", learning_rate=rate, momentum=0.9, nesterov=True, weight_decay=5e-4
+        "sgd", learning_rate=rate, momentum=0.9, nesterov=nesterov, weight_decay=5e-4
     )
+    if "pytorch" in readings:
+        config.initialization = "pytorch"
     # Vectorized over seeds, convolutions become grouped ones, which are slow on accelerators, too.
     config.seeds_at_once = 1
     config.evaluate_splits = ("validation",)

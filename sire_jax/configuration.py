@@ -452,24 +452,44 @@ def completed(config: ConfigDict) -> ConfigDict:
     Returns:
         The same with the defaults of what is missing, which are what that version did.
     """
+    config = config.copy_and_resolve_references()
+    for section in _sections(config.get("heads")):
+        if section.get("name") == "decoders":
+            _complete(section, {"last": "linear"})
+    return _with_defaults(config)
+
+
+def _with_defaults(config: ConfigDict) -> ConfigDict:
+    """Returns a config with all that it leaves out, which is as its default."""
     config, known = config.copy_and_resolve_references(), default()
     for section, defaults in ((config, known), (config.get("data"), known.data)):
         _complete(section, defaults)
     for key, (parts, what, supplied) in _SWITCHED.items():
-        section = config.get(key)
-        if isinstance(section, ConfigDict) and section.get("name") in parts:
-            defaults = registry.describe(parts, section.name, what)
-            _complete(section, {k: v for k, v in defaults.items() if k not in supplied})
-    heads = config.get("heads")
-    for section in heads.values() if isinstance(heads, ConfigDict) else ():
-        if isinstance(section, ConfigDict) and section.get("name") == "decoders":
-            _complete(section, {"last": "linear"})
+        _complete_part(config.get(key), parts, what, supplied)
+    _complete_part(config.get("backbone"), BACKBONES, "backbone")
+    for section in _sections(config.get("heads")):
+        _complete_part(section, HEADS, "head")
     return config
+
+
+def _sections(section: Any) -> list[ConfigDict]:
+    """Returns the sections within one, if it is one."""
+    inner = section.values() if isinstance(section, ConfigDict) else ()
+    return [each for each in inner if isinstance(each, ConfigDict)]
 
 
 def _complete(section: Any, defaults: Mapping[str, Any]) -> None:
     if isinstance(section, ConfigDict):
         section.update({k: v for k, v in defaults.items() if k not in section})
+
+
+def _complete_part(
+    section: Any, parts: Mapping[str, Any], what: str, supplied: Sequence[str] = ("plan",)
+) -> None:
+    name = section.get("name") if isinstance(section, ConfigDict) else None
+    if isinstance(name, str) and name in parts:
+        defaults = registry.describe(parts, name, what)
+        _complete(section, {k: v for k, v in defaults.items() if k not in supplied})
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -485,7 +505,7 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
     """Lists what two configs compute differently, a line ``key: old -> new`` each."""
-    a, b = flat(old), flat(new)
+    a, b = flat(_with_defaults(old)), flat(_with_defaults(new))
     keys = sorted((a.keys() | b.keys()) - _FREE)
     absent = "(absent)"
     changed = [key for key in keys if a.get(key, absent) != b.get(key, absent)]

@@ -132,7 +132,7 @@ def of_run(runs: Runs, workdir: str | Path, split: str) -> np.ndarray:
         its own weights and examples.
 
     Raises:
-        ValueError: If the split has fewer images than there are labels.
+        ValueError: If the split has fewer images than there are labels, or a run diverged.
         FileNotFoundError: If there is no checkpoint.
     """
     target, names = _target(runs), names_of(runs)
@@ -149,7 +149,7 @@ def of_run(runs: Runs, workdir: str | Path, split: str) -> np.ndarray:
         rows = jnp.where(is_label(batch[target], len(names)), batch[target], len(names))
         return none.at[rows, predicted].add(mask, mode="drop")
 
-    kept = kept_weights(runs, workdir)
+    kept = kept_weights(runs, workdir, used=None)
     total = runs.totals(measure, runs.parts.ready_central)
     each = total(kept.params, kept.model_state, {}, split)
     return np.asarray(each, np.float64).sum(0)

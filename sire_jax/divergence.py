@@ -2,19 +2,22 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
 from sire_jax import parallel
 
+# Its key in checkpoints and results.
+DIVERGED = "diverged"
 # What may be done about a run that diverges: to end all, or to record it and go on with the others.
 POLICIES = ("stop", "record")
 _KEPT = "The last finite checkpoint is kept in {}; try a smaller learning rate or weight."
 
 
 class NonFiniteLossError(Exception):
-    """A loss was not a number or infinite; the newest checkpoint is from before."""
+    """A loss or a parameter was not a number or infinite; it has not been saved."""
 
 
 class Diverged:
@@ -66,15 +69,22 @@ class Diverged:
             at = int(first[name][run])
             if at != parallel.NEVER and self.steps[run] is None:
                 self.steps[run] = at
-                said.append(f"{_what(name, at, seed)} It is recorded; the other runs go on.")
-        return said
+                said.append(_what(name, at, seed))
+        return self._recorded(said)
 
-    def check(self, finite: np.ndarray, step: int) -> None:
+    def _recorded(self, said: list[str]) -> list[str]:
+        tail = "It is recorded." if self.all() else "It is recorded; the other runs go on."
+        return [f"{each} {tail}" for each in said]
+
+    def check(self, finite: np.ndarray, step: int) -> list[str]:
         """Notes the runs whose parameters are not finite: losses are taken before an update.
 
         Args:
             finite: Whether those of each run are, after ``step`` steps.
             step: How many.
+
+        Returns:
+            A message for each run that diverged now.
 
         Raises:
             NonFiniteLossError: If one's are not and the policy is to stop.
@@ -84,17 +94,54 @@ class Diverged:
                 f"The parameters are not finite after {step} steps."
                 f" {_KEPT.format(self._checkpoints)}"
             )
+        said = []
         for run in np.flatnonzero(~finite):
             if self.steps[run] is None:
                 self.steps[run] = step
+                seed = self._seeds[run]
+                said.append(
+                    f"The parameters of the run with seed {seed} are not finite after {step} steps."
+                )
+        return self._recorded(said)
 
     def all(self) -> bool:
         """Tells whether no run is left."""
         return None not in self.steps
 
-    def scores(self, accuracy: np.ndarray) -> np.ndarray:
-        """Returns validation accuracies as what chooses weights: none of runs that diverged."""
-        return np.where([step is None for step in self.steps], accuracy, -1.0)
+    def scores(self, accuracy: np.ndarray, loss: np.ndarray) -> np.ndarray:
+        """Returns validation accuracies as what chooses weights: none of runs that diverged.
+
+        Args:
+            accuracy: Of each run.
+            loss: Measured with it; not finite where only the last update broke the parameters.
+        """
+        kept = np.array([step is None for step in self.steps]) & np.isfinite(loss)
+        return np.where(kept, accuracy, -1.0)
+
+
+def converged(values: list[Any], steps: Sequence[int | None]) -> list[Any]:
+    """Leaves out what belongs to runs that diverged, if others did not.
+
+    Args:
+        values: A value for each run.
+        steps: For each run the steps after which it diverged, if it did; nothing: none did.
+    """
+    if None not in steps:
+        return values
+    return [value for value, step in zip(values, steps, strict=True) if step is None]
+
+
+def described(steps: Sequence[int | None]) -> str:
+    """Says how many runs diverged, in brackets; nothing if none did.
+
+    Args:
+        steps: As of ``converged``.
+    """
+    broken = [step for step in steps if step is not None]
+    if not broken:
+        return ""
+    those = f"{len(broken)} of {len(steps)} runs " * (len(steps) > 1)
+    return f" ({those}diverged after {', '.join(map(str, broken))} steps)"
 
 
 def _what(name: str, step: int, seed: int) -> str:

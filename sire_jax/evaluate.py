@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from sire_jax import command, configuration, experiment, tables
+from sire_jax import command, configuration, divergence, experiment, tables
 from sire_jax.checkpoint import Checkpoints
 from sire_jax.data import contents
+from sire_jax.divergence import DIVERGED, converged
 from sire_jax.runs import Runs, UnloadedRuns
 from sire_jax.step import Best, TrainState
 from sire_jax.streamed_runs import open_runs
@@ -44,19 +45,41 @@ def restore(runs: Runs, checkpoints: Path) -> tuple[TrainState, Best | None]:
     return state, best
 
 
-def kept_weights(runs: Runs, workdir: str | Path) -> TrainState | Best:
+def diverged(workdir: str | Path) -> list[int | None]:
+    """Returns for each run the steps after which it diverged, ``None`` if it hasn't; or nothing.
+
+    Args:
+        workdir: The directory of the runs.
+    """
+    checkpoints = Checkpoints(at(workdir) / CHECKPOINTS)
+    try:
+        return list(checkpoints.notes().get(DIVERGED) or ())
+    finally:
+        checkpoints.close()
+
+
+def kept_weights(runs: Runs, workdir: str | Path, used: int | None = 1) -> TrainState | Best:
     """Restores the weights that a run is judged by.
 
     Args:
         runs: The programs of the run.
         workdir: Its directory.
+        used: How many of its seeds are looked at, from the first on: none of them may have
+            diverged. ``None``: all.
 
     Returns:
         The best on validation data if it has any, else the last.
 
     Raises:
         FileNotFoundError: If there is no checkpoint.
+        ValueError: If one has diverged.
     """
+    for i, steps in enumerate(diverged(workdir)[:used]):
+        if steps is not None:
+            raise ValueError(
+                f"The run with seed {runs.config.seed + i} in {workdir} diverged after {steps}"
+                " steps: its weights mean nothing."
+            )
     state, best = restore(runs, at(workdir) / CHECKPOINTS)
     return state if best is None else best
 
@@ -143,8 +166,9 @@ def evaluate(
             of the same classes; a warning says what differs.
 
     Returns:
-        ``{"step", "split", "seeds", "outputs": {name: {metric: {"mean", "std", "runs"}}},
-        "predictions": …, "skipped": [what is wrong with each damaged image that is left out]}``.
+        ``{"step", "split", "seeds", "diverged", "outputs": {name: {metric: {"mean", "std",
+        "runs"}}}, "predictions": …, "skipped"}``, the last what is wrong with each damaged image
+        that is left out; means and deviations are over the runs that did not diverge, if any.
 
     Raises:
         FileNotFoundError: If there is no run, no checkpoint, or the data set is not prepared.
@@ -159,30 +183,33 @@ def evaluate(
     runs = open_run(workdir, overrides, changed_data=changed_data)
     if not runs.examples[split].shape[1]:
         raise ValueError(f"The run has no {split} examples.")
-    kept = kept_weights(runs, workdir)
+    kept, steps = kept_weights(runs, workdir, used=0), diverged(workdir)
     fitted = runs.fit(kept.params, kept.model_state)
     found = runs.measure(kept.params, kept.model_state, split, fitted)
     predictions = runs.parts.predictions
     names = {name.rsplit("/", 1)[0] for name in found}
     first = [*runs.parts.output_names(), *runs.parts.objectives]
     ordered = sorted(names, key=lambda n: (first.index(n) if n in first else len(first), n))
-    measured = {name: _statistics(found, name) for name in ordered}
+    measured = {name: _statistics(found, name, steps) for name in ordered}
     return {
         "step": int(np.max(kept.step)),
         "split": split,
         "seeds": runs.config.seeds,
+        DIVERGED: steps,
         "outputs": {k: v for k, v in measured.items() if k not in predictions},
         "predictions": {k: v for k, v in measured.items() if k in predictions},
         "skipped": runs.newly_skipped(),
     }
 
 
-def _statistics(found: Mapping[str, np.ndarray], name: str) -> dict[str, Any]:
+def _statistics(
+    found: Mapping[str, np.ndarray], name: str, steps: Sequence[int | None]
+) -> dict[str, Any]:
     statistics = {}
     for metric in METRICS:
         runs = found.get(f"{name}/{metric}")
         if runs is not None:
-            mean, deviation = tables.spread(runs)
+            mean, deviation = tables.spread(converged(runs.tolist(), steps))
             statistics[metric] = {"mean": mean, "std": deviation, "runs": runs.tolist()}
     return statistics
 
@@ -223,7 +250,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     for message in results["skipped"]:
         print(f"Skipped: {message}")
-    print(f"{results['split']} after step {results['step']}, {results['seeds']} run(s)")
+    note = divergence.described(results[DIVERGED])
+    print(f"{results['split']} after step {results['step']}, {results['seeds']} run(s){note}")
     print(report(results))
 
 

@@ -151,7 +151,8 @@ class Experiment(Forward):
         own = jax.random.fold_in(key, INITIAL)
         variables: Any = self.network.init(own, image)
         if self.config.initialization == "pytorch":
-            variables = {**variables, "params": as_pytorch(own, variables["params"])}
+            again = jax.random.fold_in(own, INITIAL)
+            variables = {**variables, "params": as_pytorch(again, variables["params"])}
         return TrainState.start(key, variables, self.rule)
 
     def step(self, axis: str | None = None) -> Step:

@@ -61,11 +61,26 @@ def series(
     """Picks one metric of one split out of ``metrics.jsonl``.
 
     Returns:
-        Epochs ``[n]`` and values ``[n, runs]``.
+        Epochs ``[n]`` and values ``[n, runs]``, of the runs that did not diverge, if there are any.
     """
     chosen = [line for line in lines if line["split"] == split and metric in line]
     epochs = [line["epoch"] for line in chosen]
-    return epochs, np.array([line[metric] for line in chosen])
+    values = np.array([line[metric] for line in chosen])
+    kept = finite_runs(lines)
+    return epochs, values[:, kept] if len(values) and kept.any() else values
+
+
+def finite_runs(lines: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """Tells of each run whether all losses in ``metrics.jsonl`` are finite.
+
+    Args:
+        lines: All lines.
+
+    Returns:
+        ``[runs]``, booleans.
+    """
+    losses = [value for line in lines for k, value in line.items() if k.endswith("/loss")]
+    return np.isfinite(np.array(losses, float)).all(0) if losses else np.ones(1, bool)
 
 
 def _draw(axes: Axes, lines: Sequence[Mapping[str, Any]], kind: str) -> None:
@@ -117,7 +132,7 @@ def curves(directory: str | Path) -> Path | None:
 
 
 def compare(runs: Mapping[str, tuple[str | Path, str]], split: str, path: Path) -> None:
-    """Draws a metric of several runs in one picture.
+    """Draws a metric of several runs in one picture, dotted that of training where it was measured.
 
     Args:
         runs: Workdirs and metrics, such as ``"main/top_1"``, by the text of their legend; all
@@ -127,17 +142,23 @@ def compare(runs: Mapping[str, tuple[str | Path, str]], split: str, path: Path) 
     """
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.subplots()
-    metric = ""
+    metric, trained = "", False
     colours = _colours(len(runs))
     for (label, (directory, metric)), colour in zip(runs.items(), colours, strict=True):
-        epochs, values = series(read_metrics(directory), split, metric)
+        lines = read_metrics(directory)
+        epochs, values = series(lines, split, metric)
         if len(epochs):
             band(axes, epochs, values, label, colour)
+        epochs, values = series(lines, "train", metric)
+        if len(epochs) and split != "train":
+            trained = True
+            axes.plot(epochs, values.mean(1), color=colour, linestyle=":", linewidth=1.2)
     axes.set_xlabel("epoch")
     axes.set_ylabel(f"{split} {_LABELS[metric.rsplit('/', 1)[1]]}")
-    axes.set_title(_DASHES, fontsize=8)
+    axes.set_title(_DASHES + "; dotted: training" * trained, fontsize=8)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize=8)
+    if axes.lines:
+        axes.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=130)
 
 
@@ -152,12 +173,14 @@ def losses(runs: Mapping[str, Sequence[float]], path: Path) -> None:
     axes = figure.subplots()
     for (name, values), colour in zip(runs.items(), _colours(len(runs)), strict=True):
         finite = np.asarray(values)[np.isfinite(values)]
-        broken = len(finite) < len(values)
         steps = np.arange(1, len(finite) + 1)
         axes.plot(steps, finite, color=colour, label=name, linewidth=1.2)
-        if broken:
-            axes.plot(steps[-1:], finite[-1:], color=colour, marker="x")
-    axes.set_yscale("log")
+        if len(finite) < len(values):
+            # Of one that broke at once there is no loss to be drawn.
+            last = finite[-1:] if len(finite) else [1.0]
+            axes.plot(steps[-1:] if len(finite) else [1], last, color=colour, marker="x")
+    positive = all(value > 0 or not np.isfinite(value) for each in runs.values() for value in each)
+    axes.set_yscale("log" if positive else "symlog")
     axes.set_xlabel("step")
     axes.set_ylabel("weighted sum of the losses")
     axes.grid(alpha=0.3)

@@ -26,11 +26,21 @@ def as_pytorch(key: Array, params: PyTree) -> PyTree:
 
     Returns:
         Parameters of the same shapes.
+
+    Raises:
+        ValueError: If a kernel is of neither a dense layer nor a convolution of images, as one
+            that holds those of several layers: its inputs are not known.
     """
     flat = flatten_dict(params)
     kernels = [path for path in flat if path[-1] == "kernel"]
     keys = jax.random.split(key, max(len(kernels), 1))
     for path, own in zip(sorted(kernels), keys, strict=False):
+        if flat[path].ndim not in (2, 4):
+            raise ValueError(
+                f"The kernel '{'/'.join(path)}' has the shape {flat[path].shape}; PyTorch's initial"
+                " values are known of kernels [in, out] and [height, width, in, out] alone. Take"
+                " config.initialization 'modules'."
+            )
         limit = 1 / math.sqrt(math.prod(flat[path].shape[:-1]))
         bias = (*path[:-1], "bias")
         for name, each in zip((path, bias), jax.random.split(own), strict=True):

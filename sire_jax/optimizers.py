@@ -171,7 +171,8 @@ def adam(
         b1: What the mean of the gradients keeps from step to step, in [0, 1).
         b2: Likewise that of their squares.
         clip: The largest norm that the gradient of all parameters together may have, the penalty
-            left out; what is longer is scaled down to it (Pascanu et al., 2013). 0: any.
+            left out; what is longer is scaled down to it (Pascanu et al., 2013). 0: any. Rules
+            that take a step for each loss (pair-wise, multi-way) clip that of each by itself.
 
     Raises:
         ValueError: If a setting is out of range.

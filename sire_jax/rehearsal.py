@@ -37,10 +37,10 @@ class Rehearsal:
         parameters: Of its network.
         images: ``"real"`` or ``"made up"``.
         whole: Steps of the whole run, those of all seeds one after the other.
-        memory: Bytes that a step takes with all arrays, as the compiler plans; ``None`` if it
-            doesn't tell.
+        memory: Bytes that a step of one seed takes with all arrays, as the compiler plans; ``None``
+            if it doesn't tell, as of streams and of ``pmap``.
         refused: Why no step was taken; ``""`` if steps were.
-        compiling: Seconds of the first step, which compiles.
+        compiling: Seconds until the first step had been taken, which compiles.
         seconds: Of each further step.
         losses: The losses of each step by objective, ``"total"`` their weighted sum.
         diverged: The step whose loss was the first that is not finite, if one was not; the first is
@@ -119,14 +119,19 @@ def rehearse(parts: experiment.Experiment, steps: int = 0, memory: int | None = 
         What they have shown.
 
     Raises:
-        ValueError: If ``steps`` is 1 or negative, or the data are not what the config says.
+        ValueError: If ``steps`` is 1 or negative, the job has several processes, or the data are
+            not what the config says.
         FileNotFoundError: If the data set is not at hand, and the config doesn't say how many
             images it has.
     """
     if steps < 0 or steps == 1:
         raise ValueError(
-            f"A rehearsal of {steps} steps says nothing; it should be at least 2, or 0 for as many"
-            " as a minute allows."
+            f"A rehearsal of {steps} steps says nothing; it should be at least 2, or 0 for 20 or as"
+            " many as a minute allows."
+        )
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"A rehearsal is that of one process; this job has {jax.process_count()}. Start one."
         )
     seeds = parts.config.seeds
     parts = _with_one_seed(parts)
@@ -134,18 +139,25 @@ def rehearse(parts: experiment.Experiment, steps: int = 0, memory: int | None = 
     images = "made up" if isinstance(runs, _MadeUp) else "real"
     parameters = traced.size(parts.variables["params"])
     found = Rehearsal(parts.config.name, parameters, images, whole * seeds)
-    state = runs.initial()
-    found.memory = runs.planned_memory(state)
     available = _memory() if memory is None else memory
-    if found.memory is not None and found.memory > available:
-        return replace(found, refused=_too_big(found.memory, available))
-    _take(found, runs, state, steps or STEPS, math.inf if steps else SECONDS)
+    try:
+        state, began = runs.initial(), time.perf_counter()
+        found.memory = runs.planned_memory(state)
+        if found.memory is not None and found.memory > available:
+            return replace(found, refused=_too_big(found.memory, available))
+        _take(found, runs, state, steps or STEPS, math.inf if steps else SECONDS, began)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        found.refused = f"too big for this machine: {str(error).splitlines()[0][:200]}"
     return found
 
 
 def _with_one_seed(parts: experiment.Experiment) -> experiment.Experiment:
     config = parts.config.copy_and_resolve_references()
     config.seeds, config.steps_per_call = 1, 1
+    if config.devices_share == "runs":
+        config.devices_share, config.devices = "batch", 1
     return replace(parts, config=config)
 
 
@@ -162,7 +174,9 @@ def _open(parts: experiment.Experiment) -> tuple[Runs, int]:
         return _MadeUp(parts), config.epochs * steps
 
 
-def _take(found: Rehearsal, runs: Runs, state: Any, steps: int, seconds: float) -> None:
+def _take(
+    found: Rehearsal, runs: Runs, state: Any, steps: int, seconds: float, began: float
+) -> None:
     """Takes the steps one by one and notes what they show."""
     order, started = None, time.perf_counter()
     for step in range(steps):
@@ -174,7 +188,7 @@ def _take(found: Rehearsal, runs: Runs, state: Any, steps: int, seconds: float) 
         losses = {k: float(each[0]) for k, each in runs.averages(sums).items()}
         now = time.perf_counter()
         if step == 0:
-            found.compiling = now - called
+            found.compiling = now - began
         else:
             found.seconds.append(now - called)
         for name, loss in losses.items():
@@ -206,7 +220,7 @@ def add_option(parser: argparse.ArgumentParser) -> None:
         type=int,
         const=0,
         metavar="STEPS",
-        help="take only some steps, those of a minute if not said, and tell what all would take",
+        help="take only some steps, 20 or those of a minute, and tell what all would take",
     )
 
 
@@ -216,13 +230,14 @@ def markdown(rehearsals: Mapping[str, Rehearsal]) -> str:
     Args:
         rehearsals: By the name of the row.
     """
-    heads = ("row", "parameters", "images", "steps", "losses", "s a step", "memory, GiB", "hours")
+    heads = ("row", "parameters", "images", "steps", "losses", "s a step", "GiB", "hours")
     rows = [[*heads], *(_row(name, each) for name, each in rehearsals.items())]
     hours = [each.hours() for each in rehearsals.values()]
     known = [each for each in hours if each is not None]
     unknown = len(hours) - len(known)
     note = f", {unknown} without a figure left out" * (unknown > 0)
-    return f"{tables.align(rows)}\n\nAll rows as shipped, here: {sum(known):,.1f} hours{note}."
+    total = f"All of these, every seed after the other, here: {sum(known):,.1f} hours{note}."
+    return f"{tables.align(rows)}\n\n{total}"
 
 
 def _row(name: str, found: Rehearsal) -> list[str]:

@@ -24,6 +24,7 @@ from sire_jax import (
     __version__,
     command,
     configuration,
+    divergence,
     experiment,
     figures,
     files,
@@ -34,7 +35,7 @@ from sire_jax import (
     traced,
 )
 from sire_jax.diagnostics import gradient_flow
-from sire_jax.divergence import NonFiniteLossError
+from sire_jax.divergence import DIVERGED, NonFiniteLossError
 from sire_jax.train import InterruptedRunError, train
 from sire_jax.workdir import check_writable, read_config, read_results
 
@@ -176,7 +177,7 @@ def rehearse(
     for number, (name, each) in enumerate(parts.items(), start=1):
         found[name] = rehearsal.rehearse(each, steps)
         print(f"{number}/{len(parts)}  {name}: {found[name].verdict()}", flush=True)
-        title = f"{table['title']}: some steps of each row as it is shipped"
+        title = f"{table['title']}: some steps of each row"
         text = f"{title}\n\n{_note(overrides)}{rehearsal.markdown(found)}\n"
         (workdir / "rehearsal.md").write_text(text)
         details = {
@@ -222,8 +223,8 @@ def compare(
         the paper's standard deviations (``None`` where the paper has no figure, or no deviation
         above 0).
     """
-    diverged = results.get("diverged", [])
-    line: dict[str, Any] = {"name": row["name"], "variant": identity(row), "diverged": diverged}
+    diverged = results.get(DIVERGED, [])
+    line: dict[str, Any] = {"name": row["name"], "variant": identity(row), DIVERGED: diverged}
     for column, kind in table["columns"].items():
         if "relative_time" in kind:
             line[column] = _relative_time(row, results, reference)
@@ -231,29 +232,14 @@ def compare(
             line[column] = _figure(row.get(column), [parameters / 1e6])
         else:
             # A row without decoders has no errors of theirs.
-            runs = _converged(results["splits"][kind["split"]].get(kind["metric"]), diverged)
+            runs = results["splits"][kind["split"]].get(kind["metric"])
+            runs = None if runs is None else divergence.converged(runs, diverged)
             if runs is not None and kind.get("error_percent"):
                 runs = [100 * (1 - each) for each in runs]
             elif runs is not None and kind.get("percent"):
                 runs = [100 * each for each in runs]
             line[column] = _figure(row.get(column), runs)
     return {**line, "seconds": results["seconds"]}
-
-
-def _converged(runs: list[float] | None, diverged: Sequence[int | None]) -> list[float] | None:
-    """Leaves out the runs that diverged, if others did not."""
-    if runs is None or None not in diverged:
-        return runs
-    return [run for run, step in zip(runs, diverged, strict=True) if step is None]
-
-
-def _divergence(diverged: Sequence[int | None]) -> str:
-    """Says how many runs diverged, behind a row's name."""
-    steps = [step for step in diverged if step is not None]
-    if not steps:
-        return ""
-    those = f"{len(steps)} of {len(diverged)} runs " * (len(diverged) > 1)
-    return f" ({those}diverged after {', '.join(map(str, steps))} steps)"
 
 
 def _relative_time(
@@ -299,7 +285,7 @@ def markdown(lines: Sequence[Mapping[str, Any]], table: Table) -> str:
             for column, kind in columns.items()
             for cell in _cells(line[column], has_paper[column], kind.get("format", ".3f"))
         ]
-        name = line["name"] + _divergence(line["diverged"])
+        name = line["name"] + divergence.described(line[DIVERGED])
         rows.append([name, *cells, f"{line['seconds']:.0f}"])
     return tables.align(rows)
 
@@ -394,7 +380,9 @@ def reproduce(
         figures.compare(drawn, table["curves"]["split"], workdir / "table.png")
         if table.get("gradient_flow"):
             flows = {title: directory for title, (directory, _) in drawn.items()}
-            gradient_flow.draw(flows, workdir / "gradient_flow.png")
+            measured = {k: each for k, each in flows.items() if gradient_flow.is_measured(each)}
+            if measured:
+                gradient_flow.draw(measured, workdir / "gradient_flow.png")
         if "sweep" in table:
             runs = {column: lines[-1][column]["runs"] for column in table["sweep"]["columns"]}
             points.append({"x": row["x"], "series": row["series"], **runs})

@@ -1,6 +1,6 @@
 """A number of independent runs: their compiled programs, and their data on the device."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -326,15 +326,20 @@ class Runs:
         """Returns how many damaged images have been skipped, by all processes."""
         return self._skipped
 
-    def look(self, split: str, number: int, ready: Callable[[Batch], Batch] | None = None) -> Batch:
-        """Returns the first examples of a split of the first run, to look at.
+    def look(
+        self,
+        split: str,
+        chosen: int | Sequence[int],
+        ready: Callable[[Batch], Batch] | None = None,
+    ) -> Batch:
+        """Returns examples of a split of the first run, to look at.
 
         Args:
             split: ``"train"``, ``"validation"`` or ``"test"``.
-            number: How many; all if there are fewer.
+            chosen: How many, the first ones, all if there are fewer; or their numbers.
             ready: Makes the batch; with the central crops by default.
         """
-        batch = self.parts.task.batch(self.arrays, self.examples[split][0][:number])
+        batch = self.parts.task.batch(self.arrays, self.examples[split][0][some(chosen)])
         return (ready or self.parts.ready_central)(batch)
 
 
@@ -342,6 +347,11 @@ def _finite(trees: PyTree) -> jax.Array:
     """Tells of each run, along the first axis, whether all its numbers are finite."""
     numbers = [x for x in jax.tree.leaves(trees) if jnp.issubdtype(x.dtype, jnp.inexact)]
     return jnp.stack([jnp.isfinite(x).all(tuple(range(1, x.ndim))) for x in numbers]).all(0)
+
+
+def some(chosen: int | Sequence[int]) -> slice | np.ndarray:
+    """Returns the index of the first examples, or of those with some numbers."""
+    return slice(chosen) if isinstance(chosen, int) else np.asarray(chosen)
 
 
 class UnloadedRuns(Runs):

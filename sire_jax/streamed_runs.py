@@ -8,7 +8,7 @@ part of each batch.
 import itertools
 import json
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +21,7 @@ from sire_jax import distributed, experiment, parallel
 from sire_jax.data import stream
 from sire_jax.data.augmentation import Batch
 from sire_jax.metrics import Metrics
-from sire_jax.runs import Program, Runs
+from sire_jax.runs import Program, Runs, some
 from sire_jax.step import TrainState
 
 PyTree = Any
@@ -262,9 +262,14 @@ class StreamedRuns(Runs):
         """Returns how many damaged images have been skipped, by all processes."""
         return len(set(_gathered(list(self._met))))
 
-    def look(self, split: str, number: int, ready: Callable[[Batch], Batch] | None = None) -> Batch:
-        """Returns the first examples of a split, to look at; see ``Runs.look``."""
-        batches = self._batches(split, self.examples[split][:, :number], self._still)
+    def look(
+        self,
+        split: str,
+        chosen: int | Sequence[int],
+        ready: Callable[[Batch], Batch] | None = None,
+    ) -> Batch:
+        """Returns examples of a split, to look at; see ``Runs.look``."""
+        batches = self._batches(split, self.examples[split][:, some(chosen)], self._still)
         batch = jax.device_put(dict(next(without_mask(batches))))
         return (ready or self.parts.ready_central)(batch)
 

@@ -31,7 +31,7 @@ from sire_jax import (
 )
 from sire_jax.checkpoint import CheckpointError, Checkpoints
 from sire_jax.diagnostics import gradient_flow
-from sire_jax.divergence import Diverged, NonFiniteLossError
+from sire_jax.divergence import DIVERGED, Diverged, NonFiniteLossError, converged, described
 from sire_jax.logs import Logs
 from sire_jax.metrics import Metrics
 from sire_jax.networks import MAIN
@@ -42,8 +42,6 @@ from sire_jax.streamed_runs import open_runs
 from sire_jax.workdir import Workdir, read_results
 
 PyTree = Any
-# What is kept of runs that diverged, in checkpoints and results.
-DIVERGED = "diverged"
 
 
 class InterruptedRunError(Exception):
@@ -142,7 +140,7 @@ def _train(
     diverged = Diverged(config.on_diverged, seeds, directory.checkpoints, known)
     steps = runs.steps_per_epoch
     # It was stopped before its last epoch was measured, or while.
-    unmeasured = step > 0 and step % steps == 0 and _has_losses(runs, sums)
+    unmeasured = step > 0 and step % steps == 0 and (_has_losses(runs, sums) or diverged.all())
     before = float(spent) - started
 
     def seconds() -> float:
@@ -150,7 +148,8 @@ def _train(
 
     def save() -> None:
         tree = (state, sums, best, runs.place(np.float32(seconds())))
-        _save(checkpoints, step, tree, runs, diverged)
+        for message in _save(checkpoints, step, tree, runs, diverged):
+            progress.say(message)
 
     logs.go_on_after(step - 1 if unmeasured else step)
     images, silent = _images_per_step(parts), not distributed.is_main()
@@ -219,6 +218,7 @@ def _train(
         "seconds": round(seconds(), 2),
         # Of all runs together; the median leaves compilation out.
         "step_seconds": float(np.median(step_seconds)) if step_seconds else None,
+        # Of a run that diverged before its first measurement those are the initial ones.
         "weights": "best validation accuracy" if best is not None else "last",
         # For each run the steps after which a loss was not finite, if one was.
         DIVERGED: diverged.steps,
@@ -242,7 +242,7 @@ def _interrupted(stop: Stop, step: int, directory: Workdir) -> InterruptedRunErr
 
 def _draw(config: ConfigDict, directory: Path) -> None:
     figures.curves(directory)
-    if config.gradient_flow_every:
+    if config.gradient_flow_every and gradient_flow.is_measured(directory):
         gradient_flow.draw({config.name: directory}, directory / "gradient_flow.png")
 
 
@@ -331,12 +331,14 @@ def _end_of_epoch(
             logs.record(step, epoch, split, found)
             shown |= {f"{split} {k}": v for k, v in found.items() if k == accuracy}
             if split == "validation" and best is not None and accuracy is not None:
-                best = runs.better(best, diverged.scores(found[accuracy]), state)
+                loss = found[accuracy.replace("/top_1", "/loss")]
+                best = runs.better(best, diverged.scores(found[accuracy], loss), state)
             _report_chance(config, runs, progress, epoch, split, found)
     every = config.gradient_flow_every
     if every and (last or epoch % every == 0):
         logs.record(step, epoch, gradient_flow.SPLIT, runs.gradients(state, epoch - 1))
-    progress.report(step, shown)
+    kept = {k: np.asarray(converged(list(each), diverged.steps)) for k, each in shown.items()}
+    progress.report(step, kept)
     for message in runs.newly_skipped():
         progress.say(f"Skipped: {message}")
     return best, runs.no_metrics()
@@ -377,11 +379,12 @@ def _report_chance(
 
 def _save(
     checkpoints: Checkpoints, step: int, tree: Checkpoint, runs: Runs, diverged: Diverged
-) -> None:
-    """Saves a checkpoint, if it may be kept."""
-    diverged.check(runs.finite(tree[0]), step)
+) -> list[str]:
+    """Saves a checkpoint, if it may be kept; returns what is to be said of its parameters."""
+    said = diverged.check(runs.finite(tree[0]), step)
     notes = {**distributed.describe(runs.mesh), DIVERGED: diverged.steps}
     checkpoints.save(step, tree, notes=notes)
+    return said
 
 
 def _lists(values: Mapping[str, np.ndarray]) -> dict[str, list[float]]:
@@ -411,11 +414,13 @@ def _where(runs: Runs) -> str:
 def summary(results: Mapping[str, Any]) -> str:
     """Writes the final measurements as a table, mean and standard deviation over the runs."""
     lines = []
+    diverged = results.get(DIVERGED, [])
     longest = max(len(name) for values in results["splits"].values() for name in values)
     for split, values in results["splits"].items():
         for name, each in values.items():
-            mean, deviation = tables.spread(each)
-            spread = f" ± {tables.number(deviation)}" if len(each) > 1 else ""
+            kept = converged(each, diverged)
+            mean, deviation = tables.spread(kept)
+            spread = f" ± {tables.number(deviation)}" if len(kept) > 1 else ""
             lines.append(f"  {split:<11}{name:<{longest + 2}}{tables.number(mean)}{spread}")
     return "\n".join(lines)
 
@@ -448,9 +453,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except InterruptedRunError as stopped:
             distributed.say(str(stopped))
             sys.exit(stopped.status)
+    curves = files.expanded(known.workdir) / "curves.png"
     distributed.say(
-        f"{results['step']} steps in {results['seconds']} s ({results['weights']} weights)\n"
-        f"{summary(results)}\nCurves: {files.expanded(known.workdir) / 'curves.png'}"
+        f"{results['step']} steps in {results['seconds']} s ({results['weights']} weights)"
+        f"{described(results.get(DIVERGED, []))}\n"
+        f"{summary(results)}" + f"\nCurves: {curves}" * curves.exists()
     )
 
 

@@ -24,6 +24,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 )
 
 import jax
+import programs
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 2)
@@ -69,6 +70,13 @@ def _marked(testrun_uid, worker_id):
         yield name
     most = children.most_resident()
     assert most < MOST_MEMORY, f"The tests of {worker_id} held {most / 2**30:.1f} GB of memory."
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _compiled_together(tmp_path_factory, worker_id):
+    """Gives all programs that tests start one place for what they compile."""
+    own = tmp_path_factory.getbasetemp()
+    programs.COMPILED = (own if worker_id == "master" else own.parent) / "compiled"
 
 
 @pytest.fixture(autouse=True, scope="module")

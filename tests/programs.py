@@ -20,6 +20,10 @@ QUICKSTART = f"--config={CONFIGS}/quickstart.py"
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "NPROC": "16"}
 
 
+# Where programs that tests start keep what they compile, for all of them (conftest.py).
+COMPILED = Path()
+
+
 class Program:
     """A program that runs, with what it has printed.
 
@@ -31,6 +35,7 @@ class Program:
 
     def __init__(self, arguments, log, **environment):
         self._log = Path(log)
+        link_compiled(Path(environment.get("HOME", os.environ["HOME"])))
         with self._log.open("w") as file:
             self.process = subprocess.Popen(
                 [sys.executable, "-u", "-m", *arguments],
@@ -74,9 +79,13 @@ def started(*programs):
             program.process.wait()
 
 
-def cached(directory):
-    """An override that keeps compiled programs for the next start."""
-    return f"--config.compilation_cache={directory / 'compiled'}"
+def link_compiled(home):
+    """Has what is compiled with the default of the config be kept for all tests."""
+    link = home / ".cache" / "sire_jax" / "compiled"
+    if not link.exists():
+        COMPILED.mkdir(parents=True, exist_ok=True)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(COMPILED)
 
 
 def train(workdir, log, *overrides, **environment):

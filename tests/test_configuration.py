@@ -441,6 +441,17 @@ def test_any_schedule_may_be_given_a_warmup_by_an_override():
         experiment.build(_sire("optimizer.learning_rate.warmup=-1.0"))
 
 
+@pytest.mark.parametrize("name", ["auxnet.py:20-2", "pairs.py:aux_10", "ssal.py:resnet18"])
+def test_a_stored_config_is_that_of_its_file_though_that_leaves_defaults_out(name):
+    config = configuration.load(name)
+    stored = configuration.completed(configuration.from_json(configuration.to_json(config)))
+    assert configuration.differences(stored, config) == []
+    assert configuration.differences(config, stored) == []
+    del config.optimizer["weight_decay"]
+    lines = configuration.differences(stored, config)
+    assert all(line.startswith("optimizer.weight_decay") for line in lines)
+
+
 def test_configs_of_older_runs_are_what_they_were():
     new = _sire()
     old = ConfigDict(new.to_dict())

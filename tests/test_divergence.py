@@ -3,12 +3,23 @@
 import json
 import re
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sire_jax import configuration, parallel, reproduce, train
+from sire_jax import (
+    configuration,
+    evaluate,
+    experiment,
+    figures,
+    parallel,
+    reproduce,
+    train,
+)
 from sire_jax.checkpoint import Checkpoints
-from sire_jax.divergence import Diverged, NonFiniteLossError
+from sire_jax.divergence import Diverged, NonFiniteLossError, described
+from sire_jax.workdir import read_metrics
 
 pytestmark = pytest.mark.optax_dtypes
 
@@ -42,8 +53,15 @@ def test_what_is_recorded_is_said_once_and_the_first_counts(tmp_path):
     assert [line[:18] for line in diverged.note(again)] == ["The loss 'total' i"]
     assert diverged.steps == [9, 7, None]
     assert not diverged.all()
-    np.testing.assert_array_equal(diverged.scores(np.array([0.9, 0.8, 0.7])), [-1, -1, 0.7])
-    diverged.check(np.array([False, True, False]), 11)
+    accuracy, loss = np.array([0.9, 0.8, 0.7]), np.ones(3)
+    np.testing.assert_array_equal(diverged.scores(accuracy, loss), [-1, -1, 0.7])
+    # The last update broke what no loss has seen yet.
+    loss[2] = np.inf
+    np.testing.assert_array_equal(diverged.scores(accuracy, loss), [-1, -1, -1])
+    said = diverged.check(np.array([False, True, False]), 11)
+    assert said == [
+        "The parameters of the run with seed 7 are not finite after 11 steps. It is recorded."
+    ]
     assert diverged.steps == [9, 7, 11]
     assert diverged.all()
     assert _diverged(tmp_path, known=diverged.steps).all()
@@ -55,29 +73,69 @@ def test_parameters_that_are_not_finite_end_what_stops(tmp_path):
     _diverged(tmp_path, "stop").check(np.array([True, True, True]), 4)
 
 
-# A rate of which one weight of some hundred thousand makes the run with it diverge.
 def _config(*overrides):
     small = ("epochs=2", "devices=1", "data.task.train=100", "data.task.test=30")
     given = [f"--config.{each}" for each in (*small, *overrides)]
     return configuration.load(f"{CONFIGS}/quickstart.py", given)
 
 
-ENDLESS = ("optimizer.learning_rate=1e25", "on_diverged=record", "seeds=2", "steps_per_call=1")
+AT_ONCE = ("optimizer.learning_rate=1e25", "on_diverged=record", "seeds=2", "steps_per_call=1")
 
 
 @pytest.mark.slow  # It compiles a whole network.
 def test_where_all_diverge_the_run_ends_with_a_result_and_is_not_trained_again(tmp_path, capsys):
-    results = train.train(_config(*ENDLESS), str(tmp_path))
+    results = train.train(_config(*AT_ONCE), str(tmp_path))
     steps = results["diverged"]
     assert len(steps) == 2
     assert all(step in (1, 2, 3) for step in steps)
     assert results["step"] == max(steps) + 1 < 4
-    assert len(re.findall("It is recorded", capsys.readouterr().out)) == 2
+    assert len(re.findall("It is recorded", capsys.readouterr().out)) == 2  # A line each.
     assert len(results["splits"]["test"]["main/top_1"]) == 2
     assert Checkpoints(tmp_path / "checkpoints").notes()["diverged"] == steps
-    again = train.train(_config(*ENDLESS), str(tmp_path))
+    again = train.train(_config(*AT_ONCE), str(tmp_path))
     assert "compiling" not in capsys.readouterr().out
     assert json.dumps(again) == json.dumps(results)  # As NaN is not equal to itself.
+
+
+@pytest.mark.slow  # It trains two runs, then one, then goes on.
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_where_one_diverges_the_other_is_as_it_is_alone(at_once, tmp_path, monkeypatch, capsys):
+    begin = experiment.Experiment.initial_state
+
+    def broken(self, seed):
+        state = begin(self, seed)
+        rates = jnp.where(seed == 1, jnp.nan, 1.0)
+        return state.replace(params=jax.tree.map(lambda x: x * rates, state.params))
+
+    monkeypatch.setattr(experiment.Experiment, "initial_state", broken)
+    wanted = ("on_diverged=record", "data.task.validation=30", f"seeds_at_once={at_once}")
+    whole = _config(*wanted, "seeds=2", "gradient_flow_every=1")
+    whole.evaluate_splits = ("validation", "test")
+    results = train.train(whole, str(tmp_path / "two"))
+    printed = capsys.readouterr().out
+    assert "seed 1. It is recorded; the other runs go on." in printed
+    assert "nan" not in printed
+    assert results["diverged"] == [None, 0]
+    alone = _config(*wanted, "seeds=1")
+    alone.evaluate_splits = ("validation", "test")
+    expected = train.train(alone, str(tmp_path / "one"))
+    for metric, values in expected["splits"]["test"].items():
+        found = results["splits"]["test"][metric]
+        tolerance = 0.0 if at_once == 1 else 1e-5
+        np.testing.assert_allclose(found[0], values[0], rtol=tolerance, atol=tolerance)
+    # It is told of by all who read it.
+    assert " (1 of 2 runs diverged after 0 steps)" in described(results["diverged"])
+    assert "nan" not in train.summary(results)
+    measured = evaluate.evaluate(tmp_path / "two")
+    assert measured["diverged"] == [None, 0]
+    assert np.isfinite(measured["outputs"]["main"]["loss"]["mean"])
+    assert np.isfinite(figures.series(read_metrics(tmp_path / "two"), "test", "main/loss")[1]).all()
+    runs = evaluate.open_run(tmp_path / "two")
+    evaluate.kept_weights(runs, tmp_path / "two")
+    with pytest.raises(ValueError, match=r"seed 1 in .* diverged after 0 steps: its weights mean"):
+        evaluate.kept_weights(runs, tmp_path / "two", used=None)
+    # Going on with more epochs is another run; with the same it is at its end.
+    assert train.train(whole, str(tmp_path / "two"))["diverged"] == [None, 0]
 
 
 def _results(diverged, top_1):

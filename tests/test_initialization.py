@@ -42,6 +42,12 @@ def test_what_is_no_kernel_or_its_bias_stays_and_no_two_are_alike():
     assert not np.array_equal(drawn["b"]["bias"], drawn["a"]["conv"]["bias"])
 
 
+def test_kernels_of_several_layers_in_one_are_refused():
+    params = {"layers": {"kernel": jnp.zeros((5, 3, 4))}}
+    with pytest.raises(ValueError, match=r"'layers/kernel' has the shape \(5, 3, 4\); .* alone"):
+        as_pytorch(KEY, params)
+
+
 def test_a_config_begins_with_them_and_with_those_of_its_modules_by_default():
     small = ["--config.backbone.width=0.05", "--config.backbone.hidden=(4,4)"]
     chosen = "--config.initialization=pytorch"

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from sire_jax import configuration, experiment, rehearsal, reproduce, traced, train
+from sire_jax import configuration, experiment, figures, rehearsal, reproduce, traced, train
 from sire_jax.rehearsal import Rehearsal, rehearse
 
 pytestmark = pytest.mark.optax_dtypes
@@ -87,6 +87,19 @@ def test_images_are_made_up_where_there_are_none(feed, tmp_path):
     assert found.whole == 2 * (6000 - 100 * 50) // 4
 
 
+def test_runs_that_devices_share_are_rehearsed_one_by_one():
+    found = rehearse(_parts("seeds=2", "devices=2", "devices_share=runs"), steps=2)
+    assert found.whole == 2 * 3 * 2
+    assert len(found.losses["total"]) == 2
+
+
+def test_losses_below_zero_are_drawn_too_and_what_broke_at_once_has_a_cross(tmp_path):
+    nan = float("nan")
+    path = tmp_path / "losses.png"
+    figures.losses({"likelihood": [1.0, 0.0, -3.0], "broken": [nan], "late": [2.0, nan]}, path)
+    assert path.read_bytes()[:4] == b"\x89PNG"
+
+
 def test_a_rehearsal_of_one_step_is_refused():
     with pytest.raises(ValueError, match=r"A rehearsal of 1 steps says nothing; .* at least 2"):
         rehearse(_parts(), steps=1)
@@ -101,7 +114,7 @@ def test_a_table_of_rehearsals_sums_their_hours():
     text = rehearsal.markdown(rows)
     assert "| short | 1,234      | real   | 3     | falls: 3 -> 1 | 1        | 0.50" in text
     assert "| 18.0  |" in text
-    assert text.endswith("All rows as shipped, here: 18.5 hours.")
+    assert text.endswith("All of these, every seed after the other, here: 18.5 hours.")
 
 
 def test_a_table_is_rehearsed_row_by_row_once_all_are_built(tmp_path, capsys):

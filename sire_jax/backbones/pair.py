@@ -52,10 +52,11 @@ class PairDense(nn.Module):
 
 
 class ConvolutionalFeatures(nn.Module):
-    """Convolutions without activation, each with max pooling, then dense layers (Section III.B).
+    """Convolutions, each with max pooling, then dense layers (Section III.B).
 
     Batch norm stands between a convolution and its pooling and between a dense layer and its ReLU;
-    dropout comes last. The output layer has neither.
+    dropout comes last. The output layer has neither. The report has no activation after
+    convolutions, and found ReLU to be no better.
 
     Attributes:
         outputs: Width of the output layer.
@@ -65,6 +66,7 @@ class ConvolutionalFeatures(nn.Module):
         batch_norm: Whether hidden layers have batch norm.
         convolution_dropout: Dropout after a convolution, in [0, 1).
         dropout: Dropout after the hidden dense layer, in [0, 1).
+        relu: Whether convolutions have ReLU.
     """
 
     outputs: int
@@ -74,6 +76,7 @@ class ConvolutionalFeatures(nn.Module):
     batch_norm: bool = True
     convolution_dropout: float = 0.0
     dropout: float = 0.0
+    relu: bool = False
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
@@ -82,7 +85,8 @@ class ConvolutionalFeatures(nn.Module):
             x = Conv(width, padding=self.padding, images_last=True, name=f"conv_{i}")(x)
             if self.batch_norm:
                 x = BatchNorm(axis=0, name=f"conv_{i}_norm")(x, train=train)
-            x = max_pool(x)
+            # Ahead of max pooling or behind, it is the same.
+            x = max_pool(nn.relu(x) if self.relu else x)
             x = Dropout(self.convolution_dropout)(x, train=train)
         x = _dense(self.hidden, "hidden")(x.reshape(-1, x.shape[-1]).T)
         if self.batch_norm:
@@ -138,12 +142,14 @@ class PairConvolutional(nn.Module):
         convolution_dropout: Dropout after a convolution, in [0, 1).
         dropout: Dropout after the hidden dense layer, in [0, 1).
         padding: Zeros around the images, in pixels.
+        relu: Whether convolutions have ReLU.
     """
 
     batch_norm: bool = False
     convolution_dropout: float = 0.0
     dropout: float = 0.0
     padding: int = 0
+    relu: bool = False
 
     @nn.compact
     def __call__(self, image: Array, *, train: bool = False) -> tuple[Array, Endpoints]:
@@ -154,6 +160,7 @@ class PairConvolutional(nn.Module):
             convolution_dropout=self.convolution_dropout,
             dropout=self.dropout,
             padding=self.padding,
+            relu=self.relu,
             name="features",
         )
         return features(jnp.transpose(image[..., 0], (1, 2, 3, 0)), train=train), {}
@@ -175,6 +182,8 @@ class PairBranches(nn.Module):
         padding: Zeros around the images of the convolutional branch, in pixels.
         residual: Whether the blocks of the residual branch add their input.
         residual_hidden: Width of the hidden dense layer of the residual branch.
+        batch_norm: Whether the convolutional branch has batch norm.
+        relu: Whether the convolutions of the convolutional branch have ReLU.
     """
 
     shared: bool = True
@@ -186,6 +195,8 @@ class PairBranches(nn.Module):
     padding: int = 0
     residual: bool = True
     residual_hidden: int = 50
+    batch_norm: bool = True
+    relu: bool = False
 
     def __post_init__(self) -> None:
         if self.branch not in ("convolutional", "residual"):
@@ -224,7 +235,9 @@ class PairBranches(nn.Module):
         return ConvolutionalFeatures(
             self.outputs,
             padding=self.padding,
+            batch_norm=self.batch_norm,
             convolution_dropout=self.convolution_dropout,
             dropout=self.dropout,
+            relu=self.relu,
             name=name,
         )

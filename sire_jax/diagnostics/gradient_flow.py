@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 
 from sire_jax import command, objectives, workdir
 from sire_jax.data.augmentation import Augmentation, Batch
+from sire_jax.figures import finite_runs
 from sire_jax.metrics import Average, Metrics
 from sire_jax.networks import MAIN
 from sire_jax.step import Apply, TrainState, make_losses
@@ -99,6 +100,11 @@ def _at(tree: Any, path: Sequence[str]) -> Array:
     return tree
 
 
+def is_measured(path: str | Path) -> bool:
+    """Tells whether a run has measurements of gradients; one that diverged early has none."""
+    return any(line["split"] == SPLIT for line in workdir.read_metrics(path))
+
+
 def read(path: str | Path) -> dict[str, dict[str, np.ndarray]]:
     """Reads the measurements of a run.
 
@@ -106,12 +112,15 @@ def read(path: str | Path) -> dict[str, dict[str, np.ndarray]]:
         path: The run's workdir.
 
     Returns:
-        ``{objective: {convolution: [measurements]}}``, means over the runs of the workdir.
+        ``{objective: {convolution: [measurements]}}``, means over the runs of the workdir that did
+        not diverge, if there are any.
 
     Raises:
         ValueError: If the run has none.
     """
-    lines = [line for line in workdir.read_metrics(path) if line["split"] == SPLIT]
+    every = workdir.read_metrics(path)
+    lines = [line for line in every if line["split"] == SPLIT]
+    kept = finite_runs(every)
     if not lines:
         raise ValueError(
             f"{path} has no measurements of gradients; train with --config.gradient_flow_every=1."
@@ -120,7 +129,8 @@ def read(path: str | Path) -> dict[str, dict[str, np.ndarray]]:
     for key in lines[0]:
         objective, _, convolution = key.partition("/")
         if convolution:
-            values = np.array([np.mean(line[key]) for line in lines])
+            values = np.array([line[key] for line in lines])
+            values = (values[:, kept] if kept.any() else values).mean(1)
             found.setdefault(objective, {})[convolution] = values
     return found
 

@@ -81,19 +81,21 @@ def reconstruct(
     if not names:
         raise ValueError(f"The network of {workdir} has no decoder.")
     kept = kept_weights(runs, workdir)
-    looked_at = runs.look("test", max(chosen) + 1, parts.ready_cropped)
-    number = len(looked_at["image"])
+    number = runs.examples["test"].shape[1]
     if not all(0 <= each < number for each in chosen):
         raise ValueError(
             f"The test images are numbered 0 to {number - 1}; {list(chosen)} are asked for."
         )
-    batch = jax.tree.map(lambda x: np.asarray(x)[list(chosen)], looked_at)
+    batch = runs.look("test", list(chosen), parts.ready_cropped)
+    image = np.asarray(batch["image"])
     first = jax.tree.map(lambda x: x[0], {"params": kept.params, **kept.model_state})
-    outputs = jax.jit(parts.network.apply)(first, batch["image"])
+    outputs = jax.jit(parts.network.apply)(first, image)
     shown = {name: pixels(np.asarray(outputs[name]), config.data) for name in names}
-    classifies = parts.accuracy() is not None
-    said = classified(outputs[MAIN], batch["label"], runs.names.get("label", ()))
-    return Reconstructed(pixels(batch["image"], config.data), shown, said if classifies else [])
+    said = []
+    if parts.accuracy() is not None and outputs[MAIN].shape[-1] > 1:
+        target = parts.objectives[parts.main_objective()].target
+        said = classified(outputs[MAIN], np.asarray(batch[target]), runs.names.get(target, ()))
+    return Reconstructed(pixels(image, config.data), shown, said)
 
 
 def classified(logits: Array, labels: np.ndarray, names: Sequence[str]) -> list[str]:

@@ -28,7 +28,7 @@ class Decoder(nn.Module):
     summation). What ends it predicts the image as the network sees it, in ``value_range``; none of
     its values are cut off. It is the last transposed convolution, followed by
 
-    - ``"normalized"``: batch norm, as all others are;
+    - ``"normalized"``: batch norm;
     - ``"linear"``: nothing;
     - ``"sigmoid"``: ``v_0 + (v_1 - v_0) / (1 + exp(-x))``, with ``value_range`` ``(v_0, v_1)``.
 

@@ -57,8 +57,9 @@ def effective_joint(
     if not isinstance(optimizer, LinearOptimizer):
         raise ValueError(
             "effective_joint needs an optimizer whose step is linear in the gradient and whose"
-            " weight decay is known: 'sgd', or optimizers.LinearOptimizer(transformation,"
-            " weight_decay). The one that it is given has no such form."
+            " weight decay is known: 'sgd' without clip, or"
+            " optimizers.LinearOptimizer(transformation, weight_decay). The one that it is given"
+            " has no such form."
         )
     reached = Reached.of(reach, main)
     reached.check_apart()

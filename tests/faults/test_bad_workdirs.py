@@ -24,7 +24,7 @@ def disk(tmp_path):
 
 
 def _refused(workdir, tmp_path):
-    program = programs.train(workdir, tmp_path / "log", *SMALL, programs.cached(tmp_path))
+    program = programs.train(workdir, tmp_path / "log", *SMALL)
     with programs.started(program):
         assert program.wait() == command.EXPLAINED, program.output
     assert "Traceback" not in program.output
@@ -55,7 +55,7 @@ def test_a_disk_without_room_for_a_checkpoint_is_refused_and_used_when_there_is_
     output = _refused(disk / "run", tmp_path)
     assert f"The disk of the workdir {disk / 'run'} has 0 MB left, and a checkpoint of" in output
     (disk / "filling").unlink()
-    program = programs.train(disk / "run", tmp_path / "log", *SMALL, programs.cached(tmp_path))
+    program = programs.train(disk / "run", tmp_path / "log", *SMALL)
     with programs.started(program):
         assert program.wait() == 0, program.output
     assert read_results(disk / "run")["step"] == 4

@@ -33,7 +33,7 @@ SILENT = "process {} ends, because process {} has given no sign of life for "
     ],
 )
 def test_the_job_ends_when_a_process_is_gone(number, gone, reason, tmp_path):
-    job = programs.job(tmp_path / "run", tmp_path, *OVERRIDES, programs.cached(tmp_path))
+    job = programs.job(tmp_path / "run", tmp_path, *OVERRIDES)
     with programs.started(*job):
         job[0].wait_for("First step")
         sent = time.monotonic()
@@ -47,7 +47,7 @@ def test_the_job_ends_when_a_process_is_gone(number, gone, reason, tmp_path):
 
 @slow
 def test_all_that_are_left_say_the_same_reason(tmp_path):
-    overrides = (*OVERRIDES, "--config.batch_size=60", programs.cached(tmp_path))
+    overrides = (*OVERRIDES, "--config.batch_size=60")
     job = programs.job(tmp_path / "run", tmp_path, *overrides, processes=3)
     with programs.started(*job):
         job[0].wait_for("First step")

@@ -30,19 +30,13 @@ slow = pytest.mark.slow
 ONE = [signal.SIGINT, pytest.param(signal.SIGUSR1, marks=slow)]
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """A place for compiled programs, so that only the first start takes long."""
-    return programs.cached(tmp_path_factory.mktemp("signals"))
-
-
 def _saved(output):
     return int(re.search(r"saved after step (\d+) in", output)[1])
 
 
 @pytest.mark.parametrize("number", ONE, ids=lambda number: number.name)
-def test_one_process_saves_ends_and_goes_on_at_the_next_step(number, compiled, tmp_path):
-    program = programs.train(tmp_path / "run", tmp_path / "log", *OVERRIDES, compiled)
+def test_one_process_saves_ends_and_goes_on_at_the_next_step(number, tmp_path):
+    program = programs.train(tmp_path / "run", tmp_path / "log", *OVERRIDES)
     with programs.started(program):
         program.wait_for("First step")
         time.sleep(0.5)
@@ -53,7 +47,7 @@ def test_one_process_saves_ends_and_goes_on_at_the_next_step(number, compiled, t
     step = _saved(program.output)
     assert f"{number.name}: saved after step {step} in {tmp_path / 'run'}." in program.output
     assert Checkpoints(tmp_path / "run" / "checkpoints").latest() == step > 0
-    again = programs.train(tmp_path / "run", tmp_path / "log_again", *OVERRIDES, compiled)
+    again = programs.train(tmp_path / "run", tmp_path / "log_again", *OVERRIDES)
     with programs.started(again):
         again.wait_for("First step")
         assert f"Going on after step {step}.\n" in again.output
@@ -63,8 +57,8 @@ def test_one_process_saves_ends_and_goes_on_at_the_next_step(number, compiled, t
 
 
 @slow
-def test_what_is_being_saved_is_saved_though_the_signal_comes_again(compiled, tmp_path):
-    program = programs.train(tmp_path / "run", tmp_path / "log", *OVERRIDES, compiled)
+def test_what_is_being_saved_is_saved_though_the_signal_comes_again(tmp_path):
+    program = programs.train(tmp_path / "run", tmp_path / "log", *OVERRIDES)
     with programs.started(program):
         program.wait_for("First step")
         while program.process.poll() is None:
@@ -76,8 +70,8 @@ def test_what_is_being_saved_is_saved_though_the_signal_comes_again(compiled, tm
 
 @slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
-def test_two_processes_end_at_the_same_step_though_one_is_asked(number, compiled, tmp_path):
-    job = programs.job(tmp_path / "run", tmp_path, *OVERRIDES, compiled)
+def test_two_processes_end_at_the_same_step_though_one_is_asked(number, tmp_path):
+    job = programs.job(tmp_path / "run", tmp_path, *OVERRIDES)
     asked = 1 if number == signal.SIGTERM else 0
     with programs.started(*job):
         job[0].wait_for("First step")
@@ -96,7 +90,7 @@ def test_two_processes_end_at_the_same_step_though_one_is_asked(number, compiled
     assert Checkpoints(tmp_path / "run" / "checkpoints").latest() == step > 0
     assert "saved" not in job[1].output
     # One process goes on where two ended.
-    again = programs.train(tmp_path / "run", tmp_path / "log_again", *OVERRIDES, compiled)
+    again = programs.train(tmp_path / "run", tmp_path / "log_again", *OVERRIDES)
     with programs.started(again):
         again.wait_for("First step")
         again.process.send_signal(signal.SIGTERM)

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import programs
 import pytest
@@ -20,6 +21,7 @@ SMALL = ("--config.seeds=1", "--config.epochs=1", "--config.data.task.train=100"
 
 def _start(*arguments, **options):
     """Starts Python with the handlers of a terminal, whatever the tests were started with."""
+    programs.link_compiled(Path(os.environ["HOME"]))
     environment = {**os.environ, **programs.ENVIRONMENT, "JAX_NUM_CPU_DEVICES": "1"}
     environment["PYTHONPATH"] = str(PACKAGE.parent)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -124,14 +126,8 @@ def test_ctrl_c_again_ends_what_is_saving_at_once(tmp_path):
     assert not any("Traceback" in line for line in lines)
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """A place for compiled programs, so that only the first start takes long."""
-    return programs.cached(tmp_path_factory.mktemp("starts"))
-
-
-def test_training_goes_on_when_nobody_reads_what_it_prints(compiled, tmp_path):
-    train = ("sire_jax.train", programs.QUICKSTART, f"--workdir={tmp_path}", *SMALL, compiled)
+def test_training_goes_on_when_nobody_reads_what_it_prints(tmp_path):
+    train = ("sire_jax.train", programs.QUICKSTART, f"--workdir={tmp_path}", *SMALL)
     process = _start("-m", *train)
     assert process.stdout.readline().startswith("quickstart")
     process.stdout.close()
@@ -140,8 +136,8 @@ def test_training_goes_on_when_nobody_reads_what_it_prints(compiled, tmp_path):
     assert (tmp_path / "results.json").exists()
 
 
-def test_training_goes_on_without_any_output(compiled, tmp_path):
-    train = ("sire_jax.train", programs.QUICKSTART, f"--workdir={tmp_path}", *SMALL, compiled)
+def test_training_goes_on_without_any_output(tmp_path):
+    train = ("sire_jax.train", programs.QUICKSTART, f"--workdir={tmp_path}", *SMALL)
     process = _start("-c", _CLOSED, "-m", *train, stdout=None)
     assert _ended(process) == (0, [])
     assert (tmp_path / "results.json").exists()
