@@ -453,6 +453,7 @@ def completed(config: ConfigDict) -> ConfigDict:
         The same with the defaults of what is missing, which are what that version did.
     """
     config = config.copy_and_resolve_references()
+    config.unlock()
     for section in _sections(config.get("heads")):
         if section.get("name") == "decoders":
             _complete(section, {"last": "linear"})
@@ -462,6 +463,7 @@ def completed(config: ConfigDict) -> ConfigDict:
 def _with_defaults(config: ConfigDict) -> ConfigDict:
     """Returns a config with all that it leaves out, which is as its default."""
     config, known = config.copy_and_resolve_references(), default()
+    config.unlock()
     for section, defaults in ((config, known), (config.get("data"), known.data)):
         _complete(section, defaults)
     for key, (parts, what, supplied) in _SWITCHED.items():

@@ -447,6 +447,7 @@ def test_a_stored_config_is_that_of_its_file_though_that_leaves_defaults_out(nam
     stored = configuration.completed(configuration.from_json(configuration.to_json(config)))
     assert configuration.differences(stored, config) == []
     assert configuration.differences(config, stored) == []
+    config.unlock()
     del config.optimizer["weight_decay"]
     lines = configuration.differences(stored, config)
     assert all(line.startswith("optimizer.weight_decay") for line in lines)

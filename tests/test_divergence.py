@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -105,7 +106,7 @@ def test_where_one_diverges_the_other_is_as_it_is_alone(at_once, tmp_path, monke
     def broken(self, seed):
         state = begin(self, seed)
         rates = jnp.where(seed == 1, jnp.nan, 1.0)
-        return state.replace(params=jax.tree.map(lambda x: x * rates, state.params))
+        return replace(state, params=jax.tree.map(lambda x: x * rates, state.params))
 
     monkeypatch.setattr(experiment.Experiment, "initial_state", broken)
     wanted = ("on_diverged=record", "data.task.validation=30", f"seeds_at_once={at_once}")
@@ -121,7 +122,7 @@ def test_where_one_diverges_the_other_is_as_it_is_alone(at_once, tmp_path, monke
     expected = train.train(alone, str(tmp_path / "one"))
     for metric, values in expected["splits"]["test"].items():
         found = results["splits"]["test"][metric]
-        tolerance = 0.0 if at_once == 1 else 1e-5
+        tolerance = 0.0 if at_once == 1 else 1e-4
         np.testing.assert_allclose(found[0], values[0], rtol=tolerance, atol=tolerance)
     # It is told of by all who read it.
     assert " (1 of 2 runs diverged after 0 steps)" in described(results["diverged"])
