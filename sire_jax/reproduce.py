@@ -285,7 +285,7 @@ def markdown(lines: Sequence[Mapping[str, Any]], table: Table) -> str:
             for column, kind in columns.items()
             for cell in _cells(line[column], has_paper[column], kind.get("format", ".3f"))
         ]
-        name = line["name"] + divergence.described(line[DIVERGED])
+        name = line["name"] + divergence.described(line.get(DIVERGED, []))
         rows.append([name, *cells, f"{line['seconds']:.0f}"])
     return tables.align(rows)
 
