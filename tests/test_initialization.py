@@ -49,12 +49,11 @@ def test_kernels_of_several_layers_in_one_are_refused():
 
 
 def test_a_config_begins_with_them_and_with_those_of_its_modules_by_default():
-    small = ["--config.backbone.width=0.05", "--config.backbone.hidden=(4,4)"]
     chosen = "--config.initialization=pytorch"
-    for overrides in (small, [*small, chosen]):
-        parts = experiment.build(configuration.load(f"{CONFIGS}/sire.py:cnn", overrides))
-        params = parts.initial_state(jnp.int32(1)).params
-        decoder = params["heads_decoder_1"]["stage_1_block_1"]["unit"]["conv"]
+    for overrides in ([], [chosen]):
+        config = configuration.load(f"{CONFIGS}/quickstart.py:main_only", overrides)
+        begin = jax.jit(experiment.build(config).initial_state)
+        params = begin(jnp.int32(1)).params["backbone"]
         drawn = chosen in overrides
-        assert bool(np.any(decoder["bias"])) == drawn
-        assert bool(np.any(params["backbone"]["output"]["bias"])) == drawn
+        assert bool(np.any(params["branch"]["conv_1"]["bias"])) == drawn
+        assert bool(np.any(params["output"]["bias"])) == drawn

@@ -43,6 +43,7 @@ def test_a_rehearsal_shows_sizes_times_and_losses(rehearsed):
     assert found.verdict().startswith(("falls", "finite"))
 
 
+@pytest.mark.slow  # It compiles a network of its own.
 def test_its_steps_are_those_of_the_run(rehearsed, tmp_path):
     _, found = rehearsed
     config = _parts("seeds=1", "evaluate_every=0").config
@@ -52,6 +53,7 @@ def test_its_steps_are_those_of_the_run(rehearsed, tmp_path):
     np.testing.assert_allclose(first["main/loss"], np.mean(found.losses["main"][:2]), rtol=1e-5)
 
 
+@pytest.mark.slow  # It compiles a network of its own.
 def test_what_does_not_fit_is_refused_by_its_size():
     found = rehearse(_parts(), memory=2**20)
     assert found.losses == {}
@@ -87,6 +89,7 @@ def test_images_are_made_up_where_there_are_none(feed, tmp_path):
     assert found.whole == 2 * (6000 - 100 * 50) // 4
 
 
+@pytest.mark.slow  # It compiles a network of its own.
 def test_runs_that_devices_share_are_rehearsed_one_by_one():
     found = rehearse(_parts("seeds=2", "devices=2", "devices_share=runs"), steps=2)
     assert found.whole == 2 * 3 * 2
@@ -117,6 +120,7 @@ def test_a_table_of_rehearsals_sums_their_hours():
     assert text.endswith("All of these, every seed after the other, here: 18.5 hours.")
 
 
+@pytest.mark.slow  # It compiles a network of its own.
 def test_a_table_is_rehearsed_row_by_row_once_all_are_built(tmp_path, capsys):
     table = reproduce.load_table("quickstart", CONFIGS)
     overrides = [f"--config.{each}" for each in SMALL]
@@ -141,6 +145,7 @@ def test_a_mistake_in_the_last_row_is_found_before_the_first_is_begun(work, tmp_
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow  # It compiles a network of its own.
 def test_the_programs_rehearse(tmp_path, monkeypatch, capsys):
     here = tmp_path / "here"
     here.mkdir()

@@ -328,7 +328,9 @@ def test_what_no_loss_reaches_stays_bitwise(name):
 
 def test_the_control_refuses_an_optimizer_that_is_not_linear():
     for optimizer in (optimizers.adam(), optax.sgd(0.1)):
-        with pytest.raises(ValueError, match=r"linear in the gradient .*: 'sgd', or optim"):
+        with pytest.raises(
+            ValueError, match=r"linear in the gradient .*: 'sgd' without clip, or optim"
+        ):
             effective_joint(optimizer, reach())
     effective_joint(optimizers.LinearOptimizer(optax.sgd(0.1), 0.1), reach())
 
