@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import resource_tracker
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -259,7 +260,9 @@ class Stream(Iterator[Batch]):
 def _start(iterator: Any) -> Future[Batch]:
     """Has the first batch made, and those ahead, in threads and processes that signals pass by."""
     # Signals that end a job go to all of its processes; what becomes of these is the main one's
-    # business. They inherit the mask, so that no signal is early enough to end them.
+    # business. They inherit the mask, so that no signal is early enough to end them. What tracks
+    # resources is started ahead of it: Python unblocks two of the signals as it starts that.
+    resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         pool = ThreadPoolExecutor(1, "stream")

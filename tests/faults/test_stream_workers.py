@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -113,6 +114,14 @@ def test_a_worker_ends_with_a_program_that_was_killed(program):
     while _is_running(worker) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not _is_running(worker)
+
+
+def test_the_first_worker_of_a_program_is_not_ended_by_signals_however_early(program):
+    _, worker = program("wait")
+    status = Path(f"/proc/{worker}/status").read_text()
+    blocked = int(status.partition("SigBlk:")[2].split()[0], 16)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        assert blocked >> (number - 1) & 1, number.name
 
 
 @pytest.mark.parametrize(("then", "code"), [("end", 0), ("fail", 1)])
