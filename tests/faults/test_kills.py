@@ -42,7 +42,7 @@ def test_nothing_is_lost_by_kills_at_random_moments(tmp_path):
 
     for kill in range(KILLS):
         before = _newest(workdir) if kill else None
-        program = programs.train(workdir, tmp_path / f"log_{kill}", *OVERRIDES)
+        program = programs.train(workdir, tmp_path / f"log_{kill}", *OVERRIDES, XLA_FLAGS="")
         with programs.started(program):
             if kill % 2:
                 # At any moment from its start.
@@ -58,14 +58,14 @@ def test_nothing_is_lost_by_kills_at_random_moments(tmp_path):
         assert "Traceback" not in program.output
 
     before = _newest(workdir)
-    program = programs.train(workdir, tmp_path / "log", *OVERRIDES)
+    program = programs.train(workdir, tmp_path / "log", *OVERRIDES, XLA_FLAGS="")
     with programs.started(program):
         assert program.wait(600) == 0, program.output
     note(before, program)
     # Each kill while it trained came after a restart, but for the first, and ahead of one.
     assert len(lost) >= KILLS // 2
     assert not any(lost)
-    whole = programs.train(tmp_path / "whole", tmp_path / "log_whole", *OVERRIDES)
+    whole = programs.train(tmp_path / "whole", tmp_path / "log_whole", *OVERRIDES, XLA_FLAGS="")
     with programs.started(whole):
         assert whole.wait(600) == 0, whole.output
     programs.assert_same_bits(
