@@ -413,7 +413,7 @@ def test_an_augmentation_may_be_added_by_an_override():
     config = _load("augmentation.affine.rotation=10", variant="main_only")
     expected = configuration.augmentation("affine", rotation=10.0)
     assert config.augmentation.affine.to_dict() == expected.to_dict()
-    experiment.build(config)
+    validation.validate(config)
     with pytest.raises(ValueError, match=r"config.augmentation has no key 'affin'"):
         _load("augmentation.affin.rotation=10")
     with pytest.raises(ValueError, match=r"config.augmentation.affine has no key 'rotatoin'"):
@@ -436,9 +436,9 @@ def test_a_number_may_take_the_place_of_a_schedule():
 def test_any_schedule_may_be_given_a_warmup_by_an_override():
     config = _sire("optimizer.learning_rate.warmup=0.025")
     assert config.optimizer.learning_rate.warmup == 0.025
-    experiment.build(config)
+    validation.validate(config)
     with pytest.raises(ValueError, match=r"config.optimizer.learning_rate.warmup is -1"):
-        experiment.build(_sire("optimizer.learning_rate.warmup=-1.0"))
+        validation.validate(_sire("optimizer.learning_rate.warmup=-1.0"))
 
 
 @pytest.mark.parametrize("name", ["auxnet.py:20-2", "pairs.py:aux_10", "ssal.py:resnet18"])

@@ -63,6 +63,7 @@ def test_what_does_not_fit_is_refused_by_its_size():
     assert "0.0 hours, 1 without a figure left out." in rehearsal.markdown({"row": found})
 
 
+@pytest.mark.slow  # It compiles a network of its own.
 def test_a_run_that_diverges_says_when():
     found = rehearse(_parts("optimizer.learning_rate=1e25"), steps=6)
     assert found.diverged in (2, 3)
