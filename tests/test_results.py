@@ -75,6 +75,7 @@ def test_what_became_of_readings_is_what_was_recorded(place, batch):
     [
         ("pairs.md", "As reported", "pairs_1.json", "pairs_1"),
         ("pairs.md", "As released", "pairs_1-as_released.json", "pairs_1"),
+        ("pairs.md", "Figures of the text", "pairs_choices.json", "pairs_choices"),
         ("auxnet.md", "The rules compared", "auxnet_rules-reduced.json", "auxnet_rules"),
     ],
 )
