@@ -352,10 +352,11 @@ def _prepare(config: ConfigDict, overrides: Sequence[str]) -> None:
     for argument in overrides:
         path, _, value = argument.removeprefix("--config.").partition("=")
         *sections, last = path.split(".")
-        if sections[:1] == ["augmentation"] and len(sections) == 2:
+        augmentations = _section_at(config, sections[:1])
+        if sections[:1] == ["augmentation"] and len(sections) == 2 and augmentations is not None:
             name = sections[1]
-            if name not in config.augmentation and name in AUGMENTATIONS:
-                config.augmentation[name] = augmentation(name)
+            if name not in augmentations and name in AUGMENTATIONS:
+                augmentations[name] = augmentation(name)
         section = _section_at(config, sections)
         if section is None:
             continue

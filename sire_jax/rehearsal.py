@@ -144,7 +144,8 @@ def rehearse(parts: experiment.Experiment, steps: int = 0, memory: int | None = 
         state, began = runs.initial(), time.perf_counter()
         found.memory = runs.planned_memory(state)
         if found.memory is not None and found.memory > available:
-            return replace(found, refused=_too_big(found.memory, available))
+            found.refused = _too_big(found.memory, available)
+            return found
         _take(found, runs, state, steps or STEPS, math.inf if steps else SECONDS, began)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
