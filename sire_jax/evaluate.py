@@ -58,14 +58,16 @@ def diverged(workdir: str | Path) -> list[int | None]:
         checkpoints.close()
 
 
-def kept_weights(runs: Runs, workdir: str | Path, used: int | None = 1) -> TrainState | Best:
+def kept_weights(
+    runs: Runs, workdir: str | Path, used: Sequence[int] | None = (0,)
+) -> TrainState | Best:
     """Restores the weights that a run is judged by.
 
     Args:
         runs: The programs of the run.
         workdir: Its directory.
-        used: How many of its seeds are looked at, from the first on: none of them may have
-            diverged. ``None``: all.
+        used: Which of its runs are looked at, from 0: none of them may have diverged. ``None``:
+            all.
 
     Returns:
         The best on validation data if it has any, else the last.
@@ -74,8 +76,8 @@ def kept_weights(runs: Runs, workdir: str | Path, used: int | None = 1) -> Train
         FileNotFoundError: If there is no checkpoint.
         ValueError: If one has diverged.
     """
-    for i, steps in enumerate(diverged(workdir)[:used]):
-        if steps is not None:
+    for i, steps in enumerate(diverged(workdir)):
+        if steps is not None and (used is None or i in used):
             raise ValueError(
                 f"The run with seed {runs.config.seed + i} in {workdir} diverged after {steps}"
                 " steps: its weights mean nothing."
@@ -183,7 +185,7 @@ def evaluate(
     runs = open_run(workdir, overrides, changed_data=changed_data)
     if not runs.examples[split].shape[1]:
         raise ValueError(f"The run has no {split} examples.")
-    kept, steps = kept_weights(runs, workdir, used=0), diverged(workdir)
+    kept, steps = kept_weights(runs, workdir, used=()), diverged(workdir)
     fitted = runs.fit(kept.params, kept.model_state)
     found = runs.measure(kept.params, kept.model_state, split, fitted)
     predictions = runs.parts.predictions

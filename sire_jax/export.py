@@ -1,7 +1,8 @@
 """Writes one output of a trained network to a file of its own, and applies such files.
 
 ``python -m sire_jax.export --workdir=DIR --exit=45 --out=exit_45.npz`` writes the output
-``exit_45``, with only what it is computed from. In Python::
+``exit_45``, with only what it is computed from; ``--exit=best`` the one that is right on most
+validation images. In Python::
 
     from sire_jax.export import load
     model = load("exit_45.npz")
@@ -19,17 +20,31 @@ import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
 
-from sire_jax import command, configuration, experiment, files, objectives, traced, untrusted
+from sire_jax import (
+    command,
+    configuration,
+    experiment,
+    files,
+    objectives,
+    tables,
+    traced,
+    untrusted,
+)
 from sire_jax.data.sources import Source
 from sire_jax.evaluate import kept_weights, open_run
 from sire_jax.experiment import Experiment, Forward
 from sire_jax.inference.stages import cut_out
 from sire_jax.metrics import class_logits
 from sire_jax.names import nearest
+from sire_jax.networks import MAIN
+from sire_jax.runs import Runs
+from sire_jax.step import Best, TrainState
 
 PyTree = Any
 # What a file says that it is, with the version of its layout.
 FORMAT = "sire_jax export 1"
+# In place of an output's name: the best on validation images.
+BEST = "best"
 
 
 class Exported:
@@ -182,6 +197,55 @@ def find_output(parts: Experiment, name: str) -> str:
     raise ValueError(f"No output that classifies is called '{name}'.{nearest(close, classify)}")
 
 
+def validated(runs: Runs, kept: TrainState | Best, run: int) -> dict[str, float]:
+    """Measures the outputs that predict what the main output does, to choose one of them.
+
+    The outputs of one network are models of several depths, among which held-out images choose (Guo
+    et al., *The Shallow End*, Section 4.2).
+
+    Args:
+        runs: The runs, with their data.
+        kept: Their weights.
+        run: Which of them, from 0.
+
+    Returns:
+        The accuracy on validation images by output, in [0, 1].
+
+    Raises:
+        ValueError: If there are no validation images, or the main output does not classify.
+    """
+    parts = runs.parts
+    if not runs.examples["validation"].shape[1]:
+        raise ValueError(
+            "The run has no validation images to choose an output on, and test images are not for"
+            " choosing: name an output, or train with some held out, such as"
+            ' --config.data.task.validation_per_class=50 --config.evaluate_splits=\'("validation",'
+            ' "test")\'.'
+        )
+    accurate = objectives.accurate(parts.objectives, parts.outputs, parts.batch)
+    targets = {n: (parts.objectives[n].output, parts.objectives[n].target) for n in accurate}
+    of_main = {target for output, target in targets.values() if output == MAIN}
+    if not of_main:
+        raise ValueError("The main output does not classify; name the output to write.")
+    found = runs.measure(kept.params, kept.model_state, "validation")
+    return {
+        output: float(found[f"{name}/top_1"][run])
+        for name, (output, target) in targets.items()
+        if target in of_main
+    }
+
+
+def _best(runs: Runs, accuracies: Mapping[str, float]) -> str:
+    """Returns the most accurate output; of equals the one that is computed from the least."""
+    parts = runs.parts
+    most = max(accuracies.values())
+    equals = [output for output, each in accuracies.items() if each == most]
+    image = jax.ShapeDtypeStruct((1, *parts.batch["image"].shape[1:]), parts.batch["image"].dtype)
+    sets = [{output} for output in equals]
+    costs = traced.multiply_adds_together(parts.apply, sets, parts.variables, image)
+    return equals[int(np.argmin(costs))]
+
+
 def _number(name: str) -> int | None:
     """Returns the number at the end of a name, if there is one."""
     found = re.search(r"\d+$", name)
@@ -253,38 +317,45 @@ def export(
 
     Args:
         workdir: The run.
-        name: The output (``find_output``).
+        name: The output (``find_output``); ``"best"`` the most accurate on the validation images of
+            the run (``validated``), which have to be at hand.
         out: The file, which must not exist.
         seed: Seed of the run among those of the workdir, by default the first. Its weights are the
             best on validation data if it has any, else the last.
         overrides: ``--config.data.dir=DIR`` and the like, where the data have moved.
 
     Returns:
-        ``{"output", "parameters", "multiply_adds", "whole": {"parameters", "multiply_adds"},
-        "bytes"}``; multiply-adds are of one example.
+        ``{"output", "validation", "parameters", "multiply_adds", "whole": {"parameters",
+        "multiply_adds"}, "bytes"}``; multiply-adds are of one example, ``validation`` are the
+        accuracies that the output was chosen by, ``{}`` if it was named.
 
     Raises:
         FileNotFoundError: If there is no run, no checkpoint, or the data set is not prepared.
         FileExistsError: If the file exists.
-        ValueError: If there is no such output or seed, or an override changes the run.
+        ValueError: If there is no such output or seed, no validation images to choose on, or an
+            override changes the run.
     """
     path = command.check_new(out)
-    runs = open_run(workdir, overrides, needs_data=False)
+    runs = open_run(workdir, overrides, needs_data=name == BEST)
     parts, config = runs.parts, runs.config
-    output = find_output(parts, name)
+    output = "" if name == BEST else find_output(parts, name)
     seeds = range(config.seed, config.seed + config.seeds)
     seed = config.seed if seed is None else seed
     if seed not in seeds:
         raise ValueError(f"--seed is {seed}; the run has the seeds {seeds[0]} to {seeds[-1]}.")
-    kept = kept_weights(runs, workdir)
+    run = seeds.index(seed)
+    kept = kept_weights(runs, workdir, used=(run,))
+    accuracies = validated(runs, kept, run) if name == BEST else {}
+    output = output or _best(runs, accuracies)
     values = _paths({"params": kept.params, **kept.model_state})
-    stored = {key: np.asarray(values[key][seeds.index(seed)]) for key in needed(parts, output)}
+    stored = {key: np.asarray(values[key][run]) for key in needed(parts, output)}
     save(path, config, output, stored)
     image = jax.ShapeDtypeStruct((1, *parts.batch["image"].shape[1:]), parts.batch["image"].dtype)
     sets = [{output}, set(parts.outputs)]
     costs = traced.multiply_adds_together(parts.apply, sets, parts.variables, image)
     return {
         "output": output,
+        "validation": accuracies,
         "parameters": sum(v.size for key, v in stored.items() if key.startswith("params/")),
         "multiply_adds": costs[0],
         "whole": {
@@ -297,7 +368,9 @@ def export(
 
 def report(out: str | Path, written: Mapping[str, Any]) -> str:
     """Says what was written, and how it is loaded."""
-    lines = [f"{out}: the output '{written['output']}', {written['bytes']:,} bytes"]
+    chosen = [[name, f"{each:.4f}"] for name, each in written["validation"].items()]
+    lines = [tables.align([["output", "on validation"], *chosen]), ""] if chosen else []
+    lines += [f"{out}: the output '{written['output']}', {written['bytes']:,} bytes"]
     for key, what in (("parameters", "parameters"), ("multiply_adds", "multiply-adds an image")):
         share = written[key] / max(1, written["whole"][key])
         lines.append(f"  {written[key]:,} {what}, {share:.1%} of the whole network's")
@@ -309,7 +382,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the program with command line arguments."""
     parser = command.parser(__doc__)
     parser.add_argument("--workdir", required=True, help="directory of the run")
-    parser.add_argument("--exit", required=True, help="an output, or the number at its end")
+    parser.add_argument("--exit", required=True, help="an output, the number at its end, or best")
     parser.add_argument("--out", required=True, help="the file to write, such as exit_45.npz")
     parser.add_argument("--seed", type=int, help="seed of the run; by default the first")
     known, overrides = parser.parse_known_args(arguments)

@@ -126,6 +126,34 @@ def test_the_program_says_what_it_wrote(run, whole, tmp_path, capsys):
     assert re.search(r"^Error: .*small.npz exists; choose another --out", capsys.readouterr().err)
 
 
+def test_the_best_on_validation_is_the_most_accurate_exit(run, whole, tmp_path, capsys):
+    _, runs, _ = run
+    # By hand: the whole network on the images held out.
+    arrays, examples = runs.arrays, runs.examples["validation"][1]
+    images, labels = np.asarray(arrays["image"])[examples], np.asarray(arrays["label"])[examples]
+    logits = whole(_variables(run, 8), images)
+    right = {k: float((np.argmax(each, -1) == labels).mean()) for k, each in logits.items()}
+    export.main([f"--workdir={run[0]}", "--exit=best", f"--out={tmp_path / 'b.npz'}", "--seed=8"])
+    said = capsys.readouterr().out
+    for output, accuracy in right.items():
+        assert re.search(rf"\| {output} +\| {accuracy:.4f} +\|", said)
+    best = max(right, key=right.get)
+    assert f"b.npz: the output '{best}'" in said
+    assert export.load(tmp_path / "b.npz").output == best
+
+
+def test_of_equally_good_exits_the_cheapest_is_the_best(run):
+    assert export._best(run[1], {"main": 0.5, "exit_5": 0.5, "exit_3": 0.25}) == "exit_5"
+
+
+def test_nothing_is_chosen_without_images_held_out(run, monkeypatch):
+    _, runs, kept = run
+    none = {**runs.examples, "validation": runs.examples["validation"][:, :0]}
+    monkeypatch.setattr(runs, "examples", none)
+    with pytest.raises(ValueError, match=r"no validation images .* name an output, or train with"):
+        export.validated(runs, kept, 0)
+
+
 def test_what_does_not_exist_is_refused(run, tmp_path):
     parts = run[1].parts
     for name, message in [
