@@ -17,8 +17,8 @@ Auxiliary Models for Deep Neural Networks*.
 
     0, 1, 2, 3           so many branches; 0 is the bare network
     split                groups of labels that are confused little rather than much
-    validate             50 training images of each class held out, to which an eta is fitted, and
-                         the linear combination, otherwise to the training images
+    validate             an eta fitted to the images held out, and the best weights on them taken
+    all_images           nothing held out: the linear combination is fitted to training images
     small                a quarter of all widths, of the branches, too: for a first look
     tiny                 ResNet18 on Tiny-ImageNet, 20 epochs, the branches of Table 2: 1 or 3
     sweep                one branch as those of Fig. 2 (ResNet18) and Fig. 3, over 20 groups
@@ -28,7 +28,10 @@ Auxiliary Models for Deep Neural Networks*.
     cat_fc_ssal          the same as cat_fc, with the branches' objectives (Fig. 5)
 
 What is measured: ``main`` (+TR in the paper), ``joint`` (+JP), ``joint_eta_1``, ``joint_softmax``
-(normalized as the paper prints it) and ``linear`` (+LC).
+(normalized as the paper prints it) and ``linear`` (+LC). The linear combination is fitted to 50
+training images of each class that are held out of all networks alike. The paper, which doesn't say
+to what it fits, trains on all (``all_images``); but of images that the network knows by heart a
+combination learns to trust the main output alone.
 
 Groups are read from files, ``configs/groups/cifar100_join.json`` and so on. CIFAR-100's come with
 the configs, of 2, 4, 10, 20, 33 and 50 groups (``configs/groups/README.md``). Those of the other
@@ -48,7 +51,17 @@ DenseNets, 5e-4; the peak of the learning rate at 40% of the run (told of Table 
 branches of the WRN are (the printed sizes fit positions 3, 4 and 5) and which the SE-WRN has (the
 printed size fits 5 x 5, 3 x 3 and 5 x 5 kernels first); all of ImageNet but the groups' numbers;
 the rates and groups on Tiny-ImageNet; the weights of the DenseNets' branches; that of the loss of a
-branch that is alone, the first of several.
+branch that is alone, the first of several; of Fig. 3 the weight of the branch (the first of
+several) and its layers at all positions (the released ones of a position in the middle); of Fig. 5
+the layers of ``cat_fc`` (one of 2048 units, which has the printed size). Section 4.2 has the branch
+"after the first max-pooling, and before the first residual block": a network of small images has
+no such pooling, and its branch is behind the stem, ``stage_1``.
+
+The paper contradicts itself, and this file decides: groups are 20, 30 and 50 in the text of
+Section 4.2, to Table 1, and 20, 33 and 50 in that to Table 3 and in the release. Here they are 33;
+30 are ``--config.data.groups.groups_2.groups=30 --config.heads.branch_2.classes=30``, of a file
+that has them. Table 1's last row of ResNet50 repeats the WRN's; Table 3's size of the WRN is that
+of one branch.
 """
 
 from typing import Any
@@ -157,7 +170,7 @@ _ALONE: dict[tuple[str, bool], Branch] = {
 _OF_RESNET18 = ("resnet18", "wide_resnet18", "deep_resnet18", "dw_resnet18")
 _NUMBERS = ("0", "1", "2", "3")
 _COMBINED = ("gap_cat", "cat_fc", "cat_fc_ssal")
-_OPTIONS = (*_NUMBERS, "split", "validate", "small", "tiny", "sweep", *_COMBINED)
+_OPTIONS = (*_NUMBERS, "split", "validate", "all_images", "small", "tiny", "sweep", *_COMBINED)
 
 VARIANTS = (
     *_NETWORKS,
@@ -222,7 +235,7 @@ def get_config(variant: str = "resnet18") -> ConfigDict:
         _combine(config, combined, classes, kind, scale)
     if combined is None and branches:
         # A branch alone is not weighted down.
-        _predict(config, recipe["eta"] if len(branches) > 1 else 1.0, "validate" in options)
+        _predict(config, recipe["eta"] if len(branches) > 1 else 1.0, options)
     _train(config, recipe)
     return config
 
@@ -240,7 +253,8 @@ def _scaled(parts: dict[str, Any], scale: float) -> dict[str, Any]:
 
 def _check(options: list[str]) -> None:
     """Checks that options go together."""
-    for exclusive in ((*_NUMBERS, "sweep"), _COMBINED, ("sweep", "tiny")):
+    pairs = (("sweep", "tiny"), ("validate", "all_images"))
+    for exclusive in ((*_NUMBERS, "sweep"), _COMBINED, *pairs):
         given = [option for option in options if option in exclusive]
         if len(given) > 1:
             raise ValueError(f"The options {', '.join(given)} exclude each other; choose one.")
@@ -266,8 +280,9 @@ def _data(config: ConfigDict, name: str, options: list[str], recipe: dict[str, A
     """Sets data and augmentation; returns the number of classes."""
     config.augmentation.flip = augmentation("flip")
     config.evaluate_splits = ("test",)
-    if "validate" in options:
+    if "all_images" not in options:
         config.data.task.validation_per_class = 50
+    if "validate" in options:
         config.evaluate_splits = ("validation", "test")
     if name == "imagenet_resnet50":
         configuration.stream(config)
@@ -309,16 +324,16 @@ def _combine(config: ConfigDict, combined: str, classes: int, kind: Any, scale: 
     config.objectives.combined = objective("combined", "label", kind)
 
 
-def _predict(config: ConfigDict, eta: float, validate: bool) -> None:
+def _predict(config: ConfigDict, eta: float, options: list[str]) -> None:
     """Adds the prediction rules; all are measured in one pass."""
     config.predictions.joint = prediction("joint_probability", eta=eta)
     config.predictions.joint_eta_1 = prediction("joint_probability", eta=1.0)
     config.predictions.joint_softmax = prediction(
         "joint_probability", eta=eta, normalization="softmax"
     )
-    split = "validation" if validate else "train"
+    split = "train" if "all_images" in options else "validation"
     config.predictions.linear = prediction("linear_combination", split=split)
-    if validate:
+    if "validate" in options:
         config.predictions.joint_fitted = prediction("fitted_joint_probability")
 
 

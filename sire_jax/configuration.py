@@ -8,6 +8,7 @@ which show every setting, so that each can be overridden: ``--config.backbone.dr
 import json
 import math
 import runpy
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -272,15 +273,19 @@ def load(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
     return with_groups(override(config, overrides))
 
 
-def with_groups(config: ConfigDict) -> ConfigDict:
+def with_groups(config: ConfigDict, dealt: bool = False) -> ConfigDict:
     """Puts groups in place of the files that they are read from.
 
     Args:
         config: The config; it is left as it is.
+        dealt: Whether labels are dealt in turn to the groups of a file that does not exist, with a
+            warning: groups of the right number, which say nothing. Their section keeps the name of
+            its file (``groups.is_dealt``).
 
     Returns:
         A config with ``assignment`` and ``classes`` of each section of ``config.data.groups``; a
-        section whose file does not exist is left as it is, for ``experiment.build`` to complain of.
+        section whose file does not exist is otherwise left as it is, for ``experiment.build`` to
+        complain of.
 
     Raises:
         ValueError: If a section is none, or a file does not hold such groups.
@@ -295,6 +300,14 @@ def with_groups(config: ConfigDict) -> ConfigDict:
         if place is not None:
             read = groups.from_section(name, {**section, "file": str(place)})
             section.update(file="", classes=read.classes, assignment=read.assignment)
+        elif dealt and section.file and not section.assignment and "label" in data.classes:
+            warnings.warn(
+                f"There is no file of groups {section.file}: labels are dealt to {section.groups}"
+                " groups in turn, which changes no size.",
+                stacklevel=2,
+            )
+            made = groups.deal(data.classes["label"], section.groups)
+            section.update(classes=made.classes, assignment=made.assignment)
     return config
 
 

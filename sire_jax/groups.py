@@ -125,6 +125,34 @@ def save(path: str | Path, groupings: Mapping[int, Groups], made: str) -> None:
     files.expanded(path).write_text(text, encoding="utf-8")
 
 
+def deal(classes: int, number: int) -> Groups:
+    """Deals labels to groups in turn, where only the number of groups counts.
+
+    Args:
+        classes: How many labels, called ``label_0`` and so on.
+        number: How many groups, at least 1 and at most ``classes``.
+
+    Returns:
+        Groups whose sizes are within one of each other.
+
+    Raises:
+        ValueError: If a group would have no label.
+    """
+    if not 1 <= number <= classes:
+        raise ValueError(f"{classes} labels can't be dealt to {number} groups; 1..{classes} can.")
+    names = tuple(f"label_{i}" for i in range(classes))
+    return Groups(names, tuple(i % number for i in range(classes)))
+
+
+def is_dealt(section: Mapping[str, Any]) -> bool:
+    """Tells whether labels of a section were dealt, as there is no file.
+
+    Args:
+        section: Of ``config.data.groups``.
+    """
+    return bool(section["file"] and section["assignment"])
+
+
 def from_section(name: str, section: Mapping[str, Any]) -> Groups:
     """Returns the groups of a section of ``config.data.groups``.
 

@@ -99,7 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
     known, overrides = parser.parse_known_args(arguments)
     with command.readable_errors():
-        found = inspect(configuration.load(known.config, overrides))
+        config = configuration.load(known.config, overrides)
+        found = inspect(configuration.with_groups(config, dealt=True))
     print(json.dumps(found) if known.json else report(found))
 
 

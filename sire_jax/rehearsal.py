@@ -18,6 +18,7 @@ import numpy as np
 from sire_jax import experiment, parallel, tables, traced
 from sire_jax.data.dataset import Source
 from sire_jax.data.tasks import Pairs
+from sire_jax.groups import is_dealt
 from sire_jax.runs import Runs
 from sire_jax.streamed_runs import open_runs
 
@@ -165,14 +166,16 @@ def _with_one_seed(parts: experiment.Experiment) -> experiment.Experiment:
 def _open(parts: experiment.Experiment) -> tuple[Runs, int]:
     """Opens a run, on made-up images if need be, and counts the steps of the whole of it."""
     config = parts.config
-    try:
-        runs = open_runs(parts)
-        return runs, config.epochs * runs.steps_per_epoch
-    except FileNotFoundError:
-        steps = experiment.steps_per_epoch(parts.task, config)
-        if steps is None:
-            raise
-        return _MadeUp(parts), config.epochs * steps
+    steps = experiment.steps_per_epoch(parts.task, config)
+    # Groups that were dealt are not of the real labels.
+    if steps is None or not any(map(is_dealt, config.data.groups.values())):
+        try:
+            runs = open_runs(parts)
+            return runs, config.epochs * runs.steps_per_epoch
+        except FileNotFoundError:
+            if steps is None:
+                raise
+    return _MadeUp(parts), config.epochs * steps
 
 
 def _take(

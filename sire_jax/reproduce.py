@@ -138,9 +138,9 @@ def load_rows(
     return found
 
 
-def _build(name: str, config: ConfigDict) -> experiment.Experiment:
+def _build(name: str, config: ConfigDict, rehearsed: bool = False) -> experiment.Experiment:
     with registry.located(f"The row '{name}'"):
-        return experiment.build(configuration.with_groups(config))
+        return experiment.build(configuration.with_groups(config, dealt=rehearsed))
 
 
 def rehearse(
@@ -172,7 +172,7 @@ def rehearse(
     """
     workdir = check_writable(workdir)
     row_configs = load_rows(table, rows, configs, option, overrides)
-    parts = {name: _build(name, config) for name, config in row_configs.items()}
+    parts = {name: _build(name, config, True) for name, config in row_configs.items()}
     found: dict[str, rehearsal.Rehearsal] = {}
     for number, (name, each) in enumerate(parts.items(), start=1):
         found[name] = rehearsal.rehearse(each, steps)

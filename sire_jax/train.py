@@ -426,7 +426,7 @@ def summary(results: Mapping[str, Any]) -> str:
 
 
 def _rehearse(config: ConfigDict, steps: int) -> None:
-    parts = experiment.build(configuration.with_groups(config))
+    parts = experiment.build(configuration.with_groups(config, dealt=True))
     found = rehearsal.rehearse(parts, steps)
     distributed.say(rehearsal.markdown({config.name or "run": found}))
 

@@ -107,6 +107,26 @@ def test_groups_that_a_file_does_not_hold_are_refused(file, section, error, mess
         experiment.build(configuration.with_groups(config))
 
 
+def test_where_only_sizes_count_labels_are_dealt_to_the_groups_of_a_file_that_is_not_there():
+    config = _config("/nowhere/groups.json")
+    with pytest.warns(UserWarning, match=r"no file of groups /nowhere.* dealt to 3 groups in turn"):
+        dealt = configuration.with_groups(config, dealt=True)
+    section = dealt.data.groups.coarse
+    assert section.assignment == (0, 1, 2, 0, 1, 2, 0, 1, 2, 0)
+    assert section.classes[:2] == ("label_0", "label_1")
+    assert groups.is_dealt(section)
+    assert not groups.is_dealt(config.data.groups.coarse)
+    assert experiment.build(dealt).groups["coarse"].number == 3
+    with pytest.raises(ValueError, match=r"10 labels can't be dealt to 11 groups; 1..10 can"):
+        groups.deal(10, 11)
+
+
+def test_a_file_that_is_there_is_read_although_labels_might_be_dealt(file):
+    read = configuration.with_groups(_config(file), dealt=True).data.groups.coarse
+    assert read.assignment == THREE.assignment
+    assert not groups.is_dealt(read)
+
+
 def test_a_file_edited_badly_is_refused(tmp_path):
     path = tmp_path / "edited.json"
     groups.save(path, {3: THREE}, "by hand")

@@ -18,6 +18,7 @@ from sire_jax import (
     experiment,
     figures,
     groups,
+    inspect,
     registry,
     reproduce,
     traced,
@@ -165,6 +166,18 @@ def test_settings_that_were_released():
     assert not [*alone.heads, *alone.data.groups, *alone.predictions]
 
 
+def test_the_linear_combination_is_fitted_to_images_that_no_network_has_seen():
+    for variant, held_out in (("resnet18", 50), ("resnet18,0", 50), ("resnet18,all_images", 0)):
+        config = _load(variant)
+        assert config.data.task.validation_per_class == held_out
+        assert config.evaluate_splits == ("test",)
+    assert _load("resnet18").predictions.linear.split == "validation"
+    assert config.predictions.linear.split == "train"
+    fitted = _load("resnet18,validate")
+    assert fitted.evaluate_splits == ("validation", "test")
+    assert fitted.predictions.joint_fitted.name == "fitted_joint_probability"
+
+
 @pytest.mark.parametrize(
     ("variant", "message"),
     [
@@ -177,6 +190,7 @@ def test_settings_that_were_released():
         ("resnet18,3", r"'resnet18' has 2 branches, not 3"),
         ("resnet50,tiny", r"'tiny' is for ResNet18, not for 'resnet50'"),
         ("resnet18,0,gap_cat", r"'gap_cat' needs branches"),
+        ("resnet18,validate,all_images", r"options validate, all_images exclude each other"),
         ("se_wrn16_8,sweep", r"no variant 'se_wrn16_8'"),
     ],
 )
@@ -189,6 +203,14 @@ def test_a_branch_without_a_file_of_groups_says_how_to_make_one():
     match = r"(?s)no file of groups .*tiny_imagenet_join.json.*python -m sire_jax.grouping"
     with pytest.raises(FileNotFoundError, match=match):
         experiment.forward(_load("resnet18,tiny,1"))
+
+
+@pytest.mark.slow  # It traces a large network.
+def test_sizes_are_counted_without_a_file_of_groups(capsys):
+    inspect.main([f"--config={CONFIGS}/ssal.py:resnet18,tiny,3", "--json"])
+    said = capsys.readouterr()
+    assert json.loads(said.out)["outputs"]["branch_3"]["shape"] == [50]
+    assert "tiny_imagenet_join.json: labels are dealt to 50 groups in turn" in said.err
 
 
 def test_a_branch_at_a_position_that_is_not_there_is_refused():
