@@ -1,4 +1,4 @@
-"""Is one handwritten digit less than or equal to another? On the digits that scikit-learn bundles.
+"""Is one handwritten digit less than or equal to another? On the digits bundled here.
 
 ``configs/quickstart.py:auxiliary`` is also told, while it trains, which digits it sees, by an
 auxiliary output; ``configs/quickstart.py:main_only`` is the same network without it.

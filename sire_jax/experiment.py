@@ -276,9 +276,12 @@ def _example_batch(
     """
     labels = {kind: np.zeros(1, np.int32) for kind in config.data.classes}
     blank = Source(np.zeros((1, *config.data.shape), np.uint8), labels)
-    arrays = {key: jnp.asarray(values) for key, values in task.prepare(blank).items()}
-    examples = jnp.zeros((2, 2) if isinstance(task, tasks.Pairs) else (2,), jnp.int32)
-    checks.groups(groups, task.classes(config.data.classes)["label"], task.batch(arrays, examples))
+    # Shapes alone: run one by one, each operation would be compiled first.
+    arrays = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, task.prepare(blank)))
+    shape = (2, 2) if isinstance(task, tasks.Pairs) else (2,)
+    examples = jax.ShapeDtypeStruct(shape, jnp.int32)
+    found = jax.eval_shape(task.batch, arrays, examples)
+    checks.groups(groups, task.classes(config.data.classes)["label"], found)
     batch = jax.eval_shape(
         lambda a, e: batches.ready(config.data, groups, task.batch(a, e)), arrays, examples
     )

@@ -117,7 +117,8 @@ def empty(tmp_path):
 def test_the_wheel_has_all_modules_configs_tables_and_groups(wheel):
     modules = [path.relative_to(ROOT) for path in (ROOT / "sire_jax").rglob("*.py")]
     configs = [path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.*")]
-    data = ["sire_jax/py.typed", *(f"sire_jax/{path}" for path in configs if path.suffix != ".pyc")]
+    data = ["sire_jax/data/digits.npz", "sire_jax/py.typed"]
+    data += [f"sire_jax/{path}" for path in configs if path.suffix != ".pyc"]
     assert _files(wheel) == sorted([*map(str, modules), *data])
 
 

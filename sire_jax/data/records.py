@@ -1,6 +1,6 @@
 """Encoded images, read one at a time: sets that don't fit in memory. Nothing here needs JAX."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -34,6 +34,9 @@ class Split(Protocol):
 
     def record(self, index: int) -> tuple[bytes, dict[str, int]]:
         """Reads an encoded image and its label of each kind."""
+
+    def ahead(self, indices: Sequence[int]) -> list[tuple[bytes, dict[str, int]] | None]:
+        """Reads several at once where that is faster; ``None`` is one to be read by itself."""
 
     def labels(self) -> Mapping[str, np.ndarray]:
         """Reads all labels of each kind, int32 ``[n]``."""
@@ -121,16 +124,49 @@ class Records:
             The bytes of its file, and its label of each kind.
         """
         split, number = self._find(index)
-        stored, labels = split.record(number)
+        return self._numbered(*split.record(number))
+
+    def _numbered(self, stored: bytes, labels: dict[str, int]) -> tuple[bytes, dict[str, int]]:
         if self.drawn is not None:
             labels = {"label": int(np.searchsorted(self.drawn, labels["label"]))}
         return stored, labels
 
-    def example(self, index: int) -> tuple[Image.Image, dict[str, int]]:
+    def examples(
+        self, indices: Sequence[int]
+    ) -> list[tuple[Image.Image, dict[str, int]] | DamagedImageError]:
+        """Reads and decodes images, read together where that is faster.
+
+        Args:
+            indices: Of the images, in 0..n - 1.
+
+        Returns:
+            For each what ``example`` returns, or the error that it raises.
+        """
+        found: list[tuple[Image.Image, dict[str, int]] | DamagedImageError] = []
+        for index, stored in zip(indices, self._ahead(indices), strict=True):
+            try:
+                found.append(self.example(index, stored))
+            except DamagedImageError as error:
+                found.append(error)
+        return found
+
+    def _ahead(self, indices: Sequence[int]) -> list[tuple[bytes, dict[str, int]] | None]:
+        placed = [self._find(index) for index in indices]
+        split = placed[0][0]
+        if any(each is not split for each, _ in placed):
+            return [None] * len(indices)
+        split.open()
+        read = split.ahead([number for _, number in placed])
+        return [each and self._numbered(*each) for each in read]
+
+    def example(
+        self, index: int, stored: tuple[bytes, dict[str, int]] | None = None
+    ) -> tuple[Image.Image, dict[str, int]]:
         """Reads and decodes an image.
 
         Args:
             index: Of the image, in 0..n - 1.
+            stored: What ``encoded`` returns of it, if that has been read.
 
         Returns:
             The image, and its label of each kind.
@@ -140,8 +176,8 @@ class Records:
         """
         self._find(index)[0].open()
         try:
-            stored, labels = self.encoded(index)
-            image = images.decode(stored, self.channels)
+            encoded, labels = stored or self.encoded(index)
+            image = images.decode(encoded, self.channels)
         except MemoryError:
             raise
         except Exception as error:  # Damage makes Pillow raise errors of many kinds.
