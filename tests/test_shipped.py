@@ -13,9 +13,9 @@ pytestmark = pytest.mark.slow  # Compiles and trains networks of full size, in t
     [
         ("pairs.py:aux_10", 20, 100),
         # More than it takes to diverge with a last layer that is linear.
-        ("sire.py:cnn", 8, 32),
-        ("auxnet.py:56-5", 2, 32),
-        ("ssal.py:resnet18", 2, 16),
+        ("sire.py:cnn", 8, 16),
+        ("auxnet.py:56-5", 2, 8),
+        ("ssal.py:resnet18", 2, 4),
     ],
 )
 def test_losses_are_finite_at_full_size(config, steps, batch, tmp_path):

@@ -11,7 +11,7 @@ from sire_jax.workdir import read_metrics, read_results
 
 pytestmark = pytest.mark.optax_dtypes
 
-KILLS = 6
+KILLS = 4
 # Of steps many more than the killed lives take together.
 OVERRIDES = (
     "--config.epochs=120",
@@ -29,7 +29,7 @@ def _newest(workdir):
     return max((int(path.parent.name) for path in sealed), default=None)
 
 
-@pytest.mark.slow  # Eight starts of the real program.
+@pytest.mark.slow  # Six starts of the real program.
 @pytest.mark.timeout(900)
 def test_nothing_is_lost_by_kills_at_random_moments(tmp_path):
     workdir, random = tmp_path / "killed", np.random.default_rng(16)
