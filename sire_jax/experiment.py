@@ -18,6 +18,7 @@ from sire_jax import (
     optimizers,
     prediction,
     registry,
+    traced,
     untrusted,
     validation,
 )
@@ -133,6 +134,11 @@ class Experiment(Forward):
     def main_objective(self) -> str:
         """Returns the name of the main output's objective, the first if there are several."""
         return main_objective(self.objectives)
+
+    def size(self) -> int:
+        """Returns the number of parameters that some objective reaches; others are not trained."""
+        reached = jax.tree.map(lambda *each: any(each), *self.reach.values())
+        return traced.size(self.variables["params"], reached)
 
     def accuracy(self) -> str | None:
         """Returns the metric by which the main output is judged, ``None`` if it classifies none."""

@@ -32,7 +32,6 @@ from sire_jax import (
     registry,
     rehearsal,
     tables,
-    traced,
 )
 from sire_jax.diagnostics import gradient_flow
 from sire_jax.divergence import DIVERGED, NonFiniteLossError
@@ -366,7 +365,8 @@ def reproduce(
         parameters = 0
         if counts:
             counted = {**row, "variant": row.get("counted", row["variant"])}
-            parameters = _parameters(row_config(table, counted, configs, option, overrides))
+            chosen = row_config(table, counted, configs, option, overrides)
+            parameters = experiment.build(chosen).size()
         lines.append(compare(row, table, results, parameters, reference))
         (workdir / "table.md").write_text(_note(overrides) + markdown(lines, table) + "\n")
         details = {
@@ -388,13 +388,6 @@ def reproduce(
             points.append({"x": row["x"], "series": row["series"], **runs})
             figures.sweep(points, table["sweep"], workdir / "sweep.png")
     return lines
-
-
-def _parameters(config: ConfigDict) -> int:
-    """Counts the parameters that some loss reaches: what is not trained is not of the network."""
-    parts = experiment.build(config)
-    reached = jax.tree.map(lambda *each: any(each), *parts.reach.values())
-    return traced.size(parts.variables["params"], reached)
 
 
 def _trained(config: ConfigDict, directory: Path) -> dict[str, Any] | None:

@@ -36,7 +36,15 @@ FILES = {128: "sire_readings.json", 32: "sire_readings-batch_32.json"}
 
 def _tables(page, heading):
     """Returns the tables of a section of a page: rows of cells, the header first."""
-    text = (RESULTS / page).read_text().partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    text = (RESULTS / page).read_text()
+    return _tables_of(text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0])
+
+
+def _all_tables(page):
+    return _tables_of((RESULTS / page).read_text())
+
+
+def _tables_of(text):
     found = re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE)
     return [
         [[cell.strip() for cell in line.strip("|\n").split("|")] for line in table.splitlines()]
@@ -88,3 +96,307 @@ def test_a_table_is_what_reproduce_wrote(page, heading, recorded, table):
     # A row that was not run stands on the page alone.
     found = [row for row in found if "not run" not in row]
     assert found[:1] + found[2:] == expected[:1] + expected[2:]
+
+
+# ---- What benchmarks measured.
+
+
+def _recorded(name):
+    return json.loads((RESULTS / name).read_text())
+
+
+def _spread(values):
+    low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+
+
+def _ratios(found, name, other):
+    return np.divide(found["seconds"][name], found["seconds"][other])
+
+
+def _rule(found, name, digits):
+    """The cells of a rule's row: how long, how much longer than joint, required, memory."""
+    facts, joint = found["facts"][name], found["facts"]["joint"]
+    size, least = (x["temporary_bytes"] + x["result_bytes"] for x in (facts, joint))
+    is_joint = name == "joint"
+    rule = "multiway" if " + " in name else name
+    required = found["required"][rule]
+    return [
+        name,
+        f"{1e3 * np.median(found['seconds'][name]):.0f}",
+        "1" if is_joint else _spread(_ratios(found, name, "joint")),
+        "1" if required == 1 else f"{required:.2f}",
+        f"{size / 2**20:.0f}" + ("" if is_joint else f" ({size / least:.2f})"),
+        f"{facts['compile_seconds']:.{digits}f}",
+    ]
+
+
+@pytest.mark.parametrize(("place", "network"), [(0, "56-5"), (3, "56-10")])
+def test_the_cost_of_rules_is_what_was_measured(place, network):
+    table = _tables("auxnet.md", "Cost of a step")[place]
+    (found,) = (
+        each["networks"][network]
+        for each in _recorded("benchmark_updates.json").values()
+        if network in each["networks"]
+    )
+    assert table[2:] == [_rule(found, row[0], 0) for row in table[2:]]
+    assert {row[0] for row in table[2:]} == set(found["facts"])
+
+
+def test_the_cost_of_rules_on_two_outputs_is_what_was_measured():
+    table = _tables("auxnet.md", "Cost of a step")[2]
+    (found,) = (
+        each["networks"]["20-2"]
+        for each in _recorded("benchmark_updates.json").values()
+        if "20-2" in each["networks"]
+    )
+    for name, ratio, required, memory in table[2:]:
+        if "," not in name:
+            assert [ratio, required, memory] == _rule(found, name, 0)[2:5]
+            continue
+        rule, _, aggregators = name.partition(" + ")
+        names = [f"{rule} + {each}" for each in aggregators.split(", ")]
+        middles = [f"{np.median(_ratios(found, each, 'joint')):.2f}" for each in names]
+        assert ratio == ", ".join(middles)
+        assert required == f"{found['required']['multiway']:.2f}"
+        assert memory in {_rule(found, each, 0)[4] for each in names}
+
+
+def test_rules_beside_pytorch_are_what_was_measured():
+    table = _tables("auxnet.md", "Cost of a step")[1]
+    (found,) = (
+        each["networks"]["56-5"]
+        for each in _recorded("benchmark_updates.json").values()
+        if "56-5" in each["networks"]
+    )
+    names = ["PyTorch joint", "PyTorch separate", "PyTorch mtl_backward", "PyTorch backward"]
+    for name, (_, milliseconds, own, ours, relative) in zip(names, table[2:], strict=True):
+        assert milliseconds == f"{1e3 * np.median(found['seconds'][name]):.0f}"
+        assert own == ("1" if name == names[0] else _spread(_ratios(found, name, names[0])))
+        assert relative == _spread(_ratios(found, ours, name))
+
+
+def test_the_cost_of_branches_is_what_was_measured():
+    networks = _recorded("benchmark_ssal.json")["networks"]
+    (table,) = _tables("ssal.md", "Cost of branches")
+    variants = ["resnet50", "resnet50,0", "resnet18", "resnet18,0"]
+    for variant, (_, required, *times, peak, plan, compiling) in zip(
+        variants, table[2:], strict=True
+    ):
+        found, bare = networks[variant.partition(",")[0]], f"{variant.partition(',')[0]},0"
+        facts, least = found["facts"][variant], found["multiply_adds"][bare]
+        step, main = (f"{variant}: {kind}" for kind in ("step", "main alone"))
+        is_bare = variant == bare
+        count = found["multiply_adds"][variant] / least
+        assert required == ("1" if is_bare else f"{count:.2f}")
+        assert times == [
+            f"{1e3 * np.median(found['seconds'][step]):.0f}",
+            "1" if is_bare else _spread(_ratios(found, step, f"{bare}: step")),
+            ""
+            if is_bare
+            else _spread(_ratios(found, f"{variant}: all outputs", f"{bare}: main alone")),
+            "1" if is_bare else _spread(_ratios(found, main, f"{bare}: main alone")),
+        ]
+        assert [peak, plan] == [
+            f"{x / 2**20:.0f}" for x in (facts["memory"], facts["plan"]["step"])
+        ]
+        assert compiling == f"{facts['compile_seconds']['step']:.0f}"
+
+
+def _mean(figure):
+    return "" if figure["ours"] is None else "{:.2f} ± {:.2f}".format(*figure["ours"])
+
+
+def test_branches_against_none_are_what_reproduce_wrote():
+    rows = _recorded("ssal_1-reduced.json")["rows"]
+    table = _tables("ssal.md", "Branches against none")[0]
+    columns = ("main", "joint_eta_1", "linear")
+    assert [row[1:4] for row in table[2:]] == [[_mean(row[c]) for c in columns] for row in rows]
+
+
+def test_table_1_of_sire_reduced_is_what_reproduce_wrote():
+    rows = _recorded("sire_1-reduced.json")["rows"]
+    (table,) = _tables("sire.md", "Table 1, reduced")
+    for shown, row in zip(table[2:], rows, strict=True):
+        assert shown[0] == row["name"]
+        for cell, column in ((2, "top_1_error"), (4, "top_5_error")):
+            assert shown[cell] == _mean(row[column])
+
+
+def test_speed_beside_pytorch_is_what_was_measured():
+    results = _recorded("benchmark_sire.json")["results"]
+    table = _tables("sire.md", "Speed beside PyTorch")[0]
+    eager = {}
+    for each in results:
+        if each["engine"] == "eager":
+            eager[each["network"]] = [one["seconds"] for one in each["rounds"]]
+    for (_, _, *cells), each in zip(table[2:], _as_shown(results), strict=True):
+        seconds = [one["seconds"] for one in each["rounds"]]
+        middle = np.median(seconds)
+        ratio = np.median(np.divide(seconds, eager[each["network"]]))
+        relative = "1" if each["engine"] == "eager" else f"{ratio:.2f}"
+        assert cells == [
+            f"{1e3 * middle:.1f}",
+            f"{each['batch_size'] / middle:.0f}",
+            "" if each["dtype"] == "bfloat16" else relative,
+            f"{each['rounds'][-1]['memory'] / 2**20:.0f}",
+        ]
+
+
+def _as_shown(results):
+    """Orders measurements as the page does."""
+    engines = ["ours", "eager", "compiled"]
+    return sorted(
+        results,
+        key=lambda x: (
+            x["network"],
+            engines.index(x["engine"]),
+            x["dtype"] != "float32",
+            x["remat"],
+        ),
+    )
+
+
+def test_convolutions_beside_pytorch_are_what_was_measured():
+    recorded = _recorded("benchmark_convolution.json")
+    text = (RESULTS / "sire.md").read_text()
+    rows = re.findall(r"^  \| (\d+) px, (\d+) to (\d+) (.*)\|$", text, flags=re.MULTILINE)
+    for (*layer, cells), each in zip(rows, recorded, strict=True):
+        assert [int(n) for n in layer] == [each[k] for k in ("side", "channels", "features")]
+        pairs = zip(each["ours"], each["torch"], strict=True)
+        expected = [f"{x:.1f}" if x else "" for pair in pairs for x in pair]
+        assert [cell.strip() for cell in cells.strip(" |").split("|")] == expected
+    sums = np.sum([[each["ours"], each["torch"]] for each in recorded], 0).T.ravel()
+    (total,) = re.findall(r"^  \| all, ms (.*)\|$", text, flags=re.MULTILINE)
+    assert re.findall(r"[\d.]+", total) == [f"{each:.1f}" for each in sums]
+
+
+def test_what_devices_and_processes_cost_is_what_was_measured():
+    (table,) = _tables("scaling.md", "Devices and processes")
+    found = {
+        (each["scaling"], each["unit"], each["number"], each["parallel"]): each
+        for each in _recorded("benchmark_scaling.json")["scaling"]
+    }
+    scaling = ""
+    for title, by, *cells in table[2:]:
+        scaling = {"": scaling, "32 for each": "weak"}.get(title, "strong")
+        number, unit = by.split()
+        unit = {"device": "devices", "process": "processes"}.get(unit, unit)
+        for parallel, cell in zip(("jit", "pmap"), cells, strict=True):
+            each = found.get((scaling, unit, int(number), parallel))
+            if cell:
+                efficiency = f" ({each['efficiency']:.2f})" * (each["number"] > 1)
+                assert cell == f"{each['images_per_second']:,.0f}{efficiency}"
+            else:
+                assert each is None
+
+
+def test_restarts_take_what_was_measured():
+    (table,) = _tables("scaling.md", "Restart")
+    recorded = _recorded("benchmark_scaling.json")["restart"]
+    expected = [[f"{each[k]:.1f} s" for k in ("compiled", "loaded")] for each in recorded]
+    assert [row[1:] for row in table[2:]] == expected
+
+
+def test_feeds_are_what_was_measured():
+    streams = _recorded("benchmark_input.json")["streams"]
+    (table,) = _tables("scaling.md", "Feeds")
+    engines = ("ours", "grain", "torch")
+
+    def speeds(name, workers):
+        seconds = streams[name]["seconds"]
+        medians = [np.median(np.divide(1, seconds[f"{e}, {workers} workers"])) for e in engines]
+        return [f"{each:,.0f}" for each in medians]
+
+    def starts(workers, digits):
+        found = streams["large"]["starts"]
+        return [f"{np.median(found[f'{e}, {workers} workers']):.{digits}f}" for e in engines]
+
+    expected = [speeds("small", 0), speeds("small", 2), speeds("large", 0), speeds("large", 2)]
+    assert [row[2:] for row in table[2:]] == [*expected, starts(0, 2), starts(2, 1)]
+
+
+def test_aggregators_beside_torchjd_are_what_was_measured():
+    recorded = _recorded("aggregators.json")["aggregators"]
+    table = next(t for t in _all_tables("aggregators.md") if "largest difference" in t[0])
+    assert table[2:] == [
+        [
+            name,
+            str(each["matrices"]),
+            f"{each['largest']:.0e}",
+            f"{each['median']:.0e}",
+            "{:.4f} to {:.4f}".format(*each["ratios"]),
+            f"{each['ours_us']:.0f}",
+            f"{each['torchjd_us']:.0f}",
+        ]
+        for name, each in recorded.items()
+    ]
+
+
+# ---- Sizes.
+
+
+def test_sizes_of_sire_are_what_was_counted():
+    counted = _recorded("sizes.json")
+    for table, name in zip(_tables("sire.md", "Sizes"), ("sire_3", "sire_4"), strict=True):
+        rows = {r["name"]: r["id"] for r in _rows(name)}
+        for row, _, ours in table[2:]:
+            assert ours == f"{counted[name][rows[row]]:,}", row
+
+
+def _rows(name):
+    table = reproduce.load_table(name, configuration.repository_configs())
+    return [{**row, "id": reproduce.identity(row)} for row in table["rows"]]
+
+
+# Of each row of the page the table and the row; after "+" what it adds to the one above.
+SSAL_SIZES = {
+    "ResNet18": ("ssal_1", "resnet18-0"),
+    "+ branch 1 (20 groups, after stage 1)": ("ssal_1", "resnet18-1", "resnet18-0"),
+    "+ branch 2 (50 groups, after stage 2)": ("ssal_1", "resnet18-2", "resnet18-1"),
+    "ResNet50": ("ssal_1", "resnet50-0"),
+    "ResNet50 + branch 1": ("ssal_1", "resnet50-1", "resnet50-0"),
+    "ResNet50 + three branches": ("ssal_1", "resnet50-3", "resnet50-0"),
+    "WRN-28-10": ("ssal_1", "wrn28_10-0"),
+    "WRN-28-10 + one branch": ("ssal_1", "wrn28_10-1", "wrn28_10-0"),
+    "WRN-28-10 + three branches": ("ssal_1", "wrn28_10-3", "wrn28_10-0"),
+    "SE-WRN-16-8": ("ssal_3", "se_wrn16_8-0"),
+    "SE-WRN-16-8 + three branches": ("ssal_3", "se_wrn16_8"),
+    "DenseNet-BC-190-40": ("ssal_3", "densenet190_40-0"),
+    "DenseNet-BC-190-40 + three branches": ("ssal_3", "densenet190_40"),
+    "WideResNet18, 200 classes": ("ssal_2", "wide_resnet18"),
+    "DeepResNet18": ("ssal_2", "deep_resnet18"),
+    "DWResNet18": ("ssal_2", "dw_resnet18"),
+    "GapCatNoSSAL": ("ssal_2", "gap_cat"),
+    "CatFCNoSSAL": ("ssal_2", "cat_fc"),
+    "SSAL x1": ("ssal_2", "ssal_1"),
+    "SSAL x3": ("ssal_2", "ssal_3"),
+}
+
+
+def test_sizes_of_ssal_are_what_was_counted():
+    counted, network, seen = _recorded("sizes.json"), "", []
+    (table,) = _tables("ssal.md", "Sizes")
+    for row, _, _, ours in table[2:]:
+        network = network if row.startswith("+") else row
+        key = row if row in SSAL_SIZES else f"{network} {row}"
+        name, *rows = SSAL_SIZES[key]
+        larger, *smaller = (counted[name][each] for each in rows)
+        sign = "+" if smaller else ""
+        assert ours == f"{sign}{(larger - sum(smaller)) / 1e6:.3f}", key
+        seen.append(key)
+    assert seen == list(SSAL_SIZES)
+
+
+def test_costs_of_exits_are_what_was_counted():
+    counted = _recorded("sizes.json")["auxnet.py:56-5"]
+    (table,) = _tables("auxnet.md", "Sizes and costs")
+    whole = counted["main"]["multiply_adds"]
+    for (row, _, parameters, adds, share), output in zip(
+        table[2:], ("exit_15", "exit_25", "exit_35", "exit_45", "main"), strict=True
+    ):
+        each = counted[output]
+        assert row == f"output {56 if output == 'main' else output.removeprefix('exit_')}"
+        assert [parameters, adds] == [f"{each['parameters']:,}", f"{each['multiply_adds']:,}"]
+        part = each["multiply_adds"] / whole
+        assert share == ("1" if part == 1 else f"{part:.2f}".removeprefix("0"))
