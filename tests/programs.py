@@ -16,6 +16,8 @@ from sire_jax.runs import Runs
 
 CONFIGS = configuration.repository_configs()
 QUICKSTART = f"--config={CONFIGS}/quickstart.py"
+# For what has nothing to do with the network.
+TINY = f"--config={Path(__file__).with_name('tiny.py')}"
 # Flags of the compiler are those of the tests.
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "NPROC": "16"}
 
@@ -90,13 +92,13 @@ def link_compiled(home):
 
 def train(workdir, log, *overrides, **environment):
     """Starts to train on one device."""
-    arguments = ["sire_jax.train", QUICKSTART, f"--workdir={workdir}", *overrides]
+    arguments = ["sire_jax.train", TINY, f"--workdir={workdir}", *overrides]
     return Program(arguments, log, JAX_NUM_CPU_DEVICES="1", **environment)
 
 
-def job(workdir, logs, *overrides, **settings):
+def job(workdir, logs, *overrides, config=TINY, **settings):
     """Starts to train in several processes; see ``job_of``."""
-    arguments = ["sire_jax.train", QUICKSTART, f"--workdir={workdir}", *overrides]
+    arguments = ["sire_jax.train", config, f"--workdir={workdir}", *overrides]
     return job_of(arguments, logs, **settings)
 
 
@@ -122,7 +124,7 @@ def job_of(arguments, logs, processes=2, devices=1, **environment):
     ]
 
 
-def final(workdir, *overrides, config=QUICKSTART):
+def final(workdir, *overrides, config=TINY):
     """Returns the last state of a run, as arrays of bits."""
     config = configuration.load(config.removeprefix("--config="), [*overrides])
     config.devices = 1

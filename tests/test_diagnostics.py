@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import programs
 import pytest
 from ml_collections import ConfigDict
 from planned import normal, random_like
@@ -16,6 +17,7 @@ from sire_jax.data import batches
 from sire_jax.data.batches import image_range
 from sire_jax.diagnostics import gradient_flow, reconstructions
 from sire_jax.diagnostics.reconstructions import Reconstructed
+from sire_jax.runs import Runs
 from sire_jax.step import TrainState
 
 pytestmark = pytest.mark.optax_dtypes
@@ -334,3 +336,10 @@ def test_a_run_that_does_not_learn_says_so(tmp_path, monkeypatch):
     assert len([each for each in said if not each.startswith("First step")]) == 1
     assert message.startswith("At chance level after 1 epoch: the runs with the")
     assert f"seeds {', '.join(map(str, stuck))}, whose" in message
+
+
+def test_gradients_of_a_network_without_convolutions_are_not_measured():
+    path = programs.TINY.removeprefix("--config=")
+    config = configuration.load(path, ["--config.gradient_flow_every=2"])
+    with pytest.raises(ValueError, match=r"gradient_flow_every is 2, but .* no convolution"):
+        Runs(experiment.build(config))

@@ -155,7 +155,7 @@ def test_processes_that_disagree_on_the_config_are_refused_with_the_difference(t
     job = programs.job_of(
         lambda i: [
             "sire_jax.train",
-            programs.QUICKSTART,
+            programs.TINY,
             f"--workdir={tmp_path / 'run'}",
             f"--config.seed={i}",
             # That one is a host's own affair.
@@ -184,7 +184,7 @@ def test_processes_that_disagree_on_the_code_are_refused(tmp_path):
     )
     (tmp_path / "changed.py").write_text(program)
     job = programs.job_of(
-        ["changed", programs.QUICKSTART, f"--workdir={tmp_path / 'run'}"],
+        ["changed", programs.TINY, f"--workdir={tmp_path / 'run'}"],
         tmp_path,
         PYTHONPATH=str(tmp_path),
     )
@@ -199,11 +199,10 @@ def test_data_that_one_host_does_not_have_end_all_with_its_message(tmp_path):
     job = programs.job_of(
         lambda i: [
             "sire_jax.train",
-            programs.QUICKSTART,
+            programs.TINY,
             f"--workdir={tmp_path / 'run'}",
             "--config.data.name=tfds:mnist",
             "--config.data.shape=(28,28,1)",
-            "--config.backbone.padding=0",
             f"--config.data.dir={tmp_path / str(i)}",
             *SMALL,
         ],
@@ -268,7 +267,7 @@ def test_a_workdir_that_the_hosts_do_not_share_is_refused(tmp_path):
     job = programs.job_of(
         lambda i: [
             "sire_jax.train",
-            programs.QUICKSTART,
+            programs.TINY,
             f"--workdir={tmp_path / f'run_{i}'}",
             *SMALL,
         ],
@@ -293,24 +292,34 @@ def test_a_batch_that_processes_and_devices_can_not_share_is_refused_with_all_nu
 # ---- One network, however it is spread.
 
 
+# Without what pmap draws differently on each device.
+DROPLESS = ("--config.backbone.dropout=0.0", "--config.backbone.convolution_dropout=0.0", *PLAIN)
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    """Trains the network in this process; returns its last state."""
+    directory = tmp_path_factory.mktemp("one")
+    path = programs.QUICKSTART.removeprefix("--config=")
+    config = configuration.load(path, ["--config.devices=1", *SMALL, *DROPLESS])
+    with jax.numpy_dtype_promotion("standard"):
+        train.train(config, str(directory))
+        return programs.final(directory, *SMALL, *DROPLESS, config=programs.QUICKSTART)
+
+
 @pytest.mark.optax_dtypes
 @slow
 @pytest.mark.parametrize("settings", [{}, {"parallel": "pmap"}, {"devices_share": "runs"}])
-def test_two_processes_train_the_network_of_one(settings, tmp_path):
-    # Without what pmap draws differently on each device.
-    dropout = ("--config.backbone.dropout=0.0", "--config.backbone.convolution_dropout=0.0", *PLAIN)
+def test_two_processes_train_the_network_of_one(settings, one_process, tmp_path):
     spread = tuple(f"--config.{key}={value}" for key, value in settings.items())
-    job = programs.job(tmp_path / "two", tmp_path, *SMALL, *dropout, *spread)
+    quickstart = {"config": programs.QUICKSTART}
+    job = programs.job(tmp_path / "two", tmp_path, *SMALL, *DROPLESS, *spread, **quickstart)
     with programs.started(*job):
         assert [each.wait() for each in job] == [0, 0], job[0].output + job[1].output
     assert "epoch 2/2" in job[0].output
     assert "epoch" not in job[1].output
-    path = programs.QUICKSTART.removeprefix("--config=")
-    config = configuration.load(path, ["--config.devices=1", *SMALL, *dropout])
-    train.train(config, str(tmp_path / "one"))
-    two = programs.final(tmp_path / "two", *SMALL, *dropout, *spread)
-    one = programs.final(tmp_path / "one", *SMALL, *dropout)
-    for a, b in zip(two, one, strict=True):
+    two = programs.final(tmp_path / "two", *SMALL, *DROPLESS, *spread, **quickstart)
+    for a, b in zip(two, one_process, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=5e-6)
 
 

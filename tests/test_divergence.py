@@ -7,6 +7,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import programs
 import pytest
 
 from sire_jax import (
@@ -77,7 +78,7 @@ def test_parameters_that_are_not_finite_end_what_stops(tmp_path):
 def _config(*overrides):
     small = ("epochs=2", "devices=1", "data.task.train=100", "data.task.test=30")
     given = [f"--config.{each}" for each in (*small, *overrides)]
-    return configuration.load(f"{CONFIGS}/quickstart.py", given)
+    return configuration.load(programs.TINY.removeprefix("--config="), given)
 
 
 AT_ONCE = ("optimizer.learning_rate=1e25", "on_diverged=record", "seeds=2", "steps_per_call=1")
@@ -110,7 +111,7 @@ def test_where_one_diverges_the_other_is_as_it_is_alone(at_once, tmp_path, monke
 
     monkeypatch.setattr(experiment.Experiment, "initial_state", broken)
     wanted = ("on_diverged=record", "data.task.validation=30", f"seeds_at_once={at_once}")
-    whole = _config(*wanted, "seeds=2", "gradient_flow_every=1")
+    whole = _config(*wanted, "seeds=2")
     whole.evaluate_splits = ("validation", "test")
     results = train.train(whole, str(tmp_path / "two"))
     printed = capsys.readouterr().out

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import programs
 import pytest
 
 from sire_jax import configuration, experiment, figures, rehearsal, reproduce, traced, train
@@ -16,7 +17,8 @@ SMALL = ("epochs=3", "data.task.train=100", "data.task.test=30")
 
 def _parts(*overrides):
     given = [f"--config.{each}" for each in (*SMALL, *overrides)]
-    return experiment.build(configuration.load(f"{CONFIGS}/quickstart.py:main_only", given))
+    path = programs.TINY.removeprefix("--config=")
+    return experiment.build(configuration.load(path, given))
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +57,7 @@ def test_its_steps_are_those_of_the_run(rehearsed, tmp_path):
 
 @pytest.mark.slow  # It compiles a network of its own.
 def test_what_does_not_fit_is_refused_by_its_size():
-    found = rehearse(_parts(), memory=2**20)
+    found = rehearse(_parts(), memory=2**10)
     assert found.losses == {}
     assert found.verdict() == (
         f"too big for this machine: {found.memory / 2**30:.1f} GiB of 0.0 GiB"
@@ -82,7 +84,7 @@ def test_images_are_made_up_where_there_are_none(feed, tmp_path):
     small = ("backbone.width=0.05", "backbone.hidden=(4,4)", "batch_size=4", "epochs=2")
     overrides = (*small, *given, "data.images=6000", f"data.dir={tmp_path}")
     config = configuration.load(
-        f"{CONFIGS}/sire.py:cnn", [f"--config.{each}" for each in overrides]
+        f"{CONFIGS}/sire.py:cnn_base", [f"--config.{each}" for each in overrides]
     )
     found = rehearse(experiment.build(config), steps=3)
     assert found.images == "made up"

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import programs
 import pytest
 
 from sire_jax import (
@@ -48,6 +49,13 @@ def _config(variant="auxiliary", *overrides):
     return configuration.load(f"{CONFIGS}/quickstart.py:{variant}", arguments)
 
 
+def _tiny(*overrides):
+    """The same, of a network that is compiled in a moment, where it doesn't matter which."""
+    small = ["seeds=2", "epochs=2", "devices=1", "data.task.train=100", "data.task.test=30"]
+    path = programs.TINY.removeprefix("--config=")
+    return configuration.load(path, [f"--config.{each}" for each in (*small, *overrides)])
+
+
 def _final(directory, config):
     runs = Runs(experiment.build(config))
     return evaluate.restore(runs, Path(directory) / "checkpoints")[0]
@@ -66,6 +74,13 @@ def _raw(x):
 def trained(tmp_path_factory):
     directory = tmp_path_factory.mktemp("trained")
     config = _config()
+    return directory, config, train.train(config, str(directory))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tiny")
+    config = _tiny()
     return directory, config, train.train(config, str(directory))
 
 
@@ -133,15 +148,15 @@ def test_a_signal_before_the_first_step_is_not_lost(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Runs, "start", interrupted)
     with pytest.raises(train.InterruptedRunError, match="SIGTERM: saved after step 0"):
-        train.train(_config(), str(tmp_path))
+        train.train(_tiny(), str(tmp_path))
     assert Checkpoints(tmp_path / "checkpoints").latest() == 0
 
 
 @pytest.mark.slow  # Compiles whole runs of their own.
 def test_a_run_stopped_while_it_measures_measures_again_and_is_bitwise_the_same(
-    trained, tmp_path, monkeypatch
+    tiny, tmp_path, monkeypatch
 ):
-    whole, config, results = trained
+    whole, config, results = tiny
     measured, measure = [], Runs.measure
 
     def stop_while_measuring(self, *args):
@@ -163,9 +178,9 @@ def test_a_run_stopped_while_it_measures_measures_again_and_is_bitwise_the_same(
 
 
 def test_a_run_stopped_before_its_last_measurement_measures_when_it_goes_on(
-    trained, tmp_path, monkeypatch
+    tiny, tmp_path, monkeypatch
 ):
-    _, config, results = trained
+    _, config, results = tiny
     measured = Runs.measure
 
     def stop(self, params, model_state, split, fitted=None):
@@ -182,15 +197,15 @@ def test_a_run_stopped_before_its_last_measurement_measures_when_it_goes_on(
     assert train.train(config, str(tmp_path))["splits"] == results["splits"]
 
 
-def test_training_in_a_thread_is_training(trained, tmp_path):
-    _, config, results = trained
+def test_training_in_a_thread_is_training(tiny, tmp_path):
+    _, config, results = tiny
     with ThreadPoolExecutor(1) as pool:
         found = pool.submit(train.train, config, str(tmp_path)).result()
     assert found["splits"] == results["splits"]
 
 
 def test_a_run_none_of_whose_checkpoints_is_intact_is_not_begun_again(tmp_path):
-    config = _config("auxiliary", "seeds=1", "checkpoint_every=1")
+    config = _tiny("seeds=1", "checkpoint_every=1")
     train.train(config, str(tmp_path))
     (tmp_path / "results.json").unlink()
     manifests = sorted((tmp_path / "checkpoints").glob("*/manifest"))
@@ -256,7 +271,7 @@ def test_two_devices_compute_the_gradient_of_one(tmp_path):
 
 def test_a_loss_that_is_not_finite_halts_and_keeps_the_finite_checkpoint(tmp_path):
     # Weights grow by the learning rate a step: 1e25 overflows in the second forward pass.
-    config = _config("auxiliary", "optimizer.learning_rate=1e25", "steps_per_call=1")
+    config = _tiny("optimizer.learning_rate=1e25", "steps_per_call=1")
     with pytest.raises(
         train.NonFiniteLossError, match=r"The loss '\w+' is not finite after [1-3] steps "
     ):
@@ -274,9 +289,7 @@ def test_parameters_that_are_not_finite_are_not_saved(tmp_path):
 
 
 def test_the_best_validation_weights_are_kept(tmp_path):
-    config = _config(
-        "auxiliary", "data.task.validation=40", 'evaluate_splits=("validation",)', "epochs=4"
-    )
+    config = _tiny("data.task.validation=40", 'evaluate_splits=("validation",)', "epochs=4")
     results = train.train(config, str(tmp_path))
     scores = [
         line["main/top_1"]

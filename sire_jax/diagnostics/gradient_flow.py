@@ -45,6 +45,23 @@ def convolutions(params: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return sorted(kernels, key=_natural)
 
 
+def check(every: int, params: Mapping[str, Any]) -> None:
+    """Checks that there is something to measure.
+
+    Args:
+        every: Epochs between measurements; 0: none.
+        params: Parameters of a ``Network``, or their shapes.
+
+    Raises:
+        ValueError: If gradients are to be measured of a backbone without convolutions.
+    """
+    if every and not convolutions(params):
+        raise ValueError(
+            f"config.gradient_flow_every is {every}, but the backbone has no convolution whose"
+            " gradient could be measured; set it to 0."
+        )
+
+
 def _natural(path: tuple[str, ...]) -> list[tuple[int, int, str]]:
     """Orders ``stage_2_block_10`` after ``stage_2_block_9``, and a tail last."""
     words = [word for key in path for word in key.split("_")]

@@ -14,6 +14,8 @@ SMALL = (
     "--config.epochs=2",
     "--config.data.task.train=100",
     "--config.data.task.test=30",
+    # A checkpoint takes more than is left on the disks below.
+    "--config.backbone.hidden=(64,32)",
 )
 
 

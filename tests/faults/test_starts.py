@@ -73,18 +73,18 @@ KEPT = "What has been saved is kept, and the same command goes on."
 )
 def test_a_program_that_starts_ends_at_once_with_a_line(number, status, tmp_path):
     # While it imports.
-    train = ("sire_jax.train", programs.QUICKSTART, f"--workdir={tmp_path}", *ENDLESS)
+    train = ("sire_jax.train", programs.TINY, f"--workdir={tmp_path}", *ENDLESS)
     said = f"{number.name}: ended. {KEPT}"
     assert _stopped(1, number, *train) == (status, said)
 
 
 def test_a_program_that_is_not_resumed_ends_of_ctrl_c_with_a_line():
-    arguments = ("sire_jax.inspect", programs.QUICKSTART)
+    arguments = ("sire_jax.inspect", programs.TINY)
     assert _stopped(1, signal.SIGINT, *arguments) == (command.INTERRUPTED, "SIGINT: ended.")
 
 
 def test_what_is_started_in_the_background_ends_of_sigterm_and_not_of_ctrl_c(tmp_path):
-    train = ("sire_jax.train", programs.QUICKSTART, f"--workdir={tmp_path}", *ENDLESS)
+    train = ("sire_jax.train", programs.TINY, f"--workdir={tmp_path}", *ENDLESS)
     process = _start("-c", _IGNORING, "-m", *train)
     time.sleep(1)
     process.send_signal(signal.SIGINT)
@@ -106,14 +106,14 @@ os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 @pytest.mark.parametrize("after", [0.5, 1, 2, 3, 4, 5, 6, 8])
 def test_ctrl_c_ends_a_program_whenever_it_comes(after, tmp_path):
     # Importing, building, loading, compiling, training.
-    train = ("sire_jax.train", programs.QUICKSTART, f"--workdir={tmp_path}", *ENDLESS)
+    train = ("sire_jax.train", programs.TINY, f"--workdir={tmp_path}", *ENDLESS)
     status, said = _stopped(after, signal.SIGINT, *train)
     assert status == command.INTERRUPTED
     assert said == f"SIGINT: ended. {KEPT}" or said.startswith("SIGINT: saved after step "), said
 
 
 def test_ctrl_c_again_ends_what_is_saving_at_once(tmp_path):
-    train = ("sire_jax.train", programs.QUICKSTART, f"--workdir={tmp_path}", *ENDLESS)
+    train = ("sire_jax.train", programs.TINY, f"--workdir={tmp_path}", *ENDLESS)
     process = _start("-u", "-m", *train)
     for line in process.stdout:
         if line.startswith("First step"):
@@ -127,9 +127,9 @@ def test_ctrl_c_again_ends_what_is_saving_at_once(tmp_path):
 
 
 def test_training_goes_on_when_nobody_reads_what_it_prints(tmp_path):
-    train = ("sire_jax.train", programs.QUICKSTART, f"--workdir={tmp_path}", *SMALL)
+    train = ("sire_jax.train", programs.TINY, f"--workdir={tmp_path}", *SMALL)
     process = _start("-m", *train)
-    assert process.stdout.readline().startswith("quickstart")
+    assert process.stdout.readline().startswith("tiny")
     process.stdout.close()
     process.stdout = None
     assert _ended(process) == (0, [])
@@ -137,7 +137,7 @@ def test_training_goes_on_when_nobody_reads_what_it_prints(tmp_path):
 
 
 def test_training_goes_on_without_any_output(tmp_path):
-    train = ("sire_jax.train", programs.QUICKSTART, f"--workdir={tmp_path}", *SMALL)
+    train = ("sire_jax.train", programs.TINY, f"--workdir={tmp_path}", *SMALL)
     process = _start("-c", _CLOSED, "-m", *train, stdout=None)
     assert _ended(process) == (0, [])
     assert (tmp_path / "results.json").exists()
@@ -152,7 +152,7 @@ os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 
 
 def test_a_short_program_ends_quietly_when_nobody_reads_what_it_prints():
-    process = _start("-m", "sire_jax.inspect", programs.QUICKSTART)
+    process = _start("-m", "sire_jax.inspect", programs.TINY)
     process.stdout.close()
     process.stdout = None
     assert _ended(process) == (command.UNREAD, [])

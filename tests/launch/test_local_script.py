@@ -190,11 +190,11 @@ def test_ctrl_c_in_a_terminal_reaches_each_process_once(program):
 @pytest.mark.slow
 def test_two_real_processes_train_one_network_and_go_on_after_a_kill(tmp_path):
     repository = SCRIPT.parents[1]
-    sizes = ["seeds=1", "epochs=100", "batch_size=50", "data.task.train=50", "data.task.test=20"]
+    sizes = ["seeds=1", "epochs=300", "batch_size=50", "data.task.train=50", "data.task.test=20"]
     rarely = ["checkpoint_every=10", "evaluate_every=0", 'evaluate_splits=("test",)']
     command = [
         SCRIPT,
-        f"--config={repository}/configs/quickstart.py:main_only",
+        f"--config={repository}/tests/tiny.py",
         f"--workdir={tmp_path / 'run'}",
         *(f"--config.{each}" for each in (*sizes, *rarely, "peer_timeout=5.0")),
     ]
@@ -211,4 +211,4 @@ def test_two_real_processes_train_one_network_and_go_on_after_a_kill(tmp_path):
     assert process.wait(120) == 0, log.read_text()
     assert "Ended with status 137; starting again." in log.read_text()
     assert re.search("Going on after step [1-9]0", log.read_text())
-    assert json.loads((tmp_path / "run" / "results.json").read_text())["step"] == 100
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["step"] == 300
