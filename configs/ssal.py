@@ -21,7 +21,8 @@ Auxiliary Models for Deep Neural Networks*.
     all_images           nothing held out: the linear combination is fitted to training images
     small                a quarter of all widths, of the branches, too: for a first look
     tiny                 ResNet18 on Tiny-ImageNet, 20 epochs, the branches of Table 2: 1 or 3
-    sweep                one branch as those of Fig. 2 (ResNet18) and Fig. 3, over 20 groups
+    sweep                one branch as those of Fig. 2 (ResNet18, and on Tiny-ImageNet) and Fig. 3,
+                         over 20 groups
     gap_cat, cat_fc      the branches without their objective: their outputs and the mean features
                          (GapCatNoSSAL), or their outputs and the main one's (CatFCNoSSAL), are
                          classified together, as the output "combined", which alone is trained
@@ -180,6 +181,7 @@ VARIANTS = (
     "resnet50,sweep",
     "wrn28_10,1",
     "resnet18,sweep,split",
+    "resnet18,sweep,tiny",
     "resnet18,tiny,0",
     "resnet18,tiny,1",
     "resnet18,tiny,3,gap_cat",
@@ -253,8 +255,7 @@ def _scaled(parts: dict[str, Any], scale: float) -> dict[str, Any]:
 
 def _check(options: list[str]) -> None:
     """Checks that options go together."""
-    pairs = (("sweep", "tiny"), ("validate", "all_images"))
-    for exclusive in ((*_NUMBERS, "sweep"), _COMBINED, *pairs):
+    for exclusive in ((*_NUMBERS, "sweep"), _COMBINED, ("validate", "all_images")):
         given = [option for option in options if option in exclusive]
         if len(given) > 1:
             raise ValueError(f"The options {', '.join(given)} exclude each other; choose one.")
