@@ -45,11 +45,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("docs/results/sizes.json"))
     options = parser.parse_args()
     found: dict[str, Any] = {name: rows(name) for name in options.tables}
-    outputs = inspect.inspect(configuration.load(f"configs/{OUTPUTS}"))["outputs"]
+    config = configuration.load(str(configuration.CONFIGS / OUTPUTS))
+    outputs = inspect.inspect(config)["outputs"]
     lines = [["table", "row", "parameters"]]
     lines += [[name, row, f"{n:,}"] for name, each in found.items() for row, n in each.items()]
     print(align(lines))
-    options.json.write_text(json.dumps({**found, OUTPUTS: outputs}, indent=1) + "\n")
+    # Those of other tables stay.
+    known = json.loads(options.json.read_text()) if options.json.exists() else {}
+    options.json.write_text(json.dumps({**known, **found, OUTPUTS: outputs}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

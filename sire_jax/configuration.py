@@ -288,7 +288,8 @@ def with_groups(config: ConfigDict, dealt: bool = False) -> ConfigDict:
         complain of.
 
     Raises:
-        ValueError: If a section is none, or a file does not hold such groups.
+        ValueError: If a section is none, a file does not hold such groups, or labels can't be dealt
+            to so many.
     """
     config = config.copy_and_resolve_references()
     data = config.get("data")
@@ -300,15 +301,22 @@ def with_groups(config: ConfigDict, dealt: bool = False) -> ConfigDict:
         if place is not None:
             read = groups.from_section(name, {**section, "file": str(place)})
             section.update(file="", classes=read.classes, assignment=read.assignment)
-        elif dealt and section.file and not section.assignment and "label" in data.classes:
+        elif dealt and section.file and not section.assignment and _counted(data):
             warnings.warn(
                 f"There is no file of groups {section.file}: labels are dealt to {section.groups}"
                 " groups in turn, which changes no size.",
                 stacklevel=2,
             )
-            made = groups.deal(data.classes["label"], section.groups)
+            with registry.located(f"config.data.groups.{name}"):
+                made = groups.deal(data.classes["label"], section.groups)
             section.update(classes=made.classes, assignment=made.assignment)
     return config
+
+
+def _counted(data: ConfigDict) -> bool:
+    """Tells whether a config says how many labels there are; if not, its check says so."""
+    classes = data.get("classes")
+    return isinstance(classes, ConfigDict) and isinstance(classes.get("label"), int)
 
 
 def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:

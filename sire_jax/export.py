@@ -219,8 +219,7 @@ def validated(runs: Runs, kept: TrainState | Best, run: int) -> dict[str, float]
         raise ValueError(
             "The run has no validation images to choose an output on, and test images are not for"
             " choosing: name an output, or train with some held out, such as"
-            ' --config.data.task.validation_per_class=50 --config.evaluate_splits=\'("validation",'
-            ' "test")\'.'
+            " --config.data.task.validation_per_class=50 (of pairs: validation=500)."
         )
     accurate = objectives.accurate(parts.objectives, parts.outputs, parts.batch)
     targets = {n: (parts.objectives[n].output, parts.objectives[n].target) for n in accurate}
@@ -332,8 +331,8 @@ def export(
     Raises:
         FileNotFoundError: If there is no run, no checkpoint, or the data set is not prepared.
         FileExistsError: If the file exists.
-        ValueError: If there is no such output or seed, no validation images to choose on, or an
-            override changes the run.
+        ValueError: If there is no such output or seed, that run has diverged, there are no
+            validation images to choose on, or an override changes the run.
     """
     path = command.check_new(out)
     runs = open_run(workdir, overrides, needs_data=name == BEST)

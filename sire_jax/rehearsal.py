@@ -18,6 +18,7 @@ import numpy as np
 from sire_jax import experiment, parallel, tables, traced
 from sire_jax.data.dataset import Source
 from sire_jax.data.tasks import Pairs
+from sire_jax.diagnostics import gradient_flow
 from sire_jax.groups import is_dealt
 from sire_jax.runs import Runs
 from sire_jax.streamed_runs import open_runs
@@ -83,7 +84,10 @@ class Rehearsal:
 
 
 class _MadeUp(Runs):
-    """Runs on images drawn at random, of the right shape, where the real ones are not at hand."""
+    """Runs on images drawn at random, of the right shape.
+
+    Where the real ones are not at hand, or their labels are not those of dealt groups.
+    """
 
     def _load(self) -> None:
         config, generator = self.config, np.random.default_rng(0)
@@ -166,9 +170,16 @@ def _with_one_seed(parts: experiment.Experiment) -> experiment.Experiment:
 def _open(parts: experiment.Experiment) -> tuple[Runs, int]:
     """Opens a run, on made-up images if need be, and counts the steps of the whole of it."""
     config = parts.config
+    gradient_flow.check(config.gradient_flow_every, parts.variables["params"])
     steps = experiment.steps_per_epoch(parts.task, config)
+    dealt = [each.file for each in config.data.groups.values() if is_dealt(each)]
+    if dealt and steps is None:
+        raise FileNotFoundError(
+            f"There is no file of groups {dealt[0]}, and without config.data.images it isn't known"
+            " how many images to make up."
+        )
     # Groups that were dealt are not of the real labels.
-    if steps is None or not any(map(is_dealt, config.data.groups.values())):
+    if not dealt:
         try:
             runs = open_runs(parts)
             return runs, config.epochs * runs.steps_per_epoch

@@ -36,15 +36,13 @@ class Runs:
         fingerprint: Of the data, which is the same on all processes.
 
     Raises:
-        ValueError: If the data or the devices are not what the config says, or gradients are to be
-            measured of a backbone without convolutions.
+        ValueError: If the data or the devices are not what the config says.
         FileNotFoundError: If the data set is not prepared.
     """
 
     def __init__(self, parts: experiment.Experiment):
         config = parts.config
         self.config, self.parts = config, parts
-        gradient_flow.check(config.gradient_flow_every, parts.variables["params"])
         compilation.keep(config.compilation_cache)
         self.mesh = parallel.device_mesh(
             config.devices, config.devices_share, config.batch_size, config.seeds

@@ -81,6 +81,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     with distributed.together("reading the config"):
         config = configuration.with_groups(config)
         parts = experiment.build(config)
+        gradient_flow.check(config.gradient_flow_every, parts.variables["params"])
         distributed.set_peer_timeout(config.peer_timeout)
         directory = Workdir(workdir, config)
     with contextlib.ExitStack() as held:

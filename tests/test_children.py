@@ -100,7 +100,7 @@ def test_a_suite_with_tests_that_hang_and_fail_ends_and_leaves_nothing(tmp_path)
     (tmp_path / "conftest.py").write_text((TESTS / "conftest.py").read_text())
     (tmp_path / "slow.txt").write_text("")
     options = ["-p", "no:cacheprovider", "-c", str(TESTS.parent / "pyproject.toml")]
-    options += [f"--rootdir={tmp_path}", "-n", "1", "--timeout=2", "-ra", str(tmp_path)]
+    options += [f"--rootdir={tmp_path}", "-n", "1", "--timeout=3", "-ra", str(tmp_path)]
     ignoring = ["bash", "-c", 'trap "" INT; exec "$@"', "bash", sys.executable, "-m", "pytest"]
     log, start = tmp_path / "log", time.monotonic()
     with log.open("w") as file:

@@ -9,6 +9,7 @@ import pytest
 # Every update rule; those that can reconcile gradients also with the most nonlinear aggregator.
 RULES = [
     ("joint", "sum"),
+    ("joint", "upgrad"),
     ("pairwise", "sum"),
     ("multiway", "sum"),
     ("multiway", "upgrad"),

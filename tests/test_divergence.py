@@ -75,10 +75,10 @@ def test_parameters_that_are_not_finite_end_what_stops(tmp_path):
     _diverged(tmp_path, "stop").check(np.array([True, True, True]), 4)
 
 
-def _config(*overrides):
+def _config(*overrides, config=programs.TINY):
     small = ("epochs=2", "devices=1", "data.task.train=100", "data.task.test=30")
     given = [f"--config.{each}" for each in (*small, *overrides)]
-    return configuration.load(programs.TINY.removeprefix("--config="), given)
+    return configuration.load(config.removeprefix("--config="), given)
 
 
 AT_ONCE = ("optimizer.learning_rate=1e25", "on_diverged=record", "seeds=2", "steps_per_call=1")
@@ -111,14 +111,17 @@ def test_where_one_diverges_the_other_is_as_it_is_alone(at_once, tmp_path, monke
 
     monkeypatch.setattr(experiment.Experiment, "initial_state", broken)
     wanted = ("on_diverged=record", "data.task.validation=30", f"seeds_at_once={at_once}")
-    whole = _config(*wanted, "seeds=2")
+    # With convolutions and batch statistics; the other of a network that is compiled in a moment.
+    network = {"config": programs.QUICKSTART if at_once == 1 else programs.TINY}
+    measured = "gradient_flow_every=1" if at_once == 1 else "gradient_flow_every=0"
+    whole = _config(*wanted, "seeds=2", measured, **network)
     whole.evaluate_splits = ("validation", "test")
     results = train.train(whole, str(tmp_path / "two"))
     printed = capsys.readouterr().out
     assert "seed 1. It is recorded; the other runs go on." in printed
     assert "nan" not in printed
     assert results["diverged"] == [None, 0]
-    alone = _config(*wanted, "seeds=1")
+    alone = _config(*wanted, "seeds=1", **network)
     alone.evaluate_splits = ("validation", "test")
     expected = train.train(alone, str(tmp_path / "one"))
     for metric, values in expected["splits"]["test"].items():

@@ -154,6 +154,13 @@ def test_nothing_is_chosen_without_images_held_out(run, monkeypatch):
         export.validated(runs, kept, 0)
 
 
+def test_only_the_exported_run_may_not_have_diverged(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "diverged", lambda _: [3, None])
+    export.export(run[0], "5", tmp_path / "other.npz", seed=8)
+    with pytest.raises(ValueError, match=r"seed 7 in .* diverged after 3 steps"):
+        export.export(run[0], "5", tmp_path / "broken.npz", seed=7)
+
+
 def test_what_does_not_exist_is_refused(run, tmp_path):
     parts = run[1].parts
     for name, message in [

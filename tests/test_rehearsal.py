@@ -92,6 +92,33 @@ def test_images_are_made_up_where_there_are_none(feed, tmp_path):
     assert found.whole == 2 * (6000 - 100 * 50) // 4
 
 
+def _grouped(**data):
+    """A branch over groups of the digits whose file is not there."""
+    config = configuration.default()
+    config.update(batch_size=10, devices=1)
+    config.data.update(data)
+    config.backbone = configuration.backbone("small_cnn", classes=10, channels=(4, 8))
+    config.heads.branch = configuration.head("branch", position="block_1", classes=3)
+    config.data.groups.coarse = configuration.grouping("/nowhere/groups.json", 3)
+    config.objectives.main = configuration.objective("main", "label", "cross_entropy")
+    config.objectives.branch = configuration.objective("branch", "coarse", "cross_entropy")
+    with pytest.warns(UserWarning, match="labels are dealt to 3 groups"):
+        return experiment.build(configuration.with_groups(config, dealt=True))
+
+
+@pytest.mark.slow  # It compiles a network of its own.
+def test_images_are_made_up_where_groups_are():
+    found = rehearse(_grouped(images=1200), steps=2)
+    assert found.images == "made up"
+    assert len(found.losses["branch"]) == 2
+
+
+def test_where_groups_are_made_up_the_number_of_images_has_to_be_known():
+    message = r"no file of groups /nowhere/groups.json, and without config.data.images"
+    with pytest.raises(FileNotFoundError, match=message):
+        rehearse(_grouped(), steps=2)
+
+
 @pytest.mark.slow  # It compiles a network of its own.
 def test_runs_that_devices_share_are_rehearsed_one_by_one():
     found = rehearse(_parts("seeds=2", "devices=2", "devices_share=runs"), steps=2)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sire_jax import configuration, reproduce
+from sire_jax import configuration, experiment, reproduce
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 # What the page calls the readings of the table sire_readings.
@@ -214,13 +214,22 @@ def test_branches_against_none_are_what_reproduce_wrote():
     assert [row[1:4] for row in table[2:]] == [[_mean(row[c]) for c in columns] for row in rows]
 
 
+def _scientific(value):
+    """As 1.5e-2."""
+    return re.sub(r"e-0", "e-", f"{value:.1e}")
+
+
 def test_table_1_of_sire_reduced_is_what_reproduce_wrote():
-    rows = _recorded("sire_1-reduced.json")["rows"]
+    recorded = _recorded("sire_1-reduced.json")
+    rows = recorded["rows"]
     (table,) = _tables("sire.md", "Table 1, reduced")
     for shown, row in zip(table[2:], rows, strict=True):
         assert shown[0] == row["name"]
         for cell, column in ((2, "top_1_error"), (4, "top_5_error")):
             assert shown[cell] == _mean(row[column])
+        errors = recorded["decoder_mse"].get(row["variant"], {})
+        means = [np.mean(errors.get(f"decoder_{i}/loss", np.nan)) for i in (1, 2, 3, 4)]
+        assert shown[5:] == ["" if np.isnan(each) else _scientific(each) for each in means]
 
 
 def test_speed_beside_pytorch_is_what_was_measured():
@@ -400,3 +409,13 @@ def test_costs_of_exits_are_what_was_counted():
         assert [parameters, adds] == [f"{each['parameters']:,}", f"{each['multiply_adds']:,}"]
         part = each["multiply_adds"] / whole
         assert share == ("1" if part == 1 else f"{part:.2f}".removeprefix("0"))
+
+
+@pytest.mark.slow  # It traces networks of full size.
+@pytest.mark.parametrize(("table", "row"), [("sire_3", "ae_1"), ("ssal_1", "resnet18-2")])
+def test_what_was_counted_is_what_the_code_makes(table, row):
+    configs = configuration.repository_configs()
+    loaded = reproduce.load_table(table, configs)
+    (chosen,) = reproduce.choose_rows(loaded, [row])
+    config = reproduce.row_config(loaded, chosen, configs, "", [])
+    assert experiment.build(config).size() == _recorded("sizes.json")[table][row]

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow  # Compiles and trains networks of full size, in t
     [
         ("pairs.py:aux_10", 20, 100),
         # More than it takes to diverge with a last layer that is linear.
-        ("sire.py:cnn", 8, 16),
+        ("sire.py:cnn", 8, 32),
         ("auxnet.py:56-5", 2, 8),
         ("ssal.py:resnet18", 2, 4),
     ],

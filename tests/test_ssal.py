@@ -206,6 +206,7 @@ def test_a_branch_without_a_file_of_groups_says_how_to_make_one():
 
 
 @pytest.mark.slow  # It traces a large network.
+@pytest.mark.filterwarnings("default:There is no file of groups")
 def test_sizes_are_counted_without_a_file_of_groups(capsys):
     inspect.main([f"--config={CONFIGS}/ssal.py:resnet18,tiny,3", "--json"])
     said = capsys.readouterr()

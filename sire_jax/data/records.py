@@ -152,6 +152,8 @@ class Records:
 
     def _ahead(self, indices: Sequence[int]) -> list[tuple[bytes, dict[str, int]] | None]:
         placed = [self._find(index) for index in indices]
+        if not placed:
+            return []
         split = placed[0][0]
         if any(each is not split for each, _ in placed):
             return [None] * len(indices)

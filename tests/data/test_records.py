@@ -718,6 +718,21 @@ def test_a_prepared_set_of_any_sizes_is_read_with_all_its_labels(prepared):
     assert both.train.name(5) == "record 1 of small extra"
 
 
+def test_records_read_together_are_those_read_one_by_one(prepared):
+    both = open_records("tfds:small", prepared, selection=Selection(("test", "extra"), "train"))
+    for indices in ([3, 0, 2], [2, 5, 6, 0], [4]):
+        # Of one split, of two, of one image.
+        found = both.train.examples(indices)
+        for index, (image, labels) in zip(indices, found, strict=True):
+            alone, known = both.train.example(index)
+            assert np.array_equal(images.to_array(image), images.to_array(alone))
+            assert labels == known
+    (split, _) = both.train.splits
+    assert split.ahead([1, 0]) == [split.record(1), split.record(0)]
+    # Where something is wrong with one of them each is read alone, which tells what.
+    assert split.ahead([1, 99]) == [None, None]
+
+
 def test_a_prepared_set_of_any_sizes_is_loaded_scaled(prepared):
     dataset = sources.load("tfds:small", prepared, resize=2)
     records = open_records("tfds:small", prepared).train

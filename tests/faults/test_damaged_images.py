@@ -128,6 +128,10 @@ def test_damaged_records_and_labels_are_named_by_their_number(prepared):
         assert each.startswith(f"record {number} of small train ")
     with pytest.raises(DamagedImageError, match=f"record {broken[0]} of small train"):
         list(batches(records, np.arange(6)[None], AS_IT_IS, (0,)))
+    together = records.examples(range(6))
+    errors = {i: str(x) for i, x in enumerate(together) if isinstance(x, DamagedImageError)}
+    assert list(errors) == broken.tolist()
+    assert sorted(errors.values()) == sorted(found.damaged)
 
 
 def test_a_set_that_can_not_be_opened_is_not_taken_for_damaged_images(prepared, tmp_path):

@@ -71,7 +71,7 @@ def test_what_is_being_saved_is_saved_though_the_signal_comes_again(tmp_path):
 @slow
 def test_two_processes_end_at_the_same_step_though_one_is_asked(tmp_path):
     job = programs.job(tmp_path / "run", tmp_path, *OVERRIDES)
-    asked, number = 0, signal.SIGINT
+    asked, number = 1, signal.SIGTERM
     with programs.started(*job):
         job[0].wait_for("First step")
         time.sleep(0.5)
