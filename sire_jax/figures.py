@@ -162,12 +162,13 @@ def compare(runs: Mapping[str, tuple[str | Path, str]], split: str, path: Path) 
     figure.savefig(path, dpi=130)
 
 
-def losses(runs: Mapping[str, Sequence[float]], path: Path) -> None:
+def losses(runs: Mapping[str, Sequence[float]], path: Path, label: str) -> None:
     """Draws the losses of the first steps of several runs; a cross is the end of one that diverged.
 
     Args:
-        runs: The loss of each step, by the name of the run.
+        runs: The loss of each step, by the name of the run, or of the objective of one run.
         path: The picture to write.
+        label: What is drawn.
     """
     figure = Figure(figsize=(7.5, 4.2), layout="constrained")
     axes = figure.subplots()
@@ -182,7 +183,7 @@ def losses(runs: Mapping[str, Sequence[float]], path: Path) -> None:
     positive = all(value > 0 or not np.isfinite(value) for each in runs.values() for value in each)
     axes.set_yscale("log" if positive else "symlog")
     axes.set_xlabel("step")
-    axes.set_ylabel("weighted sum of the losses")
+    axes.set_ylabel(label)
     axes.grid(alpha=0.3)
     if runs:
         axes.legend(frameon=False, fontsize=7, ncols=1 + len(runs) // 12)

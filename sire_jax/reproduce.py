@@ -187,9 +187,20 @@ def rehearse(
             "rows": {row: asdict(shown) for row, shown in found.items()},
         }
         (workdir / "rehearsal.json").write_text(json.dumps(details, indent=1) + "\n")
-        totals = {row: shown.losses["total"] for row, shown in found.items() if shown.losses}
-        figures.losses(totals, workdir / "rehearsal.png")
+        _draw_rehearsals(found, workdir / "rehearsal.png")
     return found
+
+
+def _draw_rehearsals(found: Mapping[str, rehearsal.Rehearsal], path: Path) -> None:
+    """Draws what each row minimized; of a row alone the losses that this is made of."""
+    shown = {row: each.losses for row, each in found.items() if each.losses}
+    if len(shown) == 1:
+        (losses,) = shown.values()
+        single = {name: each for name, each in losses.items() if name != "total"}
+        figures.losses(single, path, "loss")
+        return
+    totals = {row: losses["total"] for row, losses in shown.items()}
+    figures.losses(totals, path, "weighted sum of the losses")
 
 
 Figure = dict[str, Any]

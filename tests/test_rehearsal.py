@@ -129,7 +129,9 @@ def test_runs_that_devices_share_are_rehearsed_one_by_one():
 def test_losses_below_zero_are_drawn_too_and_what_broke_at_once_has_a_cross(tmp_path):
     nan = float("nan")
     path = tmp_path / "losses.png"
-    figures.losses({"likelihood": [1.0, 0.0, -3.0], "broken": [nan], "late": [2.0, nan]}, path)
+    figures.losses(
+        {"likelihood": [1.0, 0.0, -3.0], "broken": [nan], "late": [2.0, nan]}, path, "loss"
+    )
     assert path.read_bytes()[:4] == b"\x89PNG"
 
 

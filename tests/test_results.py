@@ -203,6 +203,23 @@ def test_the_cost_of_branches_is_what_was_measured():
         assert compiling == f"{facts['compile_seconds']['step']:.0f}"
 
 
+def test_three_hundred_steps_are_what_was_recorded():
+    (row,) = _recorded("sire_4-rehearsal_cnn.json")["rows"].values()
+    losses = row["losses"]
+    assert row["images"] == "real"
+    assert row["diverged"] is None
+    assert len(losses["main"]) == 300
+    (table,) = _tables("sire.md", "Three hundred steps as shipped")
+    for step, main, *decoders in table[2:]:
+        part = slice(max(0, int(step) - 10), int(step))
+        assert main == f"{np.mean(losses['main'][part]):.3f}"
+        assert decoders == [f"{np.mean(losses[f'decoder_{i}'][part]):.4f}" for i in (1, 2, 3, 4)]
+    seconds = np.median(row["seconds"])
+    hours = seconds * row["whole"] / 3600
+    said = f"a step takes\n{seconds:.1f} s, and the whole run {hours:.0f} hours"
+    assert said in (RESULTS / "sire.md").read_text()
+
+
 def _mean(figure):
     return "" if figure["ours"] is None else "{:.2f} ± {:.2f}".format(*figure["ours"])
 
