@@ -11,7 +11,8 @@ are options behind commas, ``configs/sire.py:cnn,linear``; what became of each i
     linear       decoders end in a convolution alone: diverges at full width
     sigmoid      in a sigmoid
     heavy_ball   in a convolution alone, with momentum 0.9 but not Nesterov's
-    pytorch      initial values of all layers are those of PyTorch's
+    pytorch      initial values of all layers are those of PyTorch's, as they are of ``cnn`` anyway
+    he           convolutions of ``cnn`` have those of He et al. (2015), too: it learns later
 
 The three parts of SIRe are settings::
 
@@ -35,6 +36,7 @@ network, a shorter run), ``--config.gradient_flow_every=1`` (Fig. 3),
 ``--config.heads.decoder.value_range`` (of normalized images).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -55,9 +57,9 @@ _NETWORKS: dict[str, tuple[dict[str, Any], int, float]] = {
 _AUXILIARY_WEIGHT = 0.3
 
 
-# Readings of what the paper leaves open.
+# Readings of what the paper leaves open: what ends a decoder, and initial values.
 _ENDS = {"linear": "linear", "sigmoid": "sigmoid", "heavy_ball": "linear"}
-_READINGS = (*_ENDS, "pytorch")
+_INITIAL = {"pytorch": "pytorch", "he": "modules"}
 
 
 def _variants() -> dict[str, tuple[str, bool, bool]]:
@@ -74,6 +76,14 @@ def _variants() -> dict[str, tuple[str, bool, bool]]:
 VARIANTS = _variants()
 
 
+def _reading(readings: Sequence[str], known: dict[str, str], default: str) -> str:
+    """Returns the setting of the one reading that is among the known ones."""
+    chosen = [each for each in readings if each in known]
+    if len(chosen) > 1:
+        raise ValueError(f"'{chosen[0]}' and '{chosen[1]}' are readings of the same; take one.")
+    return known[chosen[0]] if chosen else default
+
+
 def get_config(variant: str = "cnn") -> ConfigDict:
     """Returns the config of a SIRe network or of its bare backbone.
 
@@ -88,10 +98,8 @@ def get_config(variant: str = "cnn") -> ConfigDict:
     """
     name, *readings = variant.split(",")
     for reading in readings:
-        registry.choose(dict.fromkeys(_READINGS), reading, "reading")
-    ends = [each for each in readings if each in _ENDS]
-    if len(ends) > 1:
-        raise ValueError(f"'{ends[0]}' and '{ends[1]}' are two ends of a decoder; take one.")
+        registry.choose({**_ENDS, **_INITIAL}, reading, "reading")
+    last = _reading(readings, _ENDS, "normalized")
     network, imagenet, base = configuration.variant(VARIANTS, name)
     settings, stages, weight = _NETWORKS[network]
     classes = 1000 if imagenet else 100
@@ -116,7 +124,6 @@ def get_config(variant: str = "cnn") -> ConfigDict:
         config.backbone.residuals = False
     config.objectives.main = objective("main", "label", "cross_entropy")
     chosen = () if base else tuple(range(1, stages + 1))
-    last = _ENDS[ends[0]] if ends else "normalized"
     config.heads.decoder = head("decoders", stages=chosen, last=last)
     config.objectives.decoder = objective("decoder", "image", "mean_squared_error", weight)
     if network == "googlenet":
@@ -143,8 +150,9 @@ def get_config(variant: str = "cnn") -> ConfigDict:
     config.optimizer = optimizer(
         "sgd", learning_rate=rate, momentum=0.9, nesterov=nesterov, weight_decay=5e-4
     )
-    if "pytorch" in readings:
-        config.initialization = "pytorch"
+    # The authors' own network is one of PyTorch's layers; others have initial values of their own.
+    own = "pytorch" if network == "cnn" else "modules"
+    config.initialization = _reading(readings, _INITIAL, own)
     # Vectorized over seeds, convolutions become grouped ones, which are slow on accelerators, too.
     config.seeds_at_once = 1
     config.evaluate_splits = ("validation",)

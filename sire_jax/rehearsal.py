@@ -7,13 +7,15 @@
 import argparse
 import math
 import os
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
 from sire_jax import experiment, parallel, tables, traced
 from sire_jax.data.dataset import Source
@@ -25,6 +27,8 @@ from sire_jax.streamed_runs import open_runs
 
 # Steps of a rehearsal of no given number of steps, and seconds after which it ends, too.
 STEPS, SECONDS = 20, 60.0
+# Seconds between two notes of a rehearsal that is under way.
+NOTED = 20.0
 # Batches of made-up images, which come again and again.
 _BATCHES = 4
 _GIB = 2**30
@@ -111,14 +115,20 @@ class _MadeUp(Runs):
         self.names = {}
 
 
-def rehearse(parts: experiment.Experiment, steps: int = 0, memory: int | None = None) -> Rehearsal:
-    """Takes some steps of a run as it is, with its first seed.
+def rehearse(
+    parts: experiment.Experiment,
+    steps: int = 0,
+    memory: int | None = None,
+    note: Callable[[Rehearsal], None] | None = None,
+) -> Rehearsal:
+    """Takes some steps of a run as it is, with its first seed; shows a bar on a terminal.
 
     Args:
         parts: The parts of the run.
         steps: How many, at least 2; fewer if a loss is not finite. 0: 20, or as many, but at least
             two, as begin within a minute.
         memory: Bytes that a step may take; by default what the device has.
+        note: Is called with what they have shown so far, every ``NOTED`` seconds.
 
     Returns:
         What they have shown.
@@ -151,7 +161,8 @@ def rehearse(parts: experiment.Experiment, steps: int = 0, memory: int | None = 
         if found.memory is not None and found.memory > available:
             found.refused = _too_big(found.memory, available)
             return found
-        _take(found, runs, state, steps or STEPS, math.inf if steps else SECONDS, began)
+        seconds = math.inf if steps else SECONDS
+        _take(found, runs, state, steps or STEPS, seconds, began, note or (lambda _: None))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -190,29 +201,43 @@ def _open(parts: experiment.Experiment) -> tuple[Runs, int]:
 
 
 def _take(
-    found: Rehearsal, runs: Runs, state: Any, steps: int, seconds: float, began: float
+    found: Rehearsal,
+    runs: Runs,
+    state: Any,
+    steps: int,
+    seconds: float,
+    began: float,
+    note: Callable[[Rehearsal], None],
 ) -> None:
     """Takes the steps one by one and notes what they show."""
     order, started = None, time.perf_counter()
-    for step in range(steps):
-        epoch, first = divmod(step, runs.steps_per_epoch)
-        if order is None or first == 0:
-            order = runs.epoch_order(state, epoch)
-        called = time.perf_counter()
-        state, sums, broken = runs.take_steps(state, runs.no_metrics(), order, first, 1)
-        losses = {k: float(each[0]) for k, each in runs.averages(sums).items()}
-        now = time.perf_counter()
-        if step == 0:
-            found.compiling = now - began
-        else:
-            found.seconds.append(now - called)
-        for name, loss in losses.items():
-            found.losses.setdefault(name.removesuffix("/loss"), []).append(loss)
-        if min(int(each[0]) for each in broken.values()) != parallel.NEVER:
-            found.diverged = step + 1
-            return
-        if step > 0 and now - started > seconds:
-            return
+    noted = started
+    hidden = not sys.stderr.isatty()
+    with tqdm(total=steps, desc=found.name, unit="step", disable=hidden, leave=False) as bar:
+        for step in range(steps):
+            epoch, first = divmod(step, runs.steps_per_epoch)
+            if order is None or first == 0:
+                order = runs.epoch_order(state, epoch)
+            called = time.perf_counter()
+            state, sums, broken = runs.take_steps(state, runs.no_metrics(), order, first, 1)
+            losses = {k: float(each[0]) for k, each in runs.averages(sums).items()}
+            now = time.perf_counter()
+            if step == 0:
+                found.compiling = now - began
+            else:
+                found.seconds.append(now - called)
+            for name, loss in losses.items():
+                found.losses.setdefault(name.removesuffix("/loss"), []).append(loss)
+            bar.set_postfix_str(f"total {found.losses['total'][-1]:.4g}", refresh=False)
+            bar.update()
+            if min(int(each[0]) for each in broken.values()) != parallel.NEVER:
+                found.diverged = step + 1
+                return
+            if step > 0 and now - started > seconds:
+                return
+            if now - noted > NOTED:
+                note(found)
+                noted = now
 
 
 def _memory() -> int:
@@ -246,7 +271,7 @@ def markdown(rehearsals: Mapping[str, Rehearsal]) -> str:
         rehearsals: By the name of the row.
     """
     heads = ("row", "parameters", "images", "steps", "losses", "s a step", "GiB", "hours")
-    rows = [[*heads], *(_row(name, each) for name, each in rehearsals.items())]
+    rows = [[*heads], *(cells(name, each) for name, each in rehearsals.items())]
     hours = [each.hours() for each in rehearsals.values()]
     known = [each for each in hours if each is not None]
     unknown = len(hours) - len(known)
@@ -255,7 +280,13 @@ def markdown(rehearsals: Mapping[str, Rehearsal]) -> str:
     return f"{tables.align(rows)}\n\n{total}"
 
 
-def _row(name: str, found: Rehearsal) -> list[str]:
+def cells(name: str, found: Rehearsal) -> list[str]:
+    """Returns a rehearsal's row of the table.
+
+    Args:
+        name: What the row is called.
+        found: What was shown.
+    """
     seconds, hours = found.step_seconds(), found.hours()
     return [
         name,

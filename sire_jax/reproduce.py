@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -173,20 +174,24 @@ def rehearse(
     row_configs = load_rows(table, rows, configs, option, overrides)
     parts = {name: _build(name, config, True) for name, config in row_configs.items()}
     found: dict[str, rehearsal.Rehearsal] = {}
-    for number, (name, each) in enumerate(parts.items(), start=1):
-        found[name] = rehearsal.rehearse(each, steps)
-        print(f"{number}/{len(parts)}  {name}: {found[name].verdict()}", flush=True)
-        title = f"{table['title']}: some steps of each row"
+    title = f"{table['title']}: some steps of each row"
+
+    def note(name: str, shown: rehearsal.Rehearsal) -> None:
+        found[name] = shown
         text = f"{title}\n\n{_note(overrides)}{rehearsal.markdown(found)}\n"
         (workdir / "rehearsal.md").write_text(text)
         details = {
             "title": title,
             "option": option,
             "overrides": list(overrides),
-            **_machine(),
-            "rows": {row: asdict(shown) for row, shown in found.items()},
+            **machine(),
+            "rows": {row: asdict(each) for row, each in found.items()},
         }
         (workdir / "rehearsal.json").write_text(json.dumps(details, indent=1) + "\n")
+
+    for number, (name, each) in enumerate(parts.items(), start=1):
+        note(name, rehearsal.rehearse(each, steps, note=partial(note, name)))
+        print(f"{number}/{len(parts)}  {name}: {found[name].verdict()}", flush=True)
         _draw_rehearsals(found, workdir / "rehearsal.png")
     return found
 
@@ -384,7 +389,7 @@ def reproduce(
             "title": table["title"],
             "option": option,
             "overrides": list(overrides),
-            **_machine(),
+            **machine(),
             "rows": lines,
         }
         (workdir / "table.json").write_text(json.dumps(details, indent=1) + "\n")
@@ -409,7 +414,8 @@ def _trained(config: ConfigDict, directory: Path) -> dict[str, Any] | None:
     return None
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
+    """Returns what a table was measured on: versions, devices, platform."""
     versions = f"sire_jax {__version__}, jax {jax.__version__}, Python {platform.python_version()}"
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     return {"versions": versions, "devices": devices, "platform": platform.platform()}

@@ -23,8 +23,12 @@ def _parts(*overrides):
 
 @pytest.fixture(scope="module")
 def rehearsed():
-    parts = _parts("seeds=4")
-    return parts, rehearse(parts, steps=5)
+    parts, notes = _parts("seeds=4"), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rehearsal, "NOTED", 0.0)
+        found = rehearse(parts, steps=5, note=lambda so_far: notes.append(len(so_far.seconds)))
+    assert notes == [0, 1, 2, 3, 4]
+    return parts, found
 
 
 def test_a_rehearsal_shows_sizes_times_and_losses(rehearsed):

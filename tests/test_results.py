@@ -13,7 +13,7 @@ RESULTS = Path(__file__).parent.parent / "docs" / "results"
 # What the page calls the readings of the table sire_readings.
 READINGS = {
     128: {
-        "batch norm (as shipped)": "normalized",
+        "batch norm": "normalized",
         "nothing, heavy ball in place of Nesterov": "linear_heavy_ball",
         "nothing": "linear",
     },
@@ -218,6 +218,28 @@ def test_three_hundred_steps_are_what_was_recorded():
     hours = seconds * row["whole"] / 3600
     said = f"a step takes\n{seconds:.1f} s, and the whole run {hours:.0f} hours"
     assert said in (RESULTS / "sire.md").read_text()
+
+
+def test_what_classification_does_is_what_was_recorded():
+    recorded = _recorded("sire_classification.json")["rows"].values()
+    names = {"base": "base CNN", "re": "Re-CNN"}
+    changes = {
+        "--config.optimizer.learning_rate.init_value=0.01": "learning rate 0.01",
+        "--config.backbone.dropout=0.0": "no dropout",
+        "--config.backbone.width=0.25": "a quarter of the width",
+    }
+    found = {
+        (
+            names[row["row"]],
+            "He" if row["option"] else "PyTorch",
+            "".join(changes[each] for each in row["overrides"]),
+            str(row["steps"]),
+            f"{row['main'][-1]:.3f}",
+        )
+        for row in recorded
+    }
+    (table,) = _tables("sire.md", "What classification does")
+    assert {tuple(row) for row in table[2:]} == found
 
 
 def test_both_rows_of_table_2_reduced_were_recorded():

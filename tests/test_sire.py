@@ -22,6 +22,37 @@ def _load(variant="cnn", *overrides):
     )
 
 
+@pytest.mark.parametrize(
+    ("variant", "last", "nesterov", "initialization"),
+    [
+        ("cnn", "normalized", True, "pytorch"),
+        ("cnn_base", "normalized", True, "pytorch"),
+        ("cnn,he", "normalized", True, "modules"),
+        ("cnn,linear", "linear", True, "pytorch"),
+        ("cnn,heavy_ball,he", "linear", False, "modules"),
+        ("vgg16", "normalized", True, "modules"),
+        ("resnet34_imagenet,sigmoid,pytorch", "sigmoid", True, "pytorch"),
+    ],
+)
+def test_readings_of_what_the_paper_leaves_open(variant, last, nesterov, initialization):
+    config = _load(variant)
+    assert config.heads.decoder.last == last
+    assert config.optimizer.nesterov == nesterov
+    assert config.initialization == initialization
+
+
+@pytest.mark.parametrize("variant", ["cnn,linear,sigmoid", "cnn,he,pytorch"])
+def test_two_readings_of_the_same_are_refused(variant):
+    first, second = variant.split(",")[1:]
+    with pytest.raises(ValueError, match=f"'{first}' and '{second}' are readings of the same"):
+        _load(variant)
+
+
+def test_a_reading_that_does_not_exist_is_refused():
+    with pytest.raises(ValueError, match=r"There is no reading 'sigmiod'.*'sigmoid'"):
+        _load("cnn,sigmiod")
+
+
 def _thin(*overrides):
     """SIRe-CNN with few channels and small images, as ``build`` checks it in a second or two."""
     small = (

@@ -1,0 +1,207 @@
+"""Rehearses every row of every table, as shipped: ``python benchmarks/rehearsals.py``.
+
+Some full-size steps of each, on real images where they are at hand (``--data=DIR``), on made-up
+ones elsewhere. Rows of several tables that are the same run are rehearsed once. Takes hours; what
+is recorded is not rehearsed again. Writes JSON and the page that shows it.
+"""
+
+import argparse
+import gc
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from sire_jax import configuration, rehearsal, reproduce, tables
+from sire_jax.rehearsal import Rehearsal
+
+RESULTS = Path("docs/results")
+# One compiles, the others are timed.
+STEPS = 3
+# Of what no paper prints; benchmarks/stability.py is their rehearsal.
+LEFT_OUT = ("sire_readings",)
+
+Row = dict[str, Any]
+
+
+def known_tables() -> list[str]:
+    """Returns the names of all tables that papers print, and of those beside them."""
+    folder = configuration.repository_configs() / "tables"
+    # In their natural order: auxnet_2 ahead of auxnet_10.
+    return sorted(
+        {path.stem for path in folder.glob("*.json")}.difference(LEFT_OUT),
+        key=lambda name: (name.split("_")[0], len(name), name),
+    )
+
+
+def rows(names: list[str]) -> Iterator[tuple[str, str, str]]:
+    """Yields ``(table, row, the same run)`` of tables.
+
+    Args:
+        names: Of the tables.
+
+    Yields:
+        The third is ``"TABLE/ROW"`` of the first row whose config is the same but for its name.
+    """
+    first: dict[str, str] = {}
+    for name in names:
+        configs = reproduce.find_configs(name)
+        table = reproduce.load_table(name, configs)
+        for row in table["rows"]:
+            config = reproduce.row_config(table, row, configs, "", [])
+            config.name = ""
+            this = f"{name}/{reproduce.identity(row)}"
+            same = first.setdefault(config.to_json(sort_keys=True), this)
+            yield name, reproduce.identity(row), same
+
+
+def rehearse(name: str, row: str, overrides: list[str]) -> Row:
+    """Rehearses one row of a table.
+
+    Args:
+        name: The table.
+        row: What the row is called.
+        overrides: ``--config.a.b=value`` each.
+
+    Returns:
+        What it has shown; losses with five digits.
+    """
+    configs = reproduce.find_configs(name)
+    table = reproduce.load_table(name, configs)
+    chosen = reproduce.choose_rows(table, [row])
+    with tempfile.TemporaryDirectory() as workdir:
+        found = reproduce.rehearse(
+            table, chosen, workdir, configs, overrides=overrides, steps=STEPS
+        )[row]
+    found.losses = {k: [float(f"{x:.5g}") for x in each] for k, each in found.losses.items()}
+    jax.clear_caches()
+    gc.collect()
+    found.seconds = [round(each, 5) for each in found.seconds]
+    return asdict(found)
+
+
+def write(recorded: dict[str, Any], path: Path) -> None:
+    """Writes what was recorded, each row in a line.
+
+    Args:
+        recorded: ``{"rows": {"TABLE/ROW": …}, …}``.
+        path: The file.
+    """
+    lines = ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in recorded["rows"].items())
+    rest = json.dumps({k: v for k, v in recorded.items() if k != "rows"})
+    path.write_text(f'{rest[:-1]},\n"rows": {{\n{lines}\n}}}}\n')
+
+
+def page(recorded: dict[str, Any]) -> str:
+    """Writes the page of what was recorded.
+
+    Args:
+        recorded: ``{"machine": …, "tables": {TABLE: {"title": …, "rows": {ROW: "TABLE/ROW"}}},
+            "rows": {"TABLE/ROW": …}}``.
+    """
+    seen = {same: Rehearsal(**row) for same, row in recorded["rows"].items()}
+    shown = {
+        name: [(row, same, seen.get(same)) for row, same in table["rows"].items()]
+        for name, table in recorded["tables"].items()
+    }
+    parts = [_HEAD.format(**recorded["machine"], steps=STEPS), _summary(shown)]
+    for name, each in shown.items():
+        parts.append(f"## {name}\n\n{recorded['tables'][name]['title']}\n\n{_table(name, each)}")
+    return "\n\n".join(parts) + "\n"
+
+
+_HEAD = """# Every table, rehearsed
+
+Some full-size steps of each row of each table, as it is shipped: does it build, does it fit, are
+its losses finite, and how long would all of it take here? Of one table,
+`python -m sire_jax.reproduce --table=TABLE --rehearse` says so anywhere; of all of them:
+
+```bash
+python benchmarks/rehearsals.py --data=DIR
+```
+
+{steps} steps a row, the first of which compiles. They say that a row runs, not that it learns:
+losses of so few steps fall by chance. Images of CIFAR-100 and of the pairs' digits are real, all
+others made up, as are the groups of labels of ImageNet and Tiny-ImageNet. Memory is what the
+compiler plans for a step with all arrays. Hours are those of all epochs and seeds, one after the
+other, without measurements. Of a row that stands in several tables the first is shown in all.
+
+Machine: {platform}, {devices}; {versions}. Raw figures: [rehearsal.json](rehearsal.json)."""
+
+
+def _summary(found: dict[str, list[tuple[str, str, Rehearsal | None]]]) -> str:
+    lines = [["table", "rows", "ran", "finite", "too big", "not run", "hours, all rows"]]
+    for name, each in found.items():
+        shown = [one for _, _, one in each if one is not None]
+        ran = [one for one in shown if not one.refused]
+        hours = [one.hours() for one in ran]
+        known = sum(hour for hour in hours if hour is not None)
+        least = "" if len(hours) == len(each) and None not in hours else "at least "
+        lines.append(
+            [
+                f"[{name}](#{name})",
+                str(len(each)),
+                str(len(ran)),
+                str(sum(one.diverged is None for one in ran)),
+                str(len(shown) - len(ran)),
+                str(len(each) - len(shown)),
+                f"{least}{known:,.1f}",
+            ]
+        )
+    return tables.align(lines)
+
+
+def _table(name: str, each: list[tuple[str, str, Rehearsal | None]]) -> str:
+    heads = ["row", "parameters", "images", "losses", "s a step", "GiB", "hours"]
+    lines = [heads]
+    for row, same, found in each:
+        called = row if same == f"{name}/{row}" else f"{row} (as {same})"
+        if found is None:
+            lines.append([called, "", "", "not run", "", "", ""])
+            continue
+        cells = rehearsal.cells(called, found)
+        lines.append([*cells[:3], *cells[4:]])
+    return tables.align(lines)
+
+
+def _contents(runs: list[tuple[str, str, str]]) -> dict[str, Any]:
+    """Returns the titles of tables, and which run each of their rows is."""
+    found: dict[str, Any] = {}
+    for name, row, same in runs:
+        title = reproduce.load_table(name, reproduce.find_configs(name))["title"]
+        found.setdefault(name, {"title": title, "rows": {}})["rows"][row] = same
+    return found
+
+
+def main() -> None:
+    """Runs the program with command line arguments."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tables", nargs="+", default=known_tables())
+    parser.add_argument("--data", default="", help="directory of tensorflow_datasets")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no row after")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    path = options.out / "rehearsal.json"
+    recorded = json.loads(path.read_text()) if path.exists() else {"rows": {}}
+    overrides = [f"--config.data.dir={options.data}"] if options.data else []
+    ends = time.monotonic() + 60 * options.minutes
+    runs = list(rows(known_tables()))
+    recorded.update(machine=reproduce.machine(), tables=_contents(runs))
+    for name, row, same in runs:
+        wanted = name in options.tables and same not in recorded["rows"]
+        if wanted and time.monotonic() < ends:
+            print(f"{name}/{row}", end="  ", flush=True)
+            recorded["rows"][same] = rehearse(name, row, overrides)
+            write(recorded, path)
+    write(recorded, path)
+    (options.out / "rehearsal.md").write_text(page(recorded))
+    print(f"{options.out / 'rehearsal.md'} shows {len(recorded['rows'])} runs.")
+
+
+if __name__ == "__main__":
+    main()
