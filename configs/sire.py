@@ -4,9 +4,10 @@
 with ``_base``, the bare network; and each but ``cnn`` with ``_imagenet`` (ahead of ``_base``):
 224 x 224 pixels and 1000 classes, the sizes of Table 4; their images are streamed.
 
-The paper leaves open what ends a decoder; the rest of its settings are as printed. Other readings
-are options behind commas, ``configs/sire.py:cnn,linear``; what became of each is in
-``docs/results/sire.md``::
+Settings that the paper prints are as printed. It leaves open, among others, what ends a decoder,
+initial values, the rate of dropout and the size of a batch: ``docs/results/sire.md`` says what was
+chosen and why. Readings of the first two are options behind commas,
+``configs/sire.py:cnn,linear``::
 
     linear       decoders end in a convolution alone: diverges at full width
     sigmoid      in a sigmoid

@@ -131,7 +131,9 @@ def curves(directory: str | Path) -> Path | None:
     return path
 
 
-def compare(runs: Mapping[str, tuple[str | Path, str]], split: str, path: Path) -> None:
+def compare(
+    runs: Mapping[str, tuple[str | Path, str]], split: str, path: Path, error: bool = False
+) -> None:
     """Draws a metric of several runs in one picture, dotted that of training where it was measured.
 
     Args:
@@ -139,6 +141,7 @@ def compare(runs: Mapping[str, tuple[str | Path, str]], split: str, path: Path) 
             metrics of a kind.
         split: Such as ``"test"``.
         path: The picture to write.
+        error: Whether errors in percent are drawn in place of accuracies.
     """
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.subplots()
@@ -148,13 +151,17 @@ def compare(runs: Mapping[str, tuple[str | Path, str]], split: str, path: Path) 
         lines = read_metrics(directory)
         epochs, values = series(lines, split, metric)
         if len(epochs):
-            band(axes, epochs, values, label, colour)
+            band(axes, epochs, 100 * (1 - values) if error else values, label, colour)
         epochs, values = series(lines, "train", metric)
         if len(epochs) and split != "train":
-            trained = True
-            axes.plot(epochs, values.mean(1), color=colour, linestyle=":", linewidth=1.2)
+            trained, mean = True, values.mean(1)
+            mean = 100 * (1 - mean) if error else mean
+            axes.plot(epochs, mean, color=colour, linestyle=":", linewidth=1.2)
     axes.set_xlabel("epoch")
-    axes.set_ylabel(f"{split} {_LABELS[metric.rsplit('/', 1)[1]]}")
+    measured = _LABELS[metric.rsplit("/", 1)[1]]
+    if error:
+        measured = f"{measured.replace('accuracy', 'error')}, %"
+    axes.set_ylabel(f"{split} {measured}")
     axes.set_title(_DASHES + "; dotted: training" * trained, fontsize=8)
     axes.grid(alpha=0.3)
     if axes.lines:

@@ -44,7 +44,7 @@ class Rehearsal:
         images: ``"real"`` or ``"made up"``.
         whole: Steps of the whole run, those of all seeds one after the other.
         memory: Bytes that a step of one seed takes with all arrays, as the compiler plans; ``None``
-            if it doesn't tell, as of streams and of ``pmap``.
+            if it doesn't tell, as of ``pmap``.
         refused: Why no step was taken; ``""`` if steps were.
         compiling: Seconds until the first step had been taken, which compiles.
         seconds: Of each further step.

@@ -393,7 +393,9 @@ def reproduce(
             "rows": lines,
         }
         (workdir / "table.json").write_text(json.dumps(details, indent=1) + "\n")
-        figures.compare(drawn, table["curves"]["split"], workdir / "table.png")
+        curves = table["curves"]
+        path = workdir / "table.png"
+        figures.compare(drawn, curves["split"], path, curves.get("error", False))
         if table.get("gradient_flow"):
             flows = {title: directory for title, (directory, _) in drawn.items()}
             measured = {k: each for k, each in flows.items() if gradient_flow.is_measured(each)}

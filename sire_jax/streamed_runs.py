@@ -179,8 +179,14 @@ class StreamedRuns(Runs):
         return state, sums, broken
 
     def planned_memory(self, state: TrainState) -> int | None:
-        """Returns nothing: without a batch the program is not known."""
-        return None
+        """Returns the bytes of a step on the first batch, which stays the next; may be None."""
+        order = self.epoch_order(state, 0)
+        batches = self._training_batches(order, 0)
+        batch = next(batches)
+        self._open = order.epoch, 0, itertools.chain([batch], batches)
+        sums = self.no_metrics()
+        broken = self.place(jax.tree.map(np.asarray, parallel.never_broken(sums)))
+        return self._steps.memory(state, sums, broken, batch)
 
     def totals(
         self, measure: Callable[..., PyTree], ready: Callable[[Batch], Batch]

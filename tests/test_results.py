@@ -1,5 +1,6 @@
 """What pages of results say is what the recorded figures beside them say."""
 
+import importlib
 import json
 import re
 from pathlib import Path
@@ -7,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sire_jax import configuration, experiment, reproduce
+from sire_jax import configuration, experiment, reproduce, tables
 
-RESULTS = Path(__file__).parent.parent / "docs" / "results"
+REPOSITORY = Path(__file__).parent.parent
+RESULTS, BENCHMARKS = REPOSITORY / "docs" / "results", REPOSITORY / "benchmarks"
 # What the page calls the readings of the table sire_readings.
 READINGS = {
     128: {
@@ -240,6 +242,24 @@ def test_what_classification_does_is_what_was_recorded():
     }
     (table,) = _tables("sire.md", "What classification does")
     assert {tuple(row) for row in table[2:]} == found
+
+
+def test_the_map_of_what_trains_is_what_was_recorded(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    stability = importlib.import_module("stability")
+    recorded, said = _recorded("sire_stability.json"), (RESULTS / "sire.md").read_text()
+    for width in stability.WIDTHS:
+        assert tables.align(stability.rows(recorded["rows"], width)) in said
+    assert (recorded["steps"], recorded["batch_size"]) == (60, 32)
+
+
+def test_the_page_of_rehearsals_shows_what_was_recorded(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    rehearsals = importlib.import_module("rehearsals")
+    recorded = _recorded("rehearsal.json")
+    assert rehearsals.page(recorded) == (RESULTS / "rehearsal.md").read_text()
+    shown = {same for each in recorded["tables"].values() for same in each["rows"].values()}
+    assert set(recorded["rows"]) <= shown
 
 
 def test_both_rows_of_table_2_reduced_were_recorded():

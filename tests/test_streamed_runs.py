@@ -63,6 +63,19 @@ def test_both_feeds_give_the_same_batches_for_the_same_seed(directory):
             assert all(np.array_equal(found[key], batch[key]) for key in batch)
 
 
+def test_the_memory_of_a_step_is_planned_and_no_batch_lost(directory):
+    runs, other = _runs(directory, "stream"), _runs(directory, "stream")
+    state = runs.initial()
+    parameters = sum(x.nbytes for x in jax.tree.leaves(state.params))
+    planned = runs.planned_memory(state)
+    # Parameters, their momentum, and eight images.
+    assert planned > 2 * parameters + 8 * 4 * 6 * 3
+    first, expected = (
+        next(each._training_batches(each.epoch_order(state, 0), 0)) for each in (runs, other)
+    )
+    assert np.array_equal(first["image"], expected["image"])
+
+
 # Each trains twice, and has programs of its own to compile.
 @pytest.mark.parametrize(
     ("parallel", "devices"),
