@@ -173,12 +173,32 @@ def losses(runs: Mapping[str, Sequence[float]], path: Path, label: str) -> None:
     """Draws the losses of the first steps of several runs; a cross is the end of one that diverged.
 
     Args:
-        runs: The loss of each step, by the name of the run, or of the objective of one run.
+        runs: The loss of each step, by the name of the run.
         path: The picture to write.
         label: What is drawn.
     """
     figure = Figure(figsize=(7.5, 4.2), layout="constrained")
-    axes = figure.subplots()
+    _draw_losses(figure.subplots(), runs, label)
+    figure.savefig(path, dpi=130)
+
+
+def losses_of_one(objectives: Mapping[str, Sequence[float]], path: Path) -> None:
+    """Draws the losses of the first steps of one run: the main one, beside it all others.
+
+    Args:
+        objectives: The loss of each step, by the name of the objective.
+        path: The picture to write.
+    """
+    main = {name: each for name, each in objectives.items() if name == MAIN}
+    others = {name: each for name, each in objectives.items() if name != MAIN}
+    panels = [each for each in (main, others) if each]
+    figure = Figure(figsize=(4.6 * len(panels), 3.6), layout="constrained")
+    for axes, shown in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
+        _draw_losses(axes, shown, "loss")
+    figure.savefig(path, dpi=130)
+
+
+def _draw_losses(axes: Axes, runs: Mapping[str, Sequence[float]], label: str) -> None:
     for (name, values), colour in zip(runs.items(), _colours(len(runs)), strict=True):
         finite = np.asarray(values)[np.isfinite(values)]
         steps = np.arange(1, len(finite) + 1)
@@ -187,14 +207,20 @@ def losses(runs: Mapping[str, Sequence[float]], path: Path, label: str) -> None:
             # Of one that broke at once there is no loss to be drawn.
             last = finite[-1:] if len(finite) else [1.0]
             axes.plot(steps[-1:] if len(finite) else [1], last, color=colour, marker="x")
-    positive = all(value > 0 or not np.isfinite(value) for each in runs.values() for value in each)
-    axes.set_yscale("log" if positive else "symlog")
+    values = np.concatenate([np.asarray(each, np.float64) for each in runs.values()] or [[1.0]])
+    axes.set_yscale(_scale(values[np.isfinite(values)]))
     axes.set_xlabel("step")
     axes.set_ylabel(label)
     axes.grid(alpha=0.3)
     if runs:
         axes.legend(frameon=False, fontsize=7, ncols=1 + len(runs) // 12)
-    figure.savefig(path, dpi=130)
+
+
+def _scale(values: np.ndarray) -> str:
+    """Returns an axis for values: in powers of ten if they span some."""
+    if not (values > 0).all():
+        return "symlog"
+    return "log" if len(values) and values.max() > 10 * values.min() else "linear"
 
 
 def sweep(points: Sequence[Mapping[str, Any]], about: Mapping[str, Any], path: Path) -> None:

@@ -202,7 +202,7 @@ def _draw_rehearsals(found: Mapping[str, rehearsal.Rehearsal], path: Path) -> No
     if len(shown) == 1:
         (losses,) = shown.values()
         single = {name: each for name, each in losses.items() if name != "total"}
-        figures.losses(single, path, "loss")
+        figures.losses_of_one(single, path)
         return
     totals = {row: losses["total"] for row, losses in shown.items()}
     figures.losses(totals, path, "weighted sum of the losses")

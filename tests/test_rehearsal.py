@@ -156,6 +156,19 @@ def test_a_table_of_rehearsals_sums_their_hours():
     assert text.endswith("All of these, every seed after the other, here: 18.5 hours.")
 
 
+def test_the_main_loss_of_one_run_has_a_panel_of_its_own(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures.Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    figures.losses_of_one({"deep": [9.0, 0.1], "main": [4.7, 4.4]}, tmp_path / "losses.png")
+    left, right = drawn[0].axes
+    assert [list(line.get_ydata()) for line in left.lines] == [[4.7, 4.4]]
+    assert [list(line.get_ydata()) for line in right.lines] == [[9.0, 0.1]]
+    # In powers of ten where the losses span some.
+    assert (left.get_yscale(), right.get_yscale()) == ("linear", "log")
+    figures.losses_of_one({"main": [1.0, -1.0]}, tmp_path / "losses.png")
+    assert [axes.get_yscale() for axes in drawn[1].axes] == ["symlog"]
+
+
 @pytest.mark.slow  # It compiles a network of its own.
 def test_a_table_is_rehearsed_row_by_row_once_all_are_built(tmp_path, capsys):
     table = reproduce.load_table("quickstart", CONFIGS)

@@ -207,14 +207,17 @@ def test_the_cost_of_branches_is_what_was_measured():
 
 def test_three_hundred_steps_are_what_was_recorded():
     (row,) = _recorded("sire_4-rehearsal_cnn.json")["rows"].values()
+    (he,) = _recorded("sire_4-rehearsal_cnn_he.json")["rows"].values()
     losses = row["losses"]
-    assert row["images"] == "real"
-    assert row["diverged"] is None
-    assert len(losses["main"]) == 300
+    for each in (row, he):
+        assert each["images"] == "real"
+        assert each["diverged"] is None
+        assert len(each["losses"]["main"]) == 300
     (table,) = _tables("sire.md", "Three hundred steps as shipped")
-    for step, main, *decoders in table[2:]:
+    for step, main, *decoders, main_he in table[2:]:
         part = slice(max(0, int(step) - 10), int(step))
         assert main == f"{np.mean(losses['main'][part]):.3f}"
+        assert main_he == f"{np.mean(he['losses']['main'][part]):.3f}"
         assert decoders == [f"{np.mean(losses[f'decoder_{i}'][part]):.4f}" for i in (1, 2, 3, 4)]
     seconds = np.median(row["seconds"])
     hours = seconds * row["whole"] / 3600
