@@ -225,6 +225,26 @@ def test_three_hundred_steps_are_what_was_recorded():
     assert said in (RESULTS / "sire.md").read_text()
 
 
+def test_steps_of_the_other_networks_are_what_was_recorded():
+    names = {"VGG16": "vgg16", "ResNet34": "resnet34", "ResNet50": "resnet50"}
+    names["GoogLeNet"] = "googlenet"
+    recorded = {}
+    for number in (15, 7):
+        recorded |= _recorded(f"sire_4-rehearsal_{number}.json")["rows"]
+    (table,) = _tables("sire.md", "The other networks as shipped")
+    assert {names[row[0]] for row in table[2:]} == set(recorded)
+    for name, *cells in table[2:]:
+        row = recorded[names[name]]
+        assert (row["images"], row["diverged"]) == ("real", None)
+        main, seconds = row["losses"]["main"], np.median(row["seconds"])
+        decoders = [each for k, each in row["losses"].items() if k.startswith("decoder")]
+        mean = np.mean(decoders, axis=0)
+        losses = (main[0], max(main), main[-1], mean[0], mean[-1])
+        hours = seconds * row["whole"] / 3600
+        expected = [f"{each:.2f}" for each in losses]
+        assert cells == [str(len(main)), *expected, f"{seconds:.1f}", f"{hours:.0f}"]
+
+
 def test_what_classification_does_is_what_was_recorded():
     recorded = _recorded("sire_classification.json")["rows"].values()
     names = {"base": "base CNN", "re": "Re-CNN"}
