@@ -7,17 +7,18 @@ is recorded is not rehearsed again. Writes JSON and the page that shows it.
 
 import argparse
 import gc
+import hashlib
 import json
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
-from sire_jax import configuration, rehearsal, reproduce, tables
+from sire_jax import configuration, files, rehearsal, reproduce, tables
 from sire_jax.rehearsal import Rehearsal
 
 RESULTS = Path("docs/results")
@@ -39,14 +40,27 @@ def known_tables() -> list[str]:
     )
 
 
-def rows(names: list[str]) -> Iterator[tuple[str, str, str]]:
-    """Yields ``(table, row, the same run)`` of tables.
+class Run(NamedTuple):
+    """A row of a table.
+
+    Attributes:
+        table: The table.
+        row: What the row is called.
+        same: ``"TABLE/ROW"`` of the first row whose config is the same but for its name.
+        config: A digest of that config.
+    """
+
+    table: str
+    row: str
+    same: str
+    config: str
+
+
+def runs(names: list[str]) -> Iterator[Run]:
+    """Yields the rows of tables.
 
     Args:
         names: Of the tables.
-
-    Yields:
-        The third is ``"TABLE/ROW"`` of the first row whose config is the same but for its name.
     """
     first: dict[str, str] = {}
     for name in names:
@@ -55,34 +69,38 @@ def rows(names: list[str]) -> Iterator[tuple[str, str, str]]:
         for row in table["rows"]:
             config = reproduce.row_config(table, row, configs, "", [])
             config.name = ""
-            this = f"{name}/{reproduce.identity(row)}"
-            same = first.setdefault(config.to_json(sort_keys=True), this)
-            yield name, reproduce.identity(row), same
+            digest = hashlib.sha256(config.to_json(sort_keys=True).encode()).hexdigest()[:16]
+            called = reproduce.identity(row)
+            yield Run(name, called, first.setdefault(digest, f"{name}/{called}"), digest)
 
 
-def rehearse(name: str, row: str, overrides: list[str]) -> Row:
+def rehearse(run: Run, overrides: list[str]) -> Row:
     """Rehearses one row of a table.
 
     Args:
-        name: The table.
-        row: What the row is called.
+        run: The row.
         overrides: ``--config.a.b=value`` each.
 
     Returns:
-        What it has shown; losses with five digits.
+        What it has shown, losses with five digits; with the digest of its config, and the machine.
     """
-    configs = reproduce.find_configs(name)
-    table = reproduce.load_table(name, configs)
-    chosen = reproduce.choose_rows(table, [row])
+    configs = reproduce.find_configs(run.table)
+    table = reproduce.load_table(run.table, configs)
+    chosen = reproduce.choose_rows(table, [run.row])
     with tempfile.TemporaryDirectory() as workdir:
         found = reproduce.rehearse(
             table, chosen, workdir, configs, overrides=overrides, steps=STEPS
-        )[row]
+        )[run.row]
     found.losses = {k: [float(f"{x:.5g}") for x in each] for k, each in found.losses.items()}
+    found.seconds = [round(each, 5) for each in found.seconds]
     jax.clear_caches()
     gc.collect()
-    found.seconds = [round(each, 5) for each in found.seconds]
-    return asdict(found)
+    return {"config": run.config, "machine": reproduce.machine(), **asdict(found)}
+
+
+def shown(row: Row) -> Rehearsal:
+    """Returns what a recorded row has shown."""
+    return Rehearsal(**{k: v for k, v in row.items() if k not in ("config", "machine")})
 
 
 def write(recorded: dict[str, Any], path: Path) -> None:
@@ -94,25 +112,31 @@ def write(recorded: dict[str, Any], path: Path) -> None:
     """
     lines = ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in recorded["rows"].items())
     rest = json.dumps({k: v for k, v in recorded.items() if k != "rows"})
-    path.write_text(f'{rest[:-1]},\n"rows": {{\n{lines}\n}}}}\n')
+    files.replace(path, f'{rest[:-1]},\n"rows": {{\n{lines}\n}}}}\n')
 
 
 def page(recorded: dict[str, Any]) -> str:
     """Writes the page of what was recorded.
 
     Args:
-        recorded: ``{"machine": …, "tables": {TABLE: {"title": …, "rows": {ROW: "TABLE/ROW"}}},
+        recorded: ``{"steps": …, "tables": {TABLE: {"title": …, "rows": {ROW: "TABLE/ROW"}}},
             "rows": {"TABLE/ROW": …}}``.
     """
-    seen = {same: Rehearsal(**row) for same, row in recorded["rows"].items()}
-    shown = {
+    seen = {same: shown(row) for same, row in recorded["rows"].items()}
+    found = {
         name: [(row, same, seen.get(same)) for row, same in table["rows"].items()]
         for name, table in recorded["tables"].items()
     }
-    parts = [_HEAD.format(**recorded["machine"], steps=STEPS), _summary(shown)]
-    for name, each in shown.items():
+    machines = sorted({_machine(row["machine"]) for row in recorded["rows"].values()})
+    head = _HEAD.format(steps=recorded["steps"], machines="; ".join(machines))
+    parts = [head, _summary(found)]
+    for name, each in found.items():
         parts.append(f"## {name}\n\n{recorded['tables'][name]['title']}\n\n{_table(name, each)}")
     return "\n\n".join(parts) + "\n"
+
+
+def _machine(told: dict[str, str]) -> str:
+    return f"{told['processor']}, {told['devices']}; {told['versions']}"
 
 
 _HEAD = """# Every table, rehearsed
@@ -126,12 +150,12 @@ python benchmarks/rehearsals.py --data=DIR
 ```
 
 {steps} steps a row, the first of which compiles. They say that a row runs, not that it learns:
-losses of so few steps fall by chance. Images of CIFAR-100 and of the pairs' digits are real, all
-others made up, as are the groups of labels of ImageNet and Tiny-ImageNet. Memory is what the
-compiler plans for a step with all arrays. Hours are those of all epochs and seeds, one after the
-other, without measurements. Of a row that stands in several tables the first is shown in all.
+losses of so few steps fall by chance. Images that were not at hand are made up, and so are groups
+of labels that have no file yet. Memory is what the compiler plans for a step with all arrays. Hours
+are those of all epochs and seeds, one after the other, without measurements. Of a row that stands
+in several tables the first is shown in all.
 
-Machine: {platform}, {devices}; {versions}. Raw figures: [rehearsal.json](rehearsal.json)."""
+Machine: {machines}. Raw figures: [rehearsal.json](rehearsal.json)."""
 
 
 def _summary(found: dict[str, list[tuple[str, str, Rehearsal | None]]]) -> str:
@@ -169,19 +193,20 @@ def _table(name: str, each: list[tuple[str, str, Rehearsal | None]]) -> str:
     return tables.align(lines)
 
 
-def _contents(runs: list[tuple[str, str, str]]) -> dict[str, Any]:
+def _contents(all_runs: list[Run]) -> dict[str, Any]:
     """Returns the titles of tables, and which run each of their rows is."""
     found: dict[str, Any] = {}
-    for name, row, same in runs:
-        title = reproduce.load_table(name, reproduce.find_configs(name))["title"]
-        found.setdefault(name, {"title": title, "rows": {}})["rows"][row] = same
+    for run in all_runs:
+        title = reproduce.load_table(run.table, reproduce.find_configs(run.table))["title"]
+        found.setdefault(run.table, {"title": title, "rows": {}})["rows"][run.row] = run.same
     return found
 
 
 def main() -> None:
     """Runs the program with command line arguments."""
+    known = known_tables()
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tables", nargs="+", default=known_tables())
+    parser.add_argument("--tables", nargs="+", choices=known, default=known, metavar="TABLE")
     parser.add_argument("--data", default="", help="directory of tensorflow_datasets")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no row after")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -190,13 +215,16 @@ def main() -> None:
     recorded = json.loads(path.read_text()) if path.exists() else {"rows": {}}
     overrides = [f"--config.data.dir={options.data}"] if options.data else []
     ends = time.monotonic() + 60 * options.minutes
-    runs = list(rows(known_tables()))
-    recorded.update(machine=reproduce.machine(), tables=_contents(runs))
-    for name, row, same in runs:
-        wanted = name in options.tables and same not in recorded["rows"]
+    all_runs = list(runs(known))
+    recorded.update(steps=STEPS, tables=_contents(all_runs))
+    # What is of another config by now is not of these rows.
+    current = {run.same: run.config for run in all_runs}
+    recorded["rows"] = {k: v for k, v in recorded["rows"].items() if v["config"] == current.get(k)}
+    for run in all_runs:
+        wanted = run.table in options.tables and run.same not in recorded["rows"]
         if wanted and time.monotonic() < ends:
-            print(f"{name}/{row}", end="  ", flush=True)
-            recorded["rows"][same] = rehearse(name, row, overrides)
+            print(f"{run.table}/{run.row}", end="  ", flush=True)
+            recorded["rows"][run.same] = rehearse(run, overrides)
             write(recorded, path)
     write(recorded, path)
     (options.out / "rehearsal.md").write_text(page(recorded))

@@ -31,8 +31,6 @@ READINGS = {
 }
 LAMBDAS = ("0.1", "0.2", "0.5", "1.0")
 WIDTHS = (0.25, 0.5, 1.0)
-# The loss of guessing one of a hundred classes.
-GUESSING = float(np.log(100))
 
 
 def name(reading: str, weight: str, width: float) -> str:
@@ -48,9 +46,18 @@ def cell(row: dict[str, Any] | None) -> str:
     """
     if row is None:
         return ""
+    if row["refused"]:
+        return "too big"
     if row["diverged"] is not None:
         return f"NaN at {row['diverged']}"
     return f"{np.mean(row['losses']['main'][-5:]):.2f}"
+
+
+def colour(said: str) -> str:
+    """Returns the colour of a cell: red where a loss is not finite, white where there is none."""
+    if not said or said == "too big":
+        return "white"
+    return "#E8A08C" if said.startswith("NaN") else "#BFD9BF"
 
 
 def rows(recorded: dict[str, Any], width: float) -> list[list[str]]:
@@ -68,7 +75,7 @@ def rows(recorded: dict[str, Any], width: float) -> list[list[str]]:
 
 
 def draw(recorded: dict[str, Any], path: Path) -> None:
-    """Draws the map, a panel for each width.
+    """Draws the map, a panel for each width; red is where a loss is not finite.
 
     Args:
         recorded: What rehearsals have shown, by ``name``.
@@ -78,11 +85,11 @@ def draw(recorded: dict[str, Any], path: Path) -> None:
     panels = figure.subplots(1, len(WIDTHS), sharey=True)
     for axes, width in zip(panels, WIDTHS, strict=True):
         shown = rows(recorded, width)[1:]
-        for (i, reading), (j, weight) in product(enumerate(READINGS), enumerate(LAMBDAS)):
-            row = recorded.get(name(reading, weight, width))
-            axes.add_patch(_patch(row, j, i))
-            text = shown[i][j + 1].replace(" at ", "\n")
-            axes.text(j, i, text, ha="center", va="center", fontsize=8)
+        for i, j in product(range(len(READINGS)), range(len(LAMBDAS))):
+            said = shown[i][j + 1]
+            corner = (j - 0.5, i - 0.5)
+            axes.add_patch(Rectangle(corner, 1, 1, facecolor=colour(said), edgecolor="white"))
+            axes.text(j, i, said.replace(" at ", "\n"), ha="center", va="center", fontsize=8)
         axes.set_xlim(-0.5, len(LAMBDAS) - 0.5)
         axes.set_ylim(len(READINGS) - 0.5, -0.5)
         axes.set_xticks(range(len(LAMBDAS)), LAMBDAS)
@@ -92,29 +99,18 @@ def draw(recorded: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def _patch(row: dict[str, Any] | None, x: int, y: int) -> Any:
-    if row is None:
-        colour = "white"
-    elif row["diverged"] is not None:
-        colour = "#E8A08C"
-    else:
-        learns = np.mean(row["losses"]["main"][-5:]) < GUESSING - 0.1
-        colour = "#9CCB9C" if learns else "#F0E6B4"
-    return Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=colour, edgecolor="white")
-
-
 def main() -> None:
     """Runs the program with command line arguments."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", required=True, help="directory of tensorflow_datasets")
-    parser.add_argument("--widths", type=float, nargs="+", default=WIDTHS)
-    parser.add_argument("--lambdas", nargs="+", default=LAMBDAS)
+    parser.add_argument("--widths", type=float, nargs="+", choices=WIDTHS, default=WIDTHS)
+    parser.add_argument("--lambdas", nargs="+", choices=LAMBDAS, default=LAMBDAS)
     parser.add_argument("--json", type=Path, default=Path("docs/results/sire_stability.json"))
     parser.add_argument("--png", type=Path, default=Path("docs/images/sire_stability.png"))
     options = parser.parse_args()
     found: dict[str, Any] = json.loads(options.json.read_text()) if options.json.exists() else {}
     recorded = found.setdefault("rows", {})
-    found.update(reproduce.machine(), steps=STEPS, batch_size=BATCH)
+    found.update(steps=STEPS, batch_size=BATCH)
     configs = reproduce.find_configs(TABLE)
     table = reproduce.load_table(TABLE, configs)
     for width, weight, reading in product(options.widths, options.lambdas, READINGS):
@@ -130,7 +126,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as workdir:
             chosen = reproduce.choose_rows(table, [row])
             told = reproduce.rehearse(table, chosen, workdir, configs, "", given, STEPS)[row]
-        recorded[called] = asdict(told)
+        recorded[called] = {"machine": reproduce.machine(), **asdict(told)}
         write(found, options.json)
     draw(recorded, options.png)
     for width in WIDTHS:

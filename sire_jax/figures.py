@@ -132,7 +132,10 @@ def curves(directory: str | Path) -> Path | None:
 
 
 def compare(
-    runs: Mapping[str, tuple[str | Path, str]], split: str, path: Path, error: bool = False
+    runs: Mapping[str, tuple[str | Path, str]],
+    split: str,
+    path: Path,
+    error_percent: bool = False,
 ) -> None:
     """Draws a metric of several runs in one picture, dotted that of training where it was measured.
 
@@ -141,25 +144,28 @@ def compare(
             metrics of a kind.
         split: Such as ``"test"``.
         path: The picture to write.
-        error: Whether errors in percent are drawn in place of accuracies.
+        error_percent: Whether errors in percent are drawn in place of accuracies.
+
+    Raises:
+        ValueError: If errors are to be drawn of what is no accuracy.
     """
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.subplots()
     metric, trained = "", False
+    shown = _errors if error_percent else lambda _, values: values
     colours = _colours(len(runs))
     for (label, (directory, metric)), colour in zip(runs.items(), colours, strict=True):
         lines = read_metrics(directory)
         epochs, values = series(lines, split, metric)
         if len(epochs):
-            band(axes, epochs, 100 * (1 - values) if error else values, label, colour)
+            band(axes, epochs, shown(metric, values), label, colour)
         epochs, values = series(lines, "train", metric)
         if len(epochs) and split != "train":
-            trained, mean = True, values.mean(1)
-            mean = 100 * (1 - mean) if error else mean
+            trained, mean = True, shown(metric, values).mean(1)
             axes.plot(epochs, mean, color=colour, linestyle=":", linewidth=1.2)
     axes.set_xlabel("epoch")
     measured = _LABELS[metric.rsplit("/", 1)[1]]
-    if error:
+    if error_percent:
         measured = f"{measured.replace('accuracy', 'error')}, %"
     axes.set_ylabel(f"{split} {measured}")
     axes.set_title(_DASHES + "; dotted: training" * trained, fontsize=8)
@@ -167,6 +173,13 @@ def compare(
     if axes.lines:
         axes.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=130)
+
+
+def _errors(metric: str, values: np.ndarray) -> np.ndarray:
+    """Turns accuracies into errors in percent."""
+    if "accuracy" not in _LABELS[metric.rsplit("/", 1)[1]]:
+        raise ValueError(f"'{metric}' is no accuracy, and has no error; choose <output>/top_1.")
+    return 100 * (1 - values)
 
 
 def losses(runs: Mapping[str, Sequence[float]], path: Path, label: str) -> None:
@@ -191,7 +204,7 @@ def losses_of_one(objectives: Mapping[str, Sequence[float]], path: Path) -> None
     """
     main = {name: each for name, each in objectives.items() if name == MAIN}
     others = {name: each for name, each in objectives.items() if name != MAIN}
-    panels = [each for each in (main, others) if each]
+    panels = [each for each in (main, others) if each] or [{}]
     figure = Figure(figsize=(4.6 * len(panels), 3.6), layout="constrained")
     for axes, shown in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
         _draw_losses(axes, shown, "loss")
@@ -207,8 +220,8 @@ def _draw_losses(axes: Axes, runs: Mapping[str, Sequence[float]], label: str) ->
             # Of one that broke at once there is no loss to be drawn.
             last = finite[-1:] if len(finite) else [1.0]
             axes.plot(steps[-1:] if len(finite) else [1], last, color=colour, marker="x")
-    values = np.concatenate([np.asarray(each, np.float64) for each in runs.values()] or [[1.0]])
-    axes.set_yscale(_scale(values[np.isfinite(values)]))
+    drawn = np.array([loss for each in runs.values() for loss in each], np.float64)
+    axes.set_yscale(_scale(drawn[np.isfinite(drawn)]))
     axes.set_xlabel("step")
     axes.set_ylabel(label)
     axes.grid(alpha=0.3)

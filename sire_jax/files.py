@@ -1,4 +1,4 @@
-"""Paths as people write them, and whether they can be written to."""
+"""Paths as people write them, whether they can be written to, and files that are written whole."""
 
 import os
 import tempfile
@@ -66,3 +66,18 @@ def _takes_files(directory: Path) -> bool:
     except OSError:
         return False
     return True
+
+
+def replace(path: Path, content: str | bytes) -> None:
+    """Writes a file aside and renames it: a crash leaves the old one or the new one, whole.
+
+    Args:
+        path: The file.
+        content: What it will hold.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("wb") as file:
+        file.write(content if isinstance(content, bytes) else content.encode())
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

@@ -51,6 +51,7 @@ class Rehearsal:
         losses: The losses of each step by objective, ``"total"`` their weighted sum.
         diverged: The step whose loss was the first that is not finite, if one was not; the first is
             number 1.
+        finished: Whether these are all; ``False`` of one that is under way, or was killed.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Rehearsal:
     seconds: list[float] = field(default_factory=list)
     losses: dict[str, list[float]] = field(default_factory=dict)
     diverged: int | None = None
+    finished: bool = True
 
     def step_seconds(self) -> float | None:
         """Returns the median of the further steps; ``None`` if there were none."""
@@ -156,10 +158,12 @@ def rehearse(
     found = Rehearsal(parts.config.name, parameters, images, whole * seeds)
     available = _memory() if memory is None else memory
     try:
+        found.finished = False
         state, began = runs.initial(), time.perf_counter()
         found.memory = runs.planned_memory(state)
         if found.memory is not None and found.memory > available:
             found.refused = _too_big(found.memory, available)
+            found.finished = True
             return found
         seconds = math.inf if steps else SECONDS
         _take(found, runs, state, steps or STEPS, seconds, began, note or (lambda _: None))
@@ -167,6 +171,7 @@ def rehearse(
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         found.refused = f"too big for this machine: {str(error).splitlines()[0][:200]}"
+    found.finished = True
     return found
 
 
@@ -292,7 +297,7 @@ def cells(name: str, found: Rehearsal) -> list[str]:
         name,
         f"{found.parameters:,}",
         found.images,
-        str(len(found.losses.get("total", ()))),
+        f"{len(found.losses.get('total', ()))}{' so far' * (not found.finished)}",
         found.verdict(),
         "" if seconds is None else f"{seconds:.3g}",
         "" if found.memory is None else f"{found.memory / _GIB:.2f}",

@@ -9,6 +9,7 @@ been trained is not trained again.
 """
 
 import json
+import os
 import platform
 import sys
 import time
@@ -179,7 +180,7 @@ def rehearse(
     def note(name: str, shown: rehearsal.Rehearsal) -> None:
         found[name] = shown
         text = f"{title}\n\n{_note(overrides)}{rehearsal.markdown(found)}\n"
-        (workdir / "rehearsal.md").write_text(text)
+        files.replace(workdir / "rehearsal.md", text)
         details = {
             "title": title,
             "option": option,
@@ -187,7 +188,7 @@ def rehearse(
             **machine(),
             "rows": {row: asdict(each) for row, each in found.items()},
         }
-        (workdir / "rehearsal.json").write_text(json.dumps(details, indent=1) + "\n")
+        files.replace(workdir / "rehearsal.json", json.dumps(details, indent=1) + "\n")
 
     for number, (name, each) in enumerate(parts.items(), start=1):
         note(name, rehearsal.rehearse(each, steps, note=partial(note, name)))
@@ -395,7 +396,7 @@ def reproduce(
         (workdir / "table.json").write_text(json.dumps(details, indent=1) + "\n")
         curves = table["curves"]
         path = workdir / "table.png"
-        figures.compare(drawn, curves["split"], path, curves.get("error", False))
+        figures.compare(drawn, curves["split"], path, curves.get("error_percent", False))
         if table.get("gradient_flow"):
             flows = {title: directory for title, (directory, _) in drawn.items()}
             measured = {k: each for k, each in flows.items() if gradient_flow.is_measured(each)}
@@ -417,10 +418,18 @@ def _trained(config: ConfigDict, directory: Path) -> dict[str, Any] | None:
 
 
 def machine() -> dict[str, Any]:
-    """Returns what a table was measured on: versions, devices, platform."""
+    """Returns what a table was measured on: versions, devices, processor, platform."""
     versions = f"sire_jax {__version__}, jax {jax.__version__}, Python {platform.python_version()}"
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-    return {"versions": versions, "devices": devices, "platform": platform.platform()}
+    told = Path("/proc/cpuinfo")
+    lines = told.read_text().splitlines() if told.exists() else []
+    models = (line.partition(": ")[2] for line in lines if line.startswith("model name"))
+    return {
+        "versions": versions,
+        "devices": devices,
+        "processor": f"{os.cpu_count()} x {next(models, platform.processor())}",
+        "platform": platform.platform(),
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -186,15 +186,9 @@ def check_writable(path: str | Path) -> Path:
 
 
 def _replace(path: Path, content: str | bytes) -> None:
-    """Writes a file aside and renames it: a crash leaves the old one or the new one, whole."""
-    if not distributed.is_main():
-        return
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(content if isinstance(content, bytes) else content.encode())
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    """Writes a file whole, by one process of a job."""
+    if distributed.is_main():
+        files.replace(path, content)
 
 
 def read_results(path: str | Path) -> dict[str, Any] | None:

@@ -24,11 +24,11 @@ def _write_run(directory, **accuracies):
 
 
 @pytest.mark.parametrize(
-    ("error", "label", "test", "training"),
+    ("error_percent", "label", "test", "training"),
     [(False, "test accuracy", [0.3, 0.6], [0.5, 0.9]), (True, "test error, %", [70, 40], [50, 10])],
 )
 def test_tests_and_training_of_several_runs_are_drawn(
-    error, label, test, training, tmp_path, monkeypatch
+    error_percent, label, test, training, tmp_path, monkeypatch
 ):
     drawn = []
     monkeypatch.setattr(figures.Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
@@ -38,7 +38,7 @@ def test_tests_and_training_of_several_runs_are_drawn(
         ),
         "other": _write_run(tmp_path / "other", test=[[0.1, 0.1], [0.2, 0.2]]),
     }
-    figures.compare(runs, "test", tmp_path / "table.png", error)
+    figures.compare(runs, "test", tmp_path / "table.png", error_percent)
     (axes,) = drawn[0].axes
     assert axes.get_ylabel() == label
     assert "dotted: training" in axes.get_title()
@@ -46,3 +46,9 @@ def test_tests_and_training_of_several_runs_are_drawn(
     np.testing.assert_allclose(one.get_ydata(), test)
     np.testing.assert_allclose(dotted.get_ydata(), training)
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["one", "other"]
+
+
+def test_what_is_no_accuracy_has_no_error(tmp_path):
+    directory, _ = _write_run(tmp_path / "one", test=[[0.2, 0.4]])
+    with pytest.raises(ValueError, match=r"'main/loss' is no accuracy, .* choose <output>/top_1"):
+        figures.compare({"one": (directory, "main/loss")}, "test", tmp_path / "table.png", True)

@@ -11,7 +11,7 @@ import pytest
 from sire_jax import configuration, experiment, reproduce, tables
 
 REPOSITORY = Path(__file__).parent.parent
-RESULTS, BENCHMARKS = REPOSITORY / "docs" / "results", REPOSITORY / "benchmarks"
+RESULTS = REPOSITORY / "docs" / "results"
 # What the page calls the readings of the table sire_readings.
 READINGS = {
     128: {
@@ -225,6 +225,11 @@ def test_three_hundred_steps_are_what_was_recorded():
     assert said in (RESULTS / "sire.md").read_text()
 
 
+def test_what_was_recorded_with_former_initial_values_says_so():
+    for name in ("sire_1-reduced", "sire_2-reduced", "sire_4-rehearsal_cnn_he"):
+        assert "--config.initialization=modules" in _recorded(f"{name}.json")["note"]
+
+
 def test_steps_of_the_other_networks_are_what_was_recorded():
     names = {"VGG16": "vgg16", "ResNet34": "resnet34", "ResNet50": "resnet50"}
     names["GoogLeNet"] = "googlenet"
@@ -267,22 +272,73 @@ def test_what_classification_does_is_what_was_recorded():
     assert {tuple(row) for row in table[2:]} == found
 
 
-def test_the_map_of_what_trains_is_what_was_recorded(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    stability = importlib.import_module("stability")
+@pytest.fixture
+def benchmark(monkeypatch):
+    """Imports a program of benchmarks/ by its name."""
+    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
+    return importlib.import_module
+
+
+def test_the_map_of_what_trains_is_what_was_recorded(benchmark):
+    stability = benchmark("stability")
     recorded, said = _recorded("sire_stability.json"), (RESULTS / "sire.md").read_text()
     for width in stability.WIDTHS:
         assert tables.align(stability.rows(recorded["rows"], width)) in said
     assert (recorded["steps"], recorded["batch_size"]) == (60, 32)
 
 
-def test_the_page_of_rehearsals_shows_what_was_recorded(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    rehearsals = importlib.import_module("rehearsals")
+def test_a_cell_of_the_map_says_what_became_of_a_row(benchmark):
+    cell = benchmark("stability").cell
+    finite = {"refused": "", "diverged": None, "losses": {"main": [9.0, 4.0, 4.0, 4.0, 4.0, 4.5]}}
+    assert cell(finite) == "4.10"
+    assert cell({**finite, "diverged": 7}) == "NaN at 7"
+    assert (
+        cell({"refused": "too big for this machine", "diverged": None, "losses": {}}) == "too big"
+    )
+    assert cell(None) == ""
+
+
+def test_the_page_of_rehearsals_shows_what_was_recorded(benchmark):
+    rehearsals = benchmark("rehearsals")
     recorded = _recorded("rehearsal.json")
     assert rehearsals.page(recorded) == (RESULTS / "rehearsal.md").read_text()
-    shown = {same for each in recorded["tables"].values() for same in each["rows"].values()}
-    assert set(recorded["rows"]) <= shown
+    # What was recorded of these is what they are now.
+    for run in rehearsals.runs(["quickstart", "pairs_1"]):
+        assert recorded["tables"][run.table]["rows"][run.row] == run.same
+        assert recorded["rows"][run.same]["config"] == run.config
+
+
+def test_rehearsals_of_all_kinds_are_shown(benchmark):
+    machine = {"versions": "jax 9", "devices": "1 x cpu", "processor": "2 x fast", "platform": "x"}
+    row = {
+        **{"config": "", "machine": machine, "name": "", "parameters": 1234, "images": "real"},
+        **{"whole": 7200, "memory": 2**29, "refused": "", "compiling": 9.0, "seconds": [1.0, 1.0]},
+        **{"losses": {"total": [3.0, 2.0, 1.0]}, "diverged": None, "finished": True},
+    }
+    broken = {**row, "diverged": 2, "losses": {"total": [3.0, float("nan")]}, "seconds": [1.0]}
+    refused = {**row, "refused": "too big for this machine: 2 GiB", "losses": {}, "seconds": []}
+    rows = {"a/finite": row, "a/broken": broken, "a/refused": refused}
+    names = {"finite": "a/finite", "broken": "a/broken", "refused": "a/refused", "new": "a/new"}
+    shown = {
+        "a": {"title": "The first", "rows": names},
+        "b": {"title": "The second", "rows": {"again": "a/finite"}},
+    }
+    page = benchmark("rehearsals").page({"steps": 3, "tables": shown, "rows": rows})
+    assert "Machine: 2 x fast, 1 x cpu; jax 9." in page
+    summary, first, second = _tables_of(page)
+    assert summary[2:] == [
+        ["[a](#a)", "4", "2", "1", "1", "1", "at least 2.0"],
+        ["[b](#b)", "1", "1", "1", "0", "0", "2.0"],
+    ]
+    assert first[2:] == [
+        ["finite", "1,234", "real", "falls: 3 -> 1", "1", "0.50", "2.0"],
+        ["broken", "1,234", "real", "diverges: a loss is not finite at step 2", "1", "0.50", ""],
+        ["refused", "1,234", "real", "too big for this machine: 2 GiB", "", "0.50", ""],
+        ["new", "", "", "not run", "", "", ""],
+    ]
+    assert second[2:] == [
+        ["again (as a/finite)", "1,234", "real", "falls: 3 -> 1", "1", "0.50", "2.0"]
+    ]
 
 
 def test_both_rows_of_table_2_reduced_were_recorded():
