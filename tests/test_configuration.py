@@ -462,5 +462,7 @@ def test_configs_of_older_runs_are_what_they_were():
     del old.heads.decoder["last"]
     completed = configuration.completed(old)
     assert completed.heads.decoder.last == "linear"
+    assert completed.initialization == "modules"
     completed.heads.decoder.last = new.heads.decoder.last
+    completed.initialization = new.initialization
     assert configuration.differences(completed, new) == []
