@@ -85,7 +85,7 @@ def test_what_became_of_readings_is_what_was_recorded(place, batch):
     [
         ("pairs.md", "As reported", "pairs_1.json", "pairs_1"),
         ("pairs.md", "As released", "pairs_1-as_released.json", "pairs_1"),
-        ("pairs.md", "Figures of the text", "pairs_choices.json", "pairs_choices"),
+        ("pairs.md", "One choice at a time", "pairs_choices.json", "pairs_choices"),
         ("auxnet.md", "The rules compared", "auxnet_rules-reduced.json", "auxnet_rules"),
     ],
 )
@@ -228,6 +228,18 @@ def test_three_hundred_steps_are_what_was_recorded():
 def test_what_was_recorded_with_former_initial_values_says_so():
     for name in ("sire_1-reduced", "sire_2-reduced", "sire_4-rehearsal_cnn_he"):
         assert "--config.initialization=modules" in _recorded(f"{name}.json")["note"]
+
+
+def test_figures_between_the_lines_of_pairs_are_of_its_tables():
+    rows = {row["variant"]: row for row in _recorded("pairs_choices.json")["rows"]}
+    text = (RESULTS / "pairs.md").read_text().partition("## One choice at a time")[0]
+    said = text.partition("## What we read out of it")[2]
+    conv = ("conv_whole", "conv_unscaled", "conv_both", "conv_bn", "conv_bn_affine")
+    augment = ("conv_augment_whole", "conv_augment_unscaled", "conv_augment_both")
+    auxiliary = ("aux_0.1_loss", "aux_0.1_unscaled", "aux_10", "shared_no_bn")
+    for variant in (*conv, *augment, *auxiliary):
+        assert "{:.3f} ± {:.3f}".format(*rows[variant]["test_acc"]["ours"]) in said, variant
+    assert "{:.3f} ± {:.3f}".format(*rows["aux_10"]["order"]["ours"]) in said
 
 
 def test_steps_of_the_other_networks_are_what_was_recorded():
