@@ -22,7 +22,6 @@ THROUGH_OTHERS = {
     "jaxprs": "test_traced.py",
     "names": "test_configuration.py",
     "signals": "faults/test_starts.py",
-    "tables": "test_train.py",
     "updates.steps": "updates/test_rules.py",
 }
 # Tests that are as if they were marked as slow.
