@@ -1,8 +1,8 @@
 """Counts the parameters of the networks of the tables: ``python benchmarks/sizes.py``.
 
 Those that some loss reaches, as the tables' own column has them, of every row of a table that
-prints sizes; and what each output of AuxNet-56-5 costs. Nothing is trained and no data are needed.
-Prints a table and writes JSON.
+prints sizes, of SSAL's also as Keras counts; and what each output of AuxNet-56-5 costs. Nothing is
+trained and no data are needed. Prints a table and writes JSON.
 """
 
 import argparse
@@ -10,32 +10,58 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sire_jax import configuration, experiment, inspect, reproduce
+import jax
+from jax.tree_util import DictKey
+
+from sire_jax import configuration, experiment, inspect, reproduce, traced
 from sire_jax.tables import align
 
 TABLES = ("sire_3", "sire_4", "ssal_1", "ssal_2", "ssal_3")
+# Tables of a paper that counted in Keras, and where those counts are.
+KERAS, KERAS_TABLES = "as_keras_counts", ("ssal_1", "ssal_2", "ssal_3")
 # A network whose outputs are models of their own.
 OUTPUTS = "auxnet.py:56-5"
 
 
-def rows(name: str) -> dict[str, int]:
+def as_keras_counts(parts: experiment.Experiment) -> int:
+    """Counts what Keras has in a network: moving statistics and biases of all convolutions, too.
+
+    Args:
+        parts: The network and what its losses reach.
+
+    Returns:
+        The number.
+    """
+    reached = jax.tree.map(lambda *each: any(each), *parts.reach.values())
+    places = jax.tree_util.tree_leaves_with_path(parts.variables["params"])
+    has = {path for path, _ in places}
+    number = parts.size() + traced.size(parts.variables.get("batch_stats", {}))
+    for (path, leaf), is_reached in zip(places, jax.tree.leaves(reached), strict=True):
+        is_kernel = path[-1] == DictKey("kernel") and leaf.ndim == 4
+        if is_kernel and is_reached and (*path[:-1], DictKey("bias")) not in has:
+            number += leaf.shape[-1]
+    return number
+
+
+def rows(name: str) -> tuple[dict[str, int], dict[str, int]]:
     """Counts the parameters of a table's rows.
 
     Args:
         name: The table.
 
     Returns:
-        Numbers of parameters by what the rows are called.
+        Numbers of parameters by what the rows are called, and the same as Keras counts.
     """
     configs = reproduce.find_configs(name)
-    table, found = reproduce.load_table(name, configs), {}
+    table, found, as_keras = reproduce.load_table(name, configs), {}, {}
     for row in table["rows"]:
         counted = {**row, "variant": row.get("counted", row["variant"])}
         config = reproduce.row_config(table, counted, configs, "", [])
         parts = experiment.build(configuration.with_groups(config, dealt=True))
         found[reproduce.identity(row)] = parts.size()
+        as_keras[reproduce.identity(row)] = as_keras_counts(parts)
         print(f"{name} {reproduce.identity(row)}: {parts.size():,}", flush=True)
-    return found
+    return found, as_keras
 
 
 def main() -> None:
@@ -44,7 +70,8 @@ def main() -> None:
     parser.add_argument("--tables", nargs="+", default=TABLES)
     parser.add_argument("--json", type=Path, default=Path("docs/results/sizes.json"))
     options = parser.parse_args()
-    found: dict[str, Any] = {name: rows(name) for name in options.tables}
+    counted = {name: rows(name) for name in options.tables}
+    found: dict[str, Any] = {name: own for name, (own, _) in counted.items()}
     config = configuration.load(str(configuration.CONFIGS / OUTPUTS))
     outputs = inspect.inspect(config)["outputs"]
     lines = [["table", "row", "parameters"]]
@@ -52,7 +79,9 @@ def main() -> None:
     print(align(lines))
     # Those of other tables stay.
     known = json.loads(options.json.read_text()) if options.json.exists() else {}
-    options.json.write_text(json.dumps({**known, **found, OUTPUTS: outputs}, indent=1) + "\n")
+    as_keras = {name: each for name, (_, each) in counted.items() if name in KERAS_TABLES}
+    found |= {KERAS: {**known.get(KERAS, {}), **as_keras}, OUTPUTS: outputs}
+    options.json.write_text(json.dumps({**known, **found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -110,6 +110,7 @@ class LinearCombination:
         groups: The groups of the labels by branch (in a config, from the objectives' targets).
         split: ``"train"`` or ``"validation"``, whose examples it is fitted to.
         outputs: What is combined with the main output; by default all branches over groups.
+            ``("main",)`` is the control: the main output alone, fitted in the same way.
         penalty: Of the distance from the main output alone, above 0.
         steps: Steps of L-BFGS.
     """
@@ -132,7 +133,7 @@ class LinearCombination:
 
     def needs(self) -> tuple[str, ...]:
         """Returns the outputs that the rule uses."""
-        return (MAIN, *(self.outputs or self.groups))
+        return tuple(dict.fromkeys((MAIN, *(self.outputs or self.groups))))
 
     def fit(self, outputs: Outputs, labels: Array) -> dict[str, Array]:
         """Returns ``{"kernel": [inputs, classes], "bias": [classes]}``.

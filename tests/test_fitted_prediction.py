@@ -265,6 +265,7 @@ def test_rules_say_what_they_need_and_whether_they_are_fitted():
     assert FittedJointProbability(GROUPS).needs() == ("main", "branch")
     assert LinearCombination(GROUPS).needs() == ("main", "branch")
     assert LinearCombination(GROUPS, outputs=("x",)).needs() == ("main", "x")
+    assert LinearCombination(GROUPS, outputs=("main",)).needs() == ("main",)
     assert is_fitted(FittedJointProbability(GROUPS))
     assert is_fitted(LinearCombination(GROUPS))
     assert not is_fitted(JointProbability(GROUPS))
