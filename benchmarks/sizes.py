@@ -1,12 +1,14 @@
 """Counts the parameters of the networks of the tables: ``python benchmarks/sizes.py``.
 
 Those that some loss reaches, as the tables' own column has them, of every row of a table that
-prints sizes, of SSAL's also as Keras counts; and what each output of AuxNet-56-5 costs. Nothing is
-trained and no data are needed. Prints a table and writes JSON.
+prints sizes (and of the network that it trains, where it prints another's), of SSAL's also as Keras
+counts; and what each output of AuxNet-56-5 costs. Nothing is trained and no data are needed. Prints
+a table and writes JSON.
 """
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,8 @@ from sire_jax import configuration, experiment, inspect, reproduce, traced
 from sire_jax.tables import align
 
 TABLES = ("sire_3", "sire_4", "ssal_1", "ssal_2", "ssal_3")
-# Tables of a paper that counted in Keras, and where those counts are.
-KERAS, KERAS_TABLES = "as_keras_counts", ("ssal_1", "ssal_2", "ssal_3")
+# Those of a paper that counted in Keras.
+KERAS_TABLES = ("ssal_1", "ssal_2", "ssal_3")
 # A network whose outputs are models of their own.
 OUTPUTS = "auxnet.py:56-5"
 
@@ -43,25 +45,35 @@ def as_keras_counts(parts: experiment.Experiment) -> int:
     return number
 
 
-def rows(name: str) -> tuple[dict[str, int], dict[str, int]]:
+def build(name: str, row: Mapping[str, Any], variant: str) -> experiment.Experiment:
+    """Builds the network of a row of a table, or of another variant of its config."""
+    configs = reproduce.find_configs(name)
+    table = reproduce.load_table(name, configs)
+    config = reproduce.row_config(table, {**row, "variant": variant}, configs, "", [])
+    return experiment.build(configuration.with_groups(config, dealt=True))
+
+
+def count(name: str) -> dict[str, dict[str, int]]:
     """Counts the parameters of a table's rows.
 
     Args:
         name: The table.
 
     Returns:
-        Numbers of parameters by what the rows are called, and the same as Keras counts.
+        For each way of counting numbers of parameters by what the rows are called.
     """
-    configs = reproduce.find_configs(name)
-    table, found, as_keras = reproduce.load_table(name, configs), {}, {}
-    for row in table["rows"]:
-        counted = {**row, "variant": row.get("counted", row["variant"])}
-        config = reproduce.row_config(table, counted, configs, "", [])
-        parts = experiment.build(configuration.with_groups(config, dealt=True))
-        found[reproduce.identity(row)] = parts.size()
-        as_keras[reproduce.identity(row)] = as_keras_counts(parts)
-        print(f"{name} {reproduce.identity(row)}: {parts.size():,}", flush=True)
-    return found, as_keras
+    found: dict[str, dict[str, int]] = {name: {}}
+    for row in reproduce.load_table(name, reproduce.find_configs(name))["rows"]:
+        identity = reproduce.identity(row)
+        parts = build(name, row, row.get("counted", row["variant"]))
+        found[name][identity] = parts.size()
+        if "counted" in row:
+            trained = build(name, row, row["variant"])
+            found.setdefault(f"{name}, as trained", {})[identity] = trained.size()
+        if name in KERAS_TABLES:
+            found.setdefault(f"{name}, as Keras counts", {})[identity] = as_keras_counts(parts)
+        print(f"{name} {identity}: {parts.size():,}", flush=True)
+    return found
 
 
 def main() -> None:
@@ -70,8 +82,9 @@ def main() -> None:
     parser.add_argument("--tables", nargs="+", default=TABLES)
     parser.add_argument("--json", type=Path, default=Path("docs/results/sizes.json"))
     options = parser.parse_args()
-    counted = {name: rows(name) for name in options.tables}
-    found: dict[str, Any] = {name: own for name, (own, _) in counted.items()}
+    found: dict[str, Any] = {}
+    for name in options.tables:
+        found |= count(name)
     config = configuration.load(str(configuration.CONFIGS / OUTPUTS))
     outputs = inspect.inspect(config)["outputs"]
     lines = [["table", "row", "parameters"]]
@@ -79,8 +92,7 @@ def main() -> None:
     print(align(lines))
     # Those of other tables stay.
     known = json.loads(options.json.read_text()) if options.json.exists() else {}
-    as_keras = {name: each for name, (_, each) in counted.items() if name in KERAS_TABLES}
-    found |= {KERAS: {**known.get(KERAS, {}), **as_keras}, OUTPUTS: outputs}
+    found[OUTPUTS] = outputs
     options.json.write_text(json.dumps({**known, **found}, indent=1) + "\n")
 
 

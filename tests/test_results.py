@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from sire_jax import configuration, experiment, reproduce, tables
+from sire_jax.networks import MAIN
+from sire_jax.updates.reached import Reached
 
 REPOSITORY = Path(__file__).parent.parent
 RESULTS = REPOSITORY / "docs" / "results"
@@ -33,6 +35,7 @@ READINGS = {
         "batch norm, errors summed over pixels": "normalized_sum",
     },
 }
+_ENGINES = ("ours", "eager", "compiled")
 FILES = {128: "sire_readings.json", 32: "sire_readings-batch_32.json"}
 
 
@@ -52,6 +55,11 @@ def _tables_of(text):
         [[cell.strip() for cell in line.strip("|\n").split("|")] for line in table.splitlines()]
         for table in found
     ]
+
+
+def _prose(page):
+    """Returns a page's text as one line."""
+    return " ".join((RESULTS / page).read_text().split())
 
 
 def _said(row, decoders):
@@ -178,6 +186,53 @@ def test_rules_beside_pytorch_are_what_was_measured():
         assert relative == _spread(_ratios(found, ours, name))
 
 
+def test_what_is_said_of_the_cost_of_rules_is_what_was_measured():
+    text = _prose("auxnet.md")
+    (found,) = (
+        each["networks"]["56-5"]
+        for each in _recorded("benchmark_updates.json").values()
+        if "56-5" in each["networks"]
+    )
+    aggregated = [name for name in found["facts"] if " + " in name]
+    quartiles = [np.quantile(_ratios(found, n, "multiway"), [0.5, 0.75]) for n in aggregated]
+    middles, upper = np.transpose(quartiles)
+    said = f"UPGrad and MGDA cost {middles.min():.2f} to {middles.max():.2f} times multi-way (upper"
+    assert f"{said} quartile {upper.max():.2f})" in text
+    sizes = {n: f["temporary_bytes"] + f["result_bytes"] for n, f in found["facts"].items()}
+    assert f"Pair-wise takes {sizes['pairwise'] / sizes['joint']:.1f} times the memory" in text
+    slow = np.median(_ratios(found, "joint", "PyTorch joint"))
+    assert f"**{slow:.1f} times as slow as PyTorch's**" in text
+
+
+def test_effective_weights_are_those_of_the_rule():
+    config = configuration.load(str(configuration.repository_configs() / "auxnet.py:56-5"))
+    parts = experiment.build(config)
+    weights = {name: each.weight for name, each in parts.objectives.items()}
+    divisors = Reached.of(parts.reach, MAIN).divisors(weights)
+    exits = [name for name in weights if name.startswith("exit_")]
+    shares = [1 / float(divisors[name]) for name in (*exits, MAIN)]
+    effective = [f"{weights[name] * share:.3f}" for name, share in zip(exits, shares, strict=False)]
+    own = [f"{weights[name]:.3f}" for name in exits]
+    assert (effective.pop(), own.pop()) == ("1.000", "1.000")
+    decays = [f"{sum(shares[i:]):.2f}" for i in range(3)]
+    text = _prose("auxnet.md")
+    said = "{}, {}, {} and 1 in place of {}, {}, {} and 1".format(*effective, *own)
+    assert said.replace("0.", ".") in text
+    assert "{}, {}, {} and 2 times as large in the segments".format(*decays) in text
+
+
+def test_how_rules_differ_in_each_seed_is_what_was_recorded():
+    rows = _recorded("auxnet_rules-reduced.json")["rows"]
+    errors = {row["variant"]: np.asarray(row["top_1_error"]["runs"]) for row in rows}
+    worse = [
+        [f"{each:.2f}" for each in errors["20-2-multiway"] - errors[f"20-2-{other}"]]
+        for other in ("joint", "effective_joint")
+    ]
+    text = _prose("auxnet.md")
+    assert "*worse*, by {}, {} and {} points in the three seeds".format(*worse[0]) in text
+    assert "worse than its control, too, by {}, {} and {}:".format(*worse[1]) in text
+
+
 def test_the_cost_of_branches_is_what_was_measured():
     networks = _recorded("benchmark_ssal.json")["networks"]
     (table,) = _tables("ssal.md", "Cost of branches")
@@ -203,6 +258,15 @@ def test_the_cost_of_branches_is_what_was_measured():
             f"{x / 2**20:.0f}" for x in (facts["memory"], facts["plan"]["step"])
         ]
         assert compiling == f"{facts['compile_seconds']['step']:.0f}"
+
+
+def test_what_is_said_of_branches_costs_is_what_was_counted():
+    adds = _recorded("benchmark_ssal.json")["networks"]["resnet18"]["multiply_adds"]
+    sizes = _recorded("sizes.json")["ssal_1"]
+    shares = [1 - each["resnet18,0"] / each["resnet18"] for each in (adds,)]
+    shares.append(1 - sizes["resnet18-0"] / sizes["resnet18-2"])
+    said = "ResNet18's two have {1:.0f}% of the parameters and {0:.0f}% of the multiply-adds"
+    assert said.format(*(100 * each for each in shares)) in _prose("ssal.md")
 
 
 def test_three_hundred_steps_are_what_was_recorded():
@@ -360,6 +424,8 @@ def test_both_rows_of_table_2_reduced_were_recorded():
     for row in rows:
         assert row["top_1_error"]["ours"][0] == pytest.approx(99, abs=0.5)
         assert row["top_5_error"]["ours"][0] == pytest.approx(95, abs=0.7)
+    seconds = sum(row["seconds"] for row in rows)
+    assert f"both rows, which take {seconds:.0f} s" in _prose("sire.md")
 
 
 def _mean(figure):
@@ -423,6 +489,36 @@ def _as_shown(results):
             x["remat"],
         ),
     )
+
+
+def test_what_is_said_of_speed_beside_pytorch_is_what_was_measured():
+    recorded = _recorded("benchmark_sire.json")
+    found = {(r["network"], r["engine"], r["dtype"], r["remat"]): r for r in recorded["results"]}
+
+    def seconds(network, engine):
+        rounds = found[network, engine, "float32", False]["rounds"]
+        return np.asarray([each["seconds"] for each in rounds])
+
+    text = _prose("sire.md")
+    speeds = [1 / np.median(seconds(n, "ours") / seconds(n, "eager")) for n in ("base", "sire")]
+    said = "{:.2f} of PyTorch eager's speed for the base CNN and {:.2f} for SIRe-CNN"
+    assert said.format(*speeds) in text
+    plans = [found["sire", "ours", "float32", r]["plan"] / 2**20 for r in (False, True)]
+    assert f"XLA plans the same memory ({plans[0]:.0f} MiB)" in text
+    assert f"{plans[0]:.0f}" == f"{plans[1]:.0f}"
+    assert f"({found['sire', 'ours', 'bfloat16', False]['plan'] / 2**20:.0f} MiB)" in text
+    costs = [np.median(seconds("sire", e) / seconds("base", e)) for e in _ENGINES]
+    said = (
+        "takes {:.1f} times the time of its base CNN here (PyTorch eager {:.1f}, compiled {:.1f})"
+    )
+    assert said.format(*costs) in text
+    adds = recorded["multiply_adds"]
+    assert f"{adds['sire'] / adds['base']:.2f} times as many multiply-adds" in text
+    layers = _recorded("benchmark_convolution.json")
+    ours, theirs = (sum(sum(each[name]) for each in layers) for name in ("ours", "torch"))
+    step = 1e3 * np.median(seconds("base", "ours")) - 1e3 * np.median(seconds("base", "eager"))
+    said = "take {:.0f} ms of a step where PyTorch's take {:.0f}, {:.0f} of the {:.0f} ms between"
+    assert said.format(ours, theirs, ours - theirs, step) in text
 
 
 def test_convolutions_beside_pytorch_are_what_was_measured():
@@ -501,6 +597,54 @@ def test_aggregators_beside_torchjd_are_what_was_measured():
     ]
 
 
+def test_how_aggregators_differ_is_what_was_measured():
+    found = _recorded("aggregators.json")["aggregators"]
+    longer = {name: 1 / found[name]["ratios"][0] - 1 for name in ("MGDA", "MGDA, 10,000 turns")}
+    solves = found["NashMTL, where it solves"]["matrices"]
+    text = _prose("aggregators.md")
+    for said in (
+        f"longer by up to {100 * longer['MGDA']:.0f} %. With 10,000 steps that is"
+        f" {100 * longer['MGDA, 10,000 turns']:.1f} %",
+        f"With 1e-12 in torchjd the largest difference is"
+        f" {found['UPGrad, reg_eps 1e-12']['largest']:.0e}".replace("e-05", "e-5"),
+        f"the largest difference, {found['CAGrad']['largest']:.0e}".replace("e-04", "e-4"),
+        f"in {100 - solves} of the 100 matrices torchjd's solver",
+        f"In the other {solves} they agree",
+    ):
+        assert said in text
+
+
+def test_what_a_checkpoint_costs_is_what_was_measured():
+    found = _recorded("benchmark_scaling.json")["checkpoints"]
+    text, seconds = _prose("scaling.md"), np.concatenate(list(found["seconds"].values()))
+    for said in (
+        f"{found['megabytes']:.1f} MB of state. `save()` blocks for {found['blocking_ms']:.0f} ms",
+        f"(**{100 * found['processor_overhead']:.1f}%**; target: under 2%)",
+        f"the median is {100 * found['overhead']:+.1f}%",
+        f"between {seconds.min():.1f} and {seconds.max():.1f} s",
+    ):
+        assert said in text
+
+
+def test_the_feed_on_the_device_is_what_was_measured():
+    seconds = _recorded("benchmark_input.json")["step"]["seconds"]
+    step, lookup, shuffle = (1e3 * np.median(seconds[k]) for k in ("step", "lookup", "shuffle"))
+    text = _prose("scaling.md")
+    assert f"{step:.0f} ms in that run, looking a batch up {lookup:.2f} ms" in text
+    assert f"shuffling an epoch {shuffle:.2f} ms a step" in text
+    assert f"**{100 * (lookup + shuffle) / step:.3f}% of the step" in text
+
+
+def test_speed_of_pairs_beside_pytorch_is_what_was_measured():
+    (table,) = _tables("pairs.md", "Speed beside PyTorch")
+    for (_, *cells), name in zip(table[2:], ("", "_no_evaluation"), strict=True):
+        (found,) = _recorded(f"benchmark_pairs{name}.json")["rounds"]
+        (ours, accuracies), (theirs, others) = found["sire_jax"], found["PyTorch eager"]
+        assert cells == [f"{ours:.1f}", f"{theirs:.1f}", f"{ours / theirs:.2f}"]
+    both = [f"{np.mean(each):.3f} ± {np.std(each, ddof=1):.3f}" for each in (accuracies, others)]
+    assert "Test accuracies of the two agree ({} and {})".format(*both) in _prose("pairs.md")
+
+
 # ---- Sizes.
 
 
@@ -510,6 +654,12 @@ def test_sizes_of_sire_are_what_was_counted():
         rows = {r["name"]: r["id"] for r in _rows(name)}
         for row, _, ours in table[2:]:
             assert ours == f"{counted[name][rows[row]]:,}", row
+
+
+def test_sizes_of_what_table_4_trains_are_what_was_counted():
+    sizes = _recorded("sizes.json")["sire_4, as trained"]
+    said = "(VGG16 {:.1f} M, with decoders {:.1f} M)"
+    assert said.format(sizes["vgg16_base"] / 1e6, sizes["vgg16"] / 1e6) in _prose("sire.md")
 
 
 def _rows(name):
@@ -550,11 +700,8 @@ def test_sizes_of_ssal_are_what_was_counted():
         key = row if row in SSAL_SIZES else f"{network} {row}"
         name, *rows = SSAL_SIZES[key]
         sign = "+" if len(rows) > 1 else ""
-        for shown, known, digits in (
-            (ours, counted, 3),
-            (as_keras, counted["as_keras_counts"], 2),
-        ):
-            larger, *smaller = (known[name][each] for each in rows)
+        for shown, column, digits in ((ours, name, 3), (as_keras, f"{name}, as Keras counts", 2)):
+            larger, *smaller = (counted[column][each] for each in rows)
             assert shown == f"{sign}{(larger - sum(smaller)) / 1e6:.{digits}f}", key
         seen.append(key)
     assert seen == list(SSAL_SIZES)
