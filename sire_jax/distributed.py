@@ -7,6 +7,7 @@ life and watches those of the others: if a process dies, or lives but does not c
 step, all end within ``config.peer_timeout`` and say which process it was.
 """
 
+import atexit
 import contextlib
 import hashlib
 import importlib.metadata
@@ -56,8 +57,18 @@ def start() -> None:
         return
     _watch = Watch(coordination.service(), jax.process_index(), jax.process_count())
     _watch.start()
+    atexit.register(_part)
     signals.leave_by(_watch.end)
     explain_abort()
+
+
+def _part() -> None:
+    """Waits for the others, watched meanwhile, and ends the watch."""
+    try:
+        jax.distributed.shutdown()
+    finally:
+        if _watch is not None:
+            _watch.rest()
 
 
 _BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")

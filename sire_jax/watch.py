@@ -134,25 +134,36 @@ class Watch(threading.Thread):
         self.signs = Signs(process, count, _TIMEOUT, time.monotonic())
         self._service, self._process = service, process
         self._lock = threading.Lock()
+        self._over = threading.Event()
+        self._exchanging = threading.Thread(target=self._exchange, name="signs", daemon=True)
 
     def run(self) -> None:
         """Judges once a second what is known."""
-        threading.Thread(target=self._exchange, name="signs", daemon=True).start()
-        while True:
+        self._exchanging.start()
+        while not self._over.is_set():
             judged = self.signs.judge(time.monotonic())
             if judged is not None:
                 self.end(judged[1], judged[0])
-            time.sleep(SECONDS_BETWEEN_SIGNS)
+            self._over.wait(SECONDS_BETWEEN_SIGNS)
 
     def _exchange(self) -> None:
         """Gives and reads signs once a second; apart, as a frozen process 0 does not answer."""
-        while True:
+        while not self._over.is_set():
             # The service may be slow for once; if it is gone, JAX aborts (explain_abort).
             with contextlib.suppress(RuntimeError):
                 self._publish()
                 for key, text in self._service.key_value_dir_get(_SIGNS):
                     self.signs.read(int(key.rsplit("/", 1)[1]), text, time.monotonic())
-            time.sleep(SECONDS_BETWEEN_SIGNS)
+            self._over.wait(SECONDS_BETWEEN_SIGNS)
+
+    def rest(self) -> None:
+        """Ends the watch, once the processes have left each other.
+
+        Python ends a thread that is in the service when the interpreter does, and C++ ends the
+        process for it, with a status that no launcher understands.
+        """
+        self._over.set()
+        self._exchanging.join(_FAREWELL)
 
     def arrive(self) -> None:
         """Notes that this process has come to its next common program."""

@@ -347,6 +347,15 @@ def test_runs_that_devices_can_not_share_are_refused():
         Runs(experiment.build(config))
 
 
+@slow
+def test_processes_that_give_signs_to_the_end_end_with_their_own_status(tmp_path):
+    """A thread that Python ends within a call of C++ would end its process by SIGABRT."""
+    job = programs.job_of(["tests.signs_program"], tmp_path, processes=3)
+    with programs.started(*job):
+        statuses = [each.wait() for each in job]
+    assert statuses == [command.AGAIN] * 3, [each.output for each in job]
+
+
 def test_the_package_does_not_start_devices_when_it_is_imported():
     # `distributed.start` has to come first, and programs import everything before it.
     program = (
