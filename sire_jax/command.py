@@ -21,17 +21,18 @@ EXPLAINED, INTERRUPTED, PEER, AGAIN = 2, 130, 75, 85
 UNREAD = 141
 
 
-def parser(documentation: str | None) -> argparse.ArgumentParser:
+def parser(documentation: str | None, overrides: bool = True) -> argparse.ArgumentParser:
     """Makes the argument parser of a program.
 
     Args:
         documentation: The docstring of the program's module.
+        overrides: Whether it takes overrides of a config; one that needs no data has no use for any.
 
     Returns:
         A parser; what it does not know (``--config.a.b=value``) is left to ``configuration.load``.
     """
-    overrides = "Every value of the config can be overridden: --config.a.b=value."
-    return argparse.ArgumentParser(description=documentation, epilog=overrides, allow_abbrev=False)
+    epilog = "Every value of the config can be overridden: --config.a.b=value." * overrides
+    return argparse.ArgumentParser(description=documentation, epilog=epilog, allow_abbrev=False)
 
 
 @contextmanager

@@ -102,6 +102,15 @@ def test_gradient_flows_of_several_runs_side_by_side(trained, tmp_path, capsys):
     assert str(picture) in capsys.readouterr().out
 
 
+def test_what_needs_no_data_says_nothing_of_overrides_and_takes_none(capsys):
+    for arguments in (["--help"], ["--workdir=run", "--config.seed=1"]):
+        with pytest.raises(SystemExit):
+            gradient_flow.main(arguments)
+    shown = capsys.readouterr()
+    assert "can be overridden" not in shown.out
+    assert "unrecognized arguments: --config.seed=1" in shown.err
+
+
 def test_a_run_without_measurements_of_gradients_is_refused(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "epoch": 1, "split": "test"}\n')
     with pytest.raises(ValueError, match="no measurements of gradients; train with --config"):

@@ -215,7 +215,7 @@ def _panel(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the program with command line arguments."""
-    parser = command.parser(__doc__)
+    parser = command.parser(__doc__, overrides=False)
     parser.add_argument("--workdir", required=True, action="append", help="a run; can be repeated")
     parser.add_argument("--out", default="gradient_flow.png", help="the picture")
     known = parser.parse_args(arguments)
