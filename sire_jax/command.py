@@ -26,7 +26,7 @@ def parser(documentation: str | None, overrides: bool = True) -> argparse.Argume
 
     Args:
         documentation: The docstring of the program's module.
-        overrides: Whether it takes overrides of a config; one that needs no data has no use for any.
+        overrides: Whether it takes overrides of a config.
 
     Returns:
         A parser; what it does not know (``--config.a.b=value``) is left to ``configuration.load``.
