@@ -82,6 +82,17 @@ def read(path: str | Path) -> np.ndarray:
         raise ValueError(f"{path} holds no matrix of numbers: {error}.") from None
 
 
+def write(path: str | Path, confusion: np.ndarray) -> None:
+    """Writes a confusion matrix of counts so that ``read`` reads it.
+
+    Args:
+        path: A ``.csv`` file, a row a line.
+        confusion: ``[classes, classes]``, whole numbers.
+    """
+    lines = [",".join(str(int(count)) for count in row) for row in confusion]
+    files.replace(files.expanded(path), "\n".join(lines) + "\n")
+
+
 def _read_npy(path: Path) -> np.ndarray:
     with path.open("rb") as file:
         found = np.lib.format.read_array(file, allow_pickle=False)

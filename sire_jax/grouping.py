@@ -6,7 +6,8 @@ A run's main output is applied to its validation images; labels that it takes fo
 into one group (``--criterion=join``) or into several (``--criterion=split``). Instead of a run, the
 counts may come from a file (``--matrix=FILE``, .npy or .csv, with the names of the labels, one a
 line, in ``--classes=FILE``), or the groups from coarse labels that the data have
-(``--coarse=coarse_label --data=tfds:cifar100``). The file that comes of it can be edited.
+(``--coarse=coarse_label --data=tfds:cifar100``). The file that comes of it can be edited. A run's
+counts are kept by ``--save_matrix=FILE.csv``, for other numbers of groups without the run.
 """
 
 import argparse
@@ -306,6 +307,7 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="seed by which ties are broken")
     parser.add_argument("--split", default="validation", choices=configuration.SPLITS)
     parser.add_argument("--classes", help="with --matrix: names of the labels, one a line")
+    parser.add_argument("--save_matrix", help="with --workdir: a file .csv to write the counts to")
     parser.add_argument("--data", help="with --coarse: a data set, such as tfds:cifar100")
     parser.add_argument("--dir", default=defaults.dir, help="with --coarse: where it is prepared")
     return parser
@@ -321,11 +323,14 @@ def _check(known: argparse.Namespace, overrides: Sequence[str]) -> None:
         raise ValueError("--groups goes without --coarse: coarse labels say how many groups.")
     if known.coarse is not None and not known.data:
         raise ValueError("--data is missing; name the data set with coarse labels.")
-    for name, source in (("classes", "matrix"), ("data", "coarse")):
+    pairs = (("classes", "matrix"), ("data", "coarse"), ("save_matrix", "workdir"))
+    for name, source in pairs:
         if getattr(known, name) is not None and getattr(known, source) is None:
             raise ValueError(f"--{name} goes only with --{source}.")
     if known.method == "released" and known.criterion != "join":
         raise ValueError("--method=released only joins what is confused; leave --criterion out.")
+    if known.save_matrix is not None and Path(known.save_matrix).suffix != ".csv":
+        raise ValueError(f"--save_matrix is {known.save_matrix}; it should be a file .csv.")
     if overrides and known.workdir is None:
         raise ValueError(f"Unknown without --workdir: {' '.join(overrides)}.")
 
@@ -379,6 +384,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with command.readable_errors():
         out = command.check_new(known.out)
         _check(known, overrides)
+        saved = known.save_matrix and command.check_new(known.save_matrix)
         counts = None
         if known.coarse is not None:
             groupings = _of_coarse(known.coarse, known.data, known.dir)
@@ -389,6 +395,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             groupings = make(counts, names, known.groups, *how)
             made = f"{_source(known)}, criterion {how[0]}, method {how[1]}, seed {how[2]}"
         groups.save(out, groupings, made)
+        if saved:
+            confusion.write(saved, counts)
     print(report(groupings, counts))
     print(f"{known.out}: the groups, which may be edited")
 

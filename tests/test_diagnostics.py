@@ -1,5 +1,6 @@
 """Gradient flow, reconstructions and the warning of a run at chance level, on bundled digits."""
 
+import json
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -100,6 +101,12 @@ def test_gradient_flows_of_several_runs_side_by_side(trained, tmp_path, capsys):
     gradient_flow.main(arguments)
     assert picture.read_bytes()[:4] == b"\x89PNG"
     assert str(picture) in capsys.readouterr().out
+    gradient_flow.main([*arguments, "--json"])
+    printed = json.loads(capsys.readouterr().out)
+    assert len(printed) == 2
+    read = gradient_flow.read(trained[0])
+    for each in printed.values():
+        assert each == {k: {n: v.tolist() for n, v in flow.items()} for k, flow in read.items()}
 
 
 def test_what_needs_no_data_says_nothing_of_overrides_and_takes_none(capsys):

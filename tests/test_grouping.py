@@ -394,6 +394,14 @@ def _error(arguments, capsys):
         (["--coarse=a", "--data=digits", "--groups=2"], "--groups goes without --coarse"),
         (["--coarse=a", "--data=digits"], "digits has no coarse labels 'a'. Known: none"),
         (["--coarse=label", "--data=digits"], "digits has no coarse labels 'label'"),
+        (
+            ["--matrix=a.npy", "--groups=2", "--save_matrix=b.csv"],
+            "--save_matrix goes only with --workdir",
+        ),
+        (
+            ["--workdir=a", "--groups=2", "--save_matrix=b.npy"],
+            "--save_matrix is b.npy; it should be a file .csv",
+        ),
         (["--workdir=a", "--groups=2"], "a holds no run: there is no config.json"),
     ],
 )
@@ -501,14 +509,18 @@ def test_confusions_of_a_run_are_those_of_each_seed(trained, tmp_path, monkeypat
     assert 60 < expected.trace() < 235
     counts, of_run = [], confusion.of_run
     monkeypatch.setattr(confusion, "of_run", lambda *a: counts.append(of_run(*a)) or counts[0])
-    out = tmp_path / "made.json"
-    grouping.main([f"--workdir={trained}", "--groups=2,5", f"--out={out}", "--seed=3"])
+    out, kept_counts = tmp_path / "made.json", tmp_path / "counts.csv"
+    given = [f"--out={out}", "--seed=3"]
+    grouping.main([f"--workdir={trained}", "--groups=2,5", f"--save_matrix={kept_counts}", *given])
     np.testing.assert_array_equal(counts[0], expected)
     assert str(out) in capsys.readouterr().out
     names = tuple(map(str, range(10)))
     made = {k: groups.Groups(names, balanced(distances(expected), k, 3)) for k in (2, 5)}
     assert groups.load(out) == made
     assert "validation images of exits, criterion join" in out.read_text()
+    out.unlink()
+    grouping.main([f"--matrix={kept_counts}", "--groups=2,5", *given])
+    assert groups.load(out) == made
 
 
 @pytest.mark.optax_dtypes

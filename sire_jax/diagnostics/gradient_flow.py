@@ -1,10 +1,11 @@
 """How much gradient each objective sends to each convolution.
 
 ``config.gradient_flow_every = 1`` measures it after every epoch of a run, and draws it at the end.
-``python -m sire_jax.diagnostics.gradient_flow --workdir=DIR --workdir=DIR2 --out=FILE`` compares
-runs, as Fig. 3 of Avola et al., *SIRe-Networks* (2022).
+``python -m sire_jax.diagnostics.gradient_flow --workdir=DIR --workdir=DIR2 --out=FILE [--json]``
+compares runs, as Fig. 3 of Avola et al., *SIRe-Networks* (2022).
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -218,10 +219,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = command.parser(__doc__, overrides=False)
     parser.add_argument("--workdir", required=True, action="append", help="a run; can be repeated")
     parser.add_argument("--out", default="gradient_flow.png", help="the picture")
+    parser.add_argument("--json", action="store_true", help="print the measurements as JSON")
     known = parser.parse_args(arguments)
     with command.readable_errors():
         out = command.check_picture(known.out)
-        print(draw(workdir.titles(known.workdir), out))
+        titles = workdir.titles(known.workdir)
+        draw(titles, out)
+        flows = {title: read(path) for title, path in titles.items()} if known.json else {}
+    print(json.dumps(jax.tree.map(np.ndarray.tolist, flows)) if known.json else out)
 
 
 if __name__ == "__main__":
