@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import jax
 import numpy as np
@@ -155,18 +154,9 @@ def rehearse(
     runs, whole = _open(parts)
     images = "made up" if isinstance(runs, _MadeUp) else "real"
     parameters = traced.size(parts.variables["params"])
-    found = Rehearsal(parts.config.name, parameters, images, whole * seeds)
-    available = _memory() if memory is None else memory
+    found = Rehearsal(parts.config.name, parameters, images, whole * seeds, finished=False)
     try:
-        found.finished = False
-        state, began = runs.initial(), time.perf_counter()
-        found.memory = runs.planned_memory(state)
-        if found.memory is not None and found.memory > available:
-            found.refused = _too_big(found.memory, available)
-            found.finished = True
-            return found
-        seconds = math.inf if steps else SECONDS
-        _take(found, runs, state, steps or STEPS, seconds, began, note or (lambda _: None))
+        _take(found, runs, steps, _memory() if memory is None else memory, note)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -208,31 +198,32 @@ def _open(parts: experiment.Experiment) -> tuple[Runs, int]:
 def _take(
     found: Rehearsal,
     runs: Runs,
-    state: Any,
     steps: int,
-    seconds: float,
-    began: float,
-    note: Callable[[Rehearsal], None],
+    memory: int,
+    note: Callable[[Rehearsal], None] | None,
 ) -> None:
-    """Takes the steps one by one and notes what they show."""
-    order, started = None, time.perf_counter()
-    noted = started
-    hidden = not sys.stderr.isatty()
+    """Takes the steps one by one, if there is the memory, and notes what they show."""
+    began, state = time.perf_counter(), runs.initial()
+    found.memory = runs.planned_memory(state)
+    if found.memory is not None and found.memory > memory:
+        found.refused = _too_big(found.memory, memory)
+        return
+    seconds, hidden = math.inf if steps else SECONDS, not sys.stderr.isatty()
+    steps = steps or STEPS
+    started = noted = time.perf_counter()
     with tqdm(total=steps, desc=found.name, unit="step", disable=hidden, leave=False) as bar:
         for step in range(steps):
             epoch, first = divmod(step, runs.steps_per_epoch)
-            if order is None or first == 0:
+            if first == 0:
                 order = runs.epoch_order(state, epoch)
             called = time.perf_counter()
             state, sums, broken = runs.take_steps(state, runs.no_metrics(), order, first, 1)
-            losses = {k: float(each[0]) for k, each in runs.averages(sums).items()}
+            _record(found, {k: float(each[0]) for k, each in runs.averages(sums).items()})
             now = time.perf_counter()
             if step == 0:
                 found.compiling = now - began
             else:
                 found.seconds.append(now - called)
-            for name, loss in losses.items():
-                found.losses.setdefault(name.removesuffix("/loss"), []).append(loss)
             bar.set_postfix_str(f"total {found.losses['total'][-1]:.4g}", refresh=False)
             bar.update()
             if min(int(each[0]) for each in broken.values()) != parallel.NEVER:
@@ -240,9 +231,14 @@ def _take(
                 return
             if step > 0 and now - started > seconds:
                 return
-            if now - noted > NOTED:
+            if note and now - noted > NOTED:
                 note(found)
                 noted = now
+
+
+def _record(found: Rehearsal, losses: Mapping[str, float]) -> None:
+    for name, loss in losses.items():
+        found.losses.setdefault(name.removesuffix("/loss"), []).append(loss)
 
 
 def _memory() -> int:

@@ -25,8 +25,9 @@ signals = []
 
 def note(**what):
     line = json.dumps({{"process": int(place), "job": job, "pid": os.getpid(), **what}})
-    with open({notes!r}, "a") as file:
-        file.write(line + "\\n")
+    # In one write, as other processes append, too.
+    with open({notes!r}, "ab", buffering=0) as file:
+        file.write((line + "\\n").encode())
 
 
 def record(number, frame):
@@ -41,7 +42,7 @@ for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
 job = os.environ.get("SLURM_JOB_ID", "")
 with open({notes!r}, "a+") as file:
     file.seek(0)
-    known = [json.loads(line) for line in file]
+    known = [json.loads(line) for line in file if line.endswith("\\n")]
 again = sum("start" in n and (n["process"], n["job"]) == (int(place), job) for n in known)
 kept = {{k: v for k, v in os.environ.items() if k.startswith(("JAX_", "NPROC", "SLURM_"))}}
 note(start=sys.argv[1:], environment=kept)
@@ -84,8 +85,9 @@ class Standin:
 
     def notes(self, key: str, job: int | None = None) -> list[Any]:
         """Returns what it noted under a key, in order, of all jobs or of one."""
-        lines = self.file.read_text().splitlines() if self.file.exists() else []
-        noted = [json.loads(line) for line in lines]
+        lines = self.file.read_text().splitlines(True) if self.file.exists() else []
+        # The last one may be half written.
+        noted = [json.loads(line) for line in lines if line.endswith("\n")]
         return [n[key] for n in noted if key in n and job in (None, int(n["job"] or 0))]
 
     def wait(self, key: str, number: int = 1, job: int | None = None, seconds: float = 20) -> None:
