@@ -34,15 +34,16 @@ def as_keras_counts(parts: experiment.Experiment) -> int:
     Returns:
         The number.
     """
+    params = jax.tree_util.tree_leaves_with_path(parts.variables["params"])
     reached = jax.tree.map(lambda *each: any(each), *parts.reach.values())
-    places = jax.tree_util.tree_leaves_with_path(parts.variables["params"])
-    has = {path for path, _ in places}
-    number = parts.size() + traced.size(parts.variables.get("batch_stats", {}))
-    for (path, leaf), is_reached in zip(places, jax.tree.leaves(reached), strict=True):
-        is_kernel = path[-1] == DictKey("kernel") and leaf.ndim == 4
-        if is_kernel and is_reached and (*path[:-1], DictKey("bias")) not in has:
-            number += leaf.shape[-1]
-    return number
+    kernels = {
+        path[:-1]: leaf
+        for (path, leaf), is_reached in zip(params, jax.tree.leaves(reached), strict=True)
+        if path[-1] == DictKey("kernel") and leaf.ndim == 4 and is_reached
+    }
+    with_bias = {path[:-1] for path, _ in params if path[-1] == DictKey("bias")}
+    biases = sum(leaf.shape[-1] for path, leaf in kernels.items() if path not in with_bias)
+    return parts.size() + traced.size(parts.variables["batch_stats"]) + biases
 
 
 def build(name: str, row: Mapping[str, Any], variant: str) -> experiment.Experiment:

@@ -21,6 +21,7 @@ Auxiliary Models for Deep Neural Networks*.
     all_images           nothing held out: the linear combination is fitted to training images
     small                a quarter of all widths, of the branches, too: for a first look
     tiny                 ResNet18 on Tiny-ImageNet, 20 epochs, the branches of Table 2: 1 or 3
+    groups_30            30 groups in place of 33, as the text to Table 1 has them
     sweep                one branch as those of Fig. 2 (ResNet18, and on Tiny-ImageNet) and Fig. 3,
                          over 20 groups
     gap_cat, cat_fc      the branches without their objective: their outputs and the mean features
@@ -35,12 +36,12 @@ to what it fits, trains on all (``all_images``); but of images that the network 
 combination learns to trust the main output alone.
 
 Groups are read from files, ``configs/groups/cifar100_join.json`` and so on. CIFAR-100's come with
-the configs, of 2, 4, 10, 20, 33 and 50 groups (``configs/groups/README.md``). Those of the other
-sets are made by ``sire_jax.grouping`` as ``tiny_imagenet_join.json`` and ``imagenet_join.json`` in
-the same directory; or name a file for each branch, ``--config.data.groups.groups_1.file=FILE``. Of
-use: ``--config.heads.branch_1.position=3``, ``--config.predictions.joint.eta=0.5``,
-``--config.optimizer.weight_decay=1e-4`` (of the WRNs ``….weight_decay.heads=1e-4``),
-``--config.epochs=10`` (a shorter run).
+the configs, of 2, 4, 10, 20, 30, 33 and 50 groups (``configs/groups/README.md``). Those of the
+other sets are made by ``sire_jax.grouping`` as ``tiny_imagenet_join.json`` and
+``imagenet_join.json`` in the same directory; or name a file for each branch,
+``--config.data.groups.groups_1.file=FILE``. Of use: ``--config.heads.branch_1.position=3``,
+``--config.predictions.joint.eta=0.5``, ``--config.optimizer.weight_decay=1e-4`` (of the WRNs
+``….weight_decay.heads=1e-4``), ``--config.epochs=10`` (a shorter run).
 
 Tiny-ImageNet is the folder ``tiny-imagenet-200`` as it is distributed, in
 ``--config.data.dir=DIR``; it fits in memory, and can be streamed, too:
@@ -60,9 +61,8 @@ no such pooling, and its branch is behind the stem, ``stage_1``.
 
 The paper contradicts itself, and this file decides: groups are 20, 30 and 50 in the text of
 Section 4.2, to Table 1, and 20, 33 and 50 in that to Table 3 and in the release. Here they are 33;
-30 are ``--config.data.groups.groups_2.groups=30 --config.heads.branch_2.classes=30``, of a file
-that has them. Table 1's last row of ResNet50 repeats the WRN's; Table 3's size of the WRN is that
-of one branch.
+30 are the option ``groups_30``. Table 1's last row of ResNet50 repeats the WRN's; Table 3's size of
+the WRN is that of one branch.
 """
 
 from typing import Any
@@ -80,6 +80,7 @@ from sire_jax.configuration import (
     optimizer,
     prediction,
 )
+from sire_jax.names import listed
 
 # A branch: position, number of groups, layers (``heads.branch.RELEASED``).
 Branch = tuple[int | str, int, str]
@@ -169,9 +170,12 @@ _ALONE: dict[tuple[str, bool], Branch] = {
     ("resnet18", True): ("stage_2", 20, "table_2"),
 }
 _OF_RESNET18 = ("resnet18", "wide_resnet18", "deep_resnet18", "dw_resnet18")
+# Those with a branch over 33 groups, which may be 30.
+_OF_TABLE_1 = ("resnet50", "wrn28_10")
 _NUMBERS = ("0", "1", "2", "3")
 _COMBINED = ("gap_cat", "cat_fc", "cat_fc_ssal")
-_OPTIONS = (*_NUMBERS, "split", "validate", "all_images", "small", "tiny", "sweep", *_COMBINED)
+_KINDS = ("split", "validate", "all_images", "small", "tiny", "groups_30", "sweep")
+_OPTIONS = (*_NUMBERS, *_KINDS, *_COMBINED)
 
 VARIANTS = (
     *_NETWORKS,
@@ -179,6 +183,7 @@ VARIANTS = (
     "resnet18,1,validate",
     "resnet50,0",
     "resnet50,sweep",
+    "resnet50,groups_30",
     "wrn28_10,1",
     "resnet18,sweep,split",
     "resnet18,sweep,tiny",
@@ -266,6 +271,11 @@ def _check(options: list[str]) -> None:
 def _branches(name: str, options: list[str]) -> tuple[Branch, ...]:
     """Picks the branches."""
     given = [int(option) for option in options if option in _NUMBERS]
+    if "groups_30" in options and (name not in _OF_TABLE_1 or {"sweep", "tiny"} & {*options}):
+        raise ValueError(
+            f"The option 'groups_30' is for the networks of Table 1, {listed(_OF_TABLE_1)}, on"
+            " CIFAR-100."
+        )
     if "sweep" in options:
         return (configuration.variant(_SWEEPS, name),)
     tiny = "tiny" in options
@@ -274,7 +284,12 @@ def _branches(name: str, options: list[str]) -> tuple[Branch, ...]:
     if number > len(known):
         raise ValueError(f"'{name}' has {len(known)} branches, not {number}.")
     alone = _ALONE.get((name, tiny)) if number == 1 else None
-    return (alone,) if alone else known[:number]
+    chosen = (alone,) if alone else known[:number]
+    if "groups_30" not in options:
+        return chosen
+    if all(groups != 33 for _, groups, _ in chosen):
+        raise ValueError("The option 'groups_30' needs a branch over 33 groups; take 3 branches.")
+    return tuple((at, 30 if groups == 33 else groups, layers) for at, groups, layers in chosen)
 
 
 def _data(config: ConfigDict, name: str, options: list[str], recipe: dict[str, Any]) -> int:

@@ -29,7 +29,8 @@ def parser(documentation: str | None, overrides: bool = True) -> argparse.Argume
         overrides: Whether it takes overrides of a config.
 
     Returns:
-        A parser; what it does not know (``--config.a.b=value``) is left to ``configuration.load``.
+        A parser; with overrides, what it does not know (``--config.a.b=value``) is left to
+        ``configuration.load``.
     """
     epilog = "Every value of the config can be overridden: --config.a.b=value." * overrides
     return argparse.ArgumentParser(description=documentation, epilog=epilog, allow_abbrev=False)
@@ -110,11 +111,12 @@ def _show(message: Warning | str, *where: Any, **settings: Any) -> None:
     print(f"Warning: {message}", file=sys.stderr, flush=True)
 
 
-def check_new(path: str | Path) -> Path:
+def check_new(path: str | Path, option: str = "--out") -> Path:
     """Checks, before any work, that a file can be written that is not there yet.
 
     Args:
         path: The file.
+        option: The argument that names it.
 
     Returns:
         Its path.
@@ -125,8 +127,8 @@ def check_new(path: str | Path) -> Path:
     """
     path = files.expanded(path)
     if path.exists() and not path.is_dir():
-        raise FileExistsError(f"{path} exists; choose another --out, or remove it.")
-    return files.check_writable(path)
+        raise FileExistsError(f"{path} exists; choose another {option}, or remove it.")
+    return files.check_writable(path, option)
 
 
 def check_picture(path: str | Path) -> Path:

@@ -1,5 +1,7 @@
 """Confusion matrices: how often a network takes one label for another; of a run or from a file."""
 
+import csv
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -56,21 +58,22 @@ def check_confusion(confusion: np.ndarray, names: Sequence[str] | None = None) -
         )
 
 
-def read(path: str | Path) -> np.ndarray:
+def read(path: str | Path) -> tuple[np.ndarray, list[str] | None]:
     """Reads a confusion matrix.
 
     Args:
-        path: A ``.npy`` file, or a ``.csv`` file with a row a line, of numbers alone.
+        path: A ``.npy`` file, or a ``.csv`` file with a row a line; its first line may name the
+            labels.
 
     Returns:
-        ``[classes, classes]``, float64, not yet checked.
+        ``[classes, classes]``, float64, not yet checked; and the names, if it has any.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If it holds something else.
     """
     path = files.expanded(path)
-    readers = {".npy": _read_npy, ".csv": _read_csv}
+    readers: dict[str, Any] = {".npy": _read_npy, ".csv": _read_csv}
     if path.suffix not in readers:
         raise ValueError(f"--matrix is {path}; it should be a file .npy or .csv.")
     if not path.is_file():
@@ -82,32 +85,39 @@ def read(path: str | Path) -> np.ndarray:
         raise ValueError(f"{path} holds no matrix of numbers: {error}.") from None
 
 
-def write(path: str | Path, confusion: np.ndarray) -> None:
-    """Writes a confusion matrix of counts so that ``read`` reads it.
+def write(path: Path, confusion: np.ndarray, names: Sequence[str]) -> None:
+    """Writes counts so that ``read`` reads them.
 
     Args:
-        path: A ``.csv`` file, a row a line.
+        path: A ``.csv`` file.
         confusion: ``[classes, classes]``, whole numbers.
+        names: The names of the labels, the first line.
+
+    Raises:
+        OSError: If it can't be written.
     """
-    lines = [",".join(str(int(count)) for count in row) for row in confusion]
-    files.replace(files.expanded(path), "\n".join(lines) + "\n")
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([names, *confusion.astype(int).tolist()])
+    files.replace(path, text.getvalue())
 
 
-def _read_npy(path: Path) -> np.ndarray:
+def _read_npy(path: Path) -> tuple[np.ndarray, None]:
     with path.open("rb") as file:
         found = np.lib.format.read_array(file, allow_pickle=False)
     if found.dtype.kind not in "iuf":
         raise ValueError(f"its values are {found.dtype}")
-    return found.astype(np.float64)
+    return found.astype(np.float64), None
 
 
-def _read_csv(path: Path) -> np.ndarray:
-    lines = path.read_text(encoding="utf-8").splitlines()
-    rows = [[float(cell) for cell in line.split(",")] for line in lines if line.strip()]
-    lengths = sorted({len(row) for row in rows})
+def _read_csv(path: Path) -> tuple[np.ndarray, list[str] | None]:
+    rows = [row for row in csv.reader(path.read_text(encoding="utf-8").splitlines()) if row]
+    # A square of numbers has as many rows as columns, and one more with names.
+    names = rows.pop(0) if rows and len(rows) == len(rows[0]) + 1 else None
+    numbers = [[float(cell) for cell in row] for row in rows]
+    lengths = sorted({len(row) for row in numbers})
     if len(lengths) > 1:
         raise ValueError(f"its rows have {lengths[0]} to {lengths[-1]} numbers")
-    return np.array(rows, np.float64)
+    return np.array(numbers, np.float64), names
 
 
 def names_of(runs: Runs) -> tuple[str, ...]:

@@ -57,18 +57,21 @@ def start() -> None:
         return
     _watch = Watch(coordination.service(), jax.process_index(), jax.process_count())
     _watch.start()
-    atexit.register(_part)
+    atexit.register(_part, _watch)
     signals.leave_by(_watch.end)
     explain_abort()
 
 
-def _part() -> None:
-    """Waits for the others, watched meanwhile, and ends the watch."""
+def _part(watch: Watch) -> None:
+    """Leaves the job at the end of the program: waits for the others, and ends the watch of them.
+
+    JAX would do the former by itself, but later, and with the watch still in the service.
+    """
     try:
         jax.distributed.shutdown()
-    finally:
-        if _watch is not None:
-            _watch.rest()
+    except jax.errors.JaxRuntimeError as error:
+        watch.end(command.PEER, f"it could not leave the job: {str(error).splitlines()[0]}")
+    watch.rest()
 
 
 _BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")

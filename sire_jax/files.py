@@ -32,11 +32,12 @@ def expanded(path: str | Path, before: str = "") -> Path:
         ) from None
 
 
-def check_writable(path: str | Path) -> Path:
+def check_writable(path: str | Path, option: str = "--out") -> Path:
     """Checks, before any work, that a file can be written; one that is there is written over.
 
     Args:
         path: The file.
+        option: The argument that names it.
 
     Returns:
         Its path.
@@ -48,12 +49,12 @@ def check_writable(path: str | Path) -> Path:
     """
     path = expanded(path)
     if path.is_dir():
-        raise IsADirectoryError(f"{path} is a directory; name a file in it, with --out.")
+        raise IsADirectoryError(f"{path} is a directory; name a file in it, with {option}.")
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"There is no directory to write {path} to.")
     writable = os.access(path, os.W_OK) if path.exists() else _takes_files(path.absolute().parent)
     if not writable:
-        raise PermissionError(f"{path} can't be written; choose another --out.")
+        raise PermissionError(f"{path} can't be written; choose another {option}.")
     return path
 
 

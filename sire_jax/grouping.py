@@ -4,10 +4,11 @@
 
 A run's main output is applied to its validation images; labels that it takes for each other come
 into one group (``--criterion=join``) or into several (``--criterion=split``). Instead of a run, the
-counts may come from a file (``--matrix=FILE``, .npy or .csv, with the names of the labels, one a
-line, in ``--classes=FILE``), or the groups from coarse labels that the data have
-(``--coarse=coarse_label --data=tfds:cifar100``). The file that comes of it can be edited. A run's
-counts are kept by ``--save_matrix=FILE.csv``, for other numbers of groups without the run.
+counts may come from a file (``--matrix=FILE``, .npy or .csv, with the names of the labels in the
+first line of a .csv or, one a line, in ``--classes=FILE``), or the groups from coarse labels that
+the data have (``--coarse=coarse_label --data=tfds:cifar100``). The file that comes of it can be
+edited. A run's counts are kept by ``--save_matrix=FILE.csv``, for other numbers of groups without
+the run.
 """
 
 import argparse
@@ -329,10 +330,19 @@ def _check(known: argparse.Namespace, overrides: Sequence[str]) -> None:
             raise ValueError(f"--{name} goes only with --{source}.")
     if known.method == "released" and known.criterion != "join":
         raise ValueError("--method=released only joins what is confused; leave --criterion out.")
-    if known.save_matrix is not None and Path(known.save_matrix).suffix != ".csv":
-        raise ValueError(f"--save_matrix is {known.save_matrix}; it should be a file .csv.")
+    if known.save_matrix is not None:
+        _check_matrix(known.save_matrix, known.out)
     if overrides and known.workdir is None:
         raise ValueError(f"Unknown without --workdir: {' '.join(overrides)}.")
+
+
+def _check_matrix(path: str, out: str) -> None:
+    """Checks where counts are to be written."""
+    if Path(path).suffix != ".csv":
+        raise ValueError(f"--save_matrix is {path}; it should be a file .csv.")
+    if files.expanded(path).absolute() == files.expanded(out).absolute():
+        raise ValueError(f"--save_matrix and --out are both {path}; name two files.")
+    command.check_new(path, "--save_matrix")
 
 
 def _of_coarse(kind: str, data: str, directory: str) -> dict[int, Groups]:
@@ -352,8 +362,8 @@ def _of_matrix(
 ) -> tuple[np.ndarray, Sequence[str]]:
     """Returns the confusion matrix of a file or a run, and the names of its labels."""
     if known.matrix is not None:
-        found = confusion.read(known.matrix)
-        given = _names(known.classes, len(found))
+        found, own = confusion.read(known.matrix)
+        given = own if own and known.classes is None else _names(known.classes, len(found))
         check_confusion(found, given)
         return found, given
     runs = open_run(known.workdir, overrides)
@@ -384,19 +394,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with command.readable_errors():
         out = command.check_new(known.out)
         _check(known, overrides)
-        saved = known.save_matrix and command.check_new(known.save_matrix)
         counts = None
         if known.coarse is not None:
             groupings = _of_coarse(known.coarse, known.data, known.dir)
             made = f"{known.coarse} of {known.data}"
         else:
             counts, names = _of_matrix(known, overrides)
+            if known.save_matrix is not None:
+                confusion.write(files.expanded(known.save_matrix), counts, names)
+                print(f"{known.save_matrix}: the counts, for --matrix")
             how = known.criterion, known.method, known.seed
             groupings = make(counts, names, known.groups, *how)
             made = f"{_source(known)}, criterion {how[0]}, method {how[1]}, seed {how[2]}"
         groups.save(out, groupings, made)
-        if saved:
-            confusion.write(saved, counts)
     print(report(groupings, counts))
     print(f"{known.out}: the groups, which may be edited")
 

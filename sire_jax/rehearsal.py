@@ -203,7 +203,7 @@ def _take(
     note: Callable[[Rehearsal], None] | None,
 ) -> None:
     """Takes the steps one by one, if there is the memory, and notes what they show."""
-    began, state = time.perf_counter(), runs.initial()
+    state, began = runs.initial(), time.perf_counter()
     found.memory = runs.planned_memory(state)
     if found.memory is not None and found.memory > memory:
         found.refused = _too_big(found.memory, memory)

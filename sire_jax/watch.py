@@ -1,7 +1,7 @@
 """Signs of life of the processes of a job, and what follows from their absence.
 
-A thread of each process, ``Watch``, says once a second that it lives and how far it has come, and
-reads what the others say.
+Two threads of each process: one says once a second that it lives and how far it has come, and reads
+what the others say; the other, ``Watch``, judges.
 """
 
 import contextlib
@@ -25,6 +25,8 @@ SECONDS_BETWEEN_SIGNS = 1.0
 _TIMEOUT = 12.0
 # Of a process that ends with an error, so that the others can read it before they lose it.
 _FAREWELL = 3.0
+# For a call to the service to come back that has been left: it does so at once.
+_LAST_CALL = 10.0
 # Since the last sign of a process of which it is said that it lives.
 _LIVELY = 3 * SECONDS_BETWEEN_SIGNS
 # Where signs are kept in the coordination service.
@@ -137,9 +139,13 @@ class Watch(threading.Thread):
         self._over = threading.Event()
         self._exchanging = threading.Thread(target=self._exchange, name="signs", daemon=True)
 
+    def start(self) -> None:
+        """Starts both threads."""
+        self._exchanging.start()
+        super().start()
+
     def run(self) -> None:
         """Judges once a second what is known."""
-        self._exchanging.start()
         while not self._over.is_set():
             judged = self.signs.judge(time.monotonic())
             if judged is not None:
@@ -159,11 +165,11 @@ class Watch(threading.Thread):
     def rest(self) -> None:
         """Ends the watch, once the processes have left each other.
 
-        Python ends a thread that is in the service when the interpreter does, and C++ ends the
-        process for it, with a status that no launcher understands.
+        At the end of the interpreter, Python up to 3.13 ends threads that are left. One that is
+        within a call to the service, and so in C++, takes the process with it: by SIGABRT.
         """
         self._over.set()
-        self._exchanging.join(_FAREWELL)
+        self._exchanging.join(_LAST_CALL)
 
     def arrive(self) -> None:
         """Notes that this process has come to its next common program."""

@@ -107,6 +107,7 @@ def test_gradient_flows_of_several_runs_side_by_side(trained, tmp_path, capsys):
     read = gradient_flow.read(trained[0])
     for each in printed.values():
         assert each == {k: {n: v.tolist() for n, v in flow.items()} for k, flow in read.items()}
+        assert list(each["main"]) == list(read["main"])
 
 
 def test_what_needs_no_data_says_nothing_of_overrides_and_takes_none(capsys):

@@ -402,6 +402,14 @@ def _error(arguments, capsys):
             ["--workdir=a", "--groups=2", "--save_matrix=b.npy"],
             "--save_matrix is b.npy; it should be a file .csv",
         ),
+        (
+            ["--workdir=a", "--groups=2", "--save_matrix=b.csv", "--out=./b.csv"],
+            "--save_matrix and --out are both b.csv; name two files",
+        ),
+        (
+            ["--workdir=a", "--groups=2", "--save_matrix=/nowhere/b.csv"],
+            "no directory to write /nowhere/b.csv to",
+        ),
         (["--workdir=a", "--groups=2"], "a holds no run: there is no config.json"),
     ],
 )
@@ -411,10 +419,23 @@ def test_arguments_that_do_not_fit_are_refused(tmp_path, monkeypatch, capsys, ar
     assert not (tmp_path / "groups.json").exists()
 
 
+def test_counts_are_read_as_they_were_written(tmp_path):
+    names, counts = ["red, green", 'a "b"', "3"], np.arange(9.0).reshape(3, 3)
+    confusion.write(tmp_path / "a.csv", counts, names)
+    read, named = confusion.read(tmp_path / "a.csv")
+    np.testing.assert_array_equal(read, counts)
+    assert named == names
+    (tmp_path / "b.csv").write_text("0,1,2\n3,4,5\n6,7,8\n")
+    read, named = confusion.read(tmp_path / "b.csv")
+    np.testing.assert_array_equal(read, counts)
+    assert named is None
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("a,b\n1,2", "a.csv holds no matrix of numbers: could not convert string to float: 'a'"),
+        ("a,b\n1,2\n3,x", "no matrix of numbers: could not convert string to float: 'x'"),
         ("1,2\n3", "a.csv holds no matrix of numbers: its rows have 1 to 2 numbers"),
         ("", r"has the shape \(0,\); it should be square"),
         ("1,2,3\n4,5,6", r"has the shape \(2, 3\)"),

@@ -24,10 +24,15 @@ def _parts(*overrides):
 @pytest.fixture(scope="module")
 def rehearsed():
     parts, notes = _parts("seeds=4"), []
+
+    def note(so_far):
+        notes.append((len(so_far.seconds), so_far.finished))
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rehearsal, "NOTED", 0.0)
-        found = rehearse(parts, steps=5, note=lambda so_far: notes.append(len(so_far.seconds)))
-    assert notes == [0, 1, 2, 3, 4]
+        found = rehearse(parts, steps=5, note=note)
+    assert notes == [(number, False) for number in range(5)]
+    assert found.finished
     return parts, found
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sire_jax import configuration, experiment, reproduce, tables
+from sire_jax import configuration, confusion, experiment, grouping, groups, reproduce, tables
 from sire_jax.networks import MAIN
 from sire_jax.updates.reached import Reached
 
@@ -35,7 +35,6 @@ READINGS = {
         "batch norm, errors summed over pixels": "normalized_sum",
     },
 }
-_ENGINES = ("ours", "eager", "compiled")
 FILES = {128: "sire_readings.json", 32: "sire_readings-batch_32.json"}
 
 
@@ -141,25 +140,24 @@ def _rule(found, name, digits):
     ]
 
 
+def _timed_rules(network):
+    """What was measured of the rules on a network of benchmark_updates.json."""
+    parts = _recorded("benchmark_updates.json").values()
+    (found,) = (each["networks"][network] for each in parts if network in each["networks"])
+    return found
+
+
 @pytest.mark.parametrize(("place", "network"), [(0, "56-5"), (3, "56-10")])
 def test_the_cost_of_rules_is_what_was_measured(place, network):
     table = _tables("auxnet.md", "Cost of a step")[place]
-    (found,) = (
-        each["networks"][network]
-        for each in _recorded("benchmark_updates.json").values()
-        if network in each["networks"]
-    )
+    found = _timed_rules(network)
     assert table[2:] == [_rule(found, row[0], 0) for row in table[2:]]
     assert {row[0] for row in table[2:]} == set(found["facts"])
 
 
 def test_the_cost_of_rules_on_two_outputs_is_what_was_measured():
     table = _tables("auxnet.md", "Cost of a step")[2]
-    (found,) = (
-        each["networks"]["20-2"]
-        for each in _recorded("benchmark_updates.json").values()
-        if "20-2" in each["networks"]
-    )
+    found = _timed_rules("20-2")
     for name, ratio, required, memory in table[2:]:
         if "," not in name:
             assert [ratio, required, memory] == _rule(found, name, 0)[2:5]
@@ -174,11 +172,7 @@ def test_the_cost_of_rules_on_two_outputs_is_what_was_measured():
 
 def test_rules_beside_pytorch_are_what_was_measured():
     table = _tables("auxnet.md", "Cost of a step")[1]
-    (found,) = (
-        each["networks"]["56-5"]
-        for each in _recorded("benchmark_updates.json").values()
-        if "56-5" in each["networks"]
-    )
+    found = _timed_rules("56-5")
     names = ["PyTorch joint", "PyTorch separate", "PyTorch mtl_backward", "PyTorch backward"]
     for name, (_, milliseconds, own, ours, relative) in zip(names, table[2:], strict=True):
         assert milliseconds == f"{1e3 * np.median(found['seconds'][name]):.0f}"
@@ -188,11 +182,7 @@ def test_rules_beside_pytorch_are_what_was_measured():
 
 def test_what_is_said_of_the_cost_of_rules_is_what_was_measured():
     text = _prose("auxnet.md")
-    (found,) = (
-        each["networks"]["56-5"]
-        for each in _recorded("benchmark_updates.json").values()
-        if "56-5" in each["networks"]
-    )
+    found = _timed_rules("56-5")
     aggregated = [name for name in found["facts"] if " + " in name]
     quartiles = [np.quantile(_ratios(found, n, "multiway"), [0.5, 0.75]) for n in aggregated]
     middles, upper = np.transpose(quartiles)
@@ -204,21 +194,21 @@ def test_what_is_said_of_the_cost_of_rules_is_what_was_measured():
     assert f"**{slow:.1f} times as slow as PyTorch's**" in text
 
 
+@pytest.mark.slow  # It traces a network of full size.
 def test_effective_weights_are_those_of_the_rule():
     config = configuration.load(str(configuration.repository_configs() / "auxnet.py:56-5"))
     parts = experiment.build(config)
     weights = {name: each.weight for name, each in parts.objectives.items()}
     divisors = Reached.of(parts.reach, MAIN).divisors(weights)
     exits = [name for name in weights if name.startswith("exit_")]
-    shares = [1 / float(divisors[name]) for name in (*exits, MAIN)]
-    effective = [f"{weights[name] * share:.3f}" for name, share in zip(exits, shares, strict=False)]
-    own = [f"{weights[name]:.3f}" for name in exits]
-    assert (effective.pop(), own.pop()) == ("1.000", "1.000")
-    decays = [f"{sum(shares[i:]):.2f}" for i in range(3)]
-    text = _prose("auxnet.md")
-    said = "{}, {}, {} and 1 in place of {}, {}, {} and 1".format(*effective, *own)
-    assert said.replace("0.", ".") in text
-    assert "{}, {}, {} and 2 times as large in the segments".format(*decays) in text
+    shares = [1 / float(divisors[name]) for name in exits]
+    effective = [weights[name] * share for name, share in zip(exits, shares, strict=True)]
+    own, text = [weights[name] for name in exits], _prose("auxnet.md")
+    said = "{:.3f}, {:.3f}, {:.3f} and {:.0f} in place of {:.3f}, {:.3f}, {:.3f} and {:.0f}"
+    assert said.format(*effective, *own).replace("0.", ".") in text
+    # The main output's share is 1.
+    decays = [sum(shares[i:]) + 1 for i in range(len(exits))]
+    assert "{:.2f}, {:.2f}, {:.2f} and {:.0f} times as large in".format(*decays) in text
 
 
 def test_how_rules_differ_in_each_seed_is_what_was_recorded():
@@ -263,10 +253,10 @@ def test_the_cost_of_branches_is_what_was_measured():
 def test_what_is_said_of_branches_costs_is_what_was_counted():
     adds = _recorded("benchmark_ssal.json")["networks"]["resnet18"]["multiply_adds"]
     sizes = _recorded("sizes.json")["ssal_1"]
-    shares = [1 - each["resnet18,0"] / each["resnet18"] for each in (adds,)]
-    shares.append(1 - sizes["resnet18-0"] / sizes["resnet18-2"])
-    said = "ResNet18's two have {1:.0f}% of the parameters and {0:.0f}% of the multiply-adds"
-    assert said.format(*(100 * each for each in shares)) in _prose("ssal.md")
+    of_size = 100 * (1 - sizes["resnet18-0"] / sizes["resnet18-2"])
+    of_adds = 100 * (1 - adds["resnet18,0"] / adds["resnet18"])
+    said = f"have {of_size:.0f}% of the parameters and {of_adds:.0f}% of the multiply-adds"
+    assert f"ResNet18's two {said}" in _prose("ssal.md")
 
 
 def test_three_hundred_steps_are_what_was_recorded():
@@ -439,9 +429,9 @@ def test_branches_against_none_are_what_reproduce_wrote():
     assert [row[1:4] for row in table[2:]] == [[_mean(row[c]) for c in columns] for row in rows]
 
 
-def _scientific(value):
+def _scientific(value, digits=1):
     """As 1.5e-2."""
-    return re.sub(r"e-0", "e-", f"{value:.1e}")
+    return re.sub(r"e-0", "e-", f"{value:.{digits}e}")
 
 
 def test_table_1_of_sire_reduced_is_what_reproduce_wrote():
@@ -507,7 +497,8 @@ def test_what_is_said_of_speed_beside_pytorch_is_what_was_measured():
     assert f"XLA plans the same memory ({plans[0]:.0f} MiB)" in text
     assert f"{plans[0]:.0f}" == f"{plans[1]:.0f}"
     assert f"({found['sire', 'ours', 'bfloat16', False]['plan'] / 2**20:.0f} MiB)" in text
-    costs = [np.median(seconds("sire", e) / seconds("base", e)) for e in _ENGINES]
+    engines = ("ours", "eager", "compiled")
+    costs = [np.median(seconds("sire", e) / seconds("base", e)) for e in engines]
     said = (
         "takes {:.1f} times the time of its base CNN here (PyTorch eager {:.1f}, compiled {:.1f})"
     )
@@ -606,8 +597,8 @@ def test_how_aggregators_differ_is_what_was_measured():
         f"longer by up to {100 * longer['MGDA']:.0f} %. With 10,000 steps that is"
         f" {100 * longer['MGDA, 10,000 turns']:.1f} %",
         f"With 1e-12 in torchjd the largest difference is"
-        f" {found['UPGrad, reg_eps 1e-12']['largest']:.0e}".replace("e-05", "e-5"),
-        f"the largest difference, {found['CAGrad']['largest']:.0e}".replace("e-04", "e-4"),
+        f" {_scientific(found['UPGrad, reg_eps 1e-12']['largest'], 0)}",
+        f"the largest difference is {_scientific(found['CAGrad']['largest'], 0)}",
         f"in {100 - solves} of the 100 matrices torchjd's solver",
         f"In the other {solves} they agree",
     ):
@@ -641,8 +632,59 @@ def test_speed_of_pairs_beside_pytorch_is_what_was_measured():
         (found,) = _recorded(f"benchmark_pairs{name}.json")["rounds"]
         (ours, accuracies), (theirs, others) = found["sire_jax"], found["PyTorch eager"]
         assert cells == [f"{ours:.1f}", f"{theirs:.1f}", f"{ours / theirs:.2f}"]
-    both = [f"{np.mean(each):.3f} ± {np.std(each, ddof=1):.3f}" for each in (accuracies, others)]
-    assert "Test accuracies of the two agree ({} and {})".format(*both) in _prose("pairs.md")
+        both = [f"{np.mean(x):.3f} ± {np.std(x, ddof=1):.3f}" for x in (accuracies, others)]
+        assert "Test accuracies of the two agree ({} and {})".format(*both) in _prose("pairs.md")
+
+
+# ---- Groups of CIFAR-100's labels.
+
+GROUPS = REPOSITORY / "configs" / "groups"
+
+
+@pytest.fixture(scope="module")
+def confused():
+    """The counts and the names of the labels."""
+    return confusion.read(GROUPS / "cifar100_confusions.csv")
+
+
+def test_groups_that_are_shipped_are_those_of_the_counts_beside_them(confused):
+    counts, names = confused
+    for criterion in grouping.CRITERIA:
+        shipped = groups.load(GROUPS / f"cifar100_{criterion}.json")
+        assert list(shipped) == [2, 4, 10, 20, 30, 33, 50]
+        assert grouping.make(counts, names, list(shipped), criterion) == shipped
+
+
+def test_how_often_labels_are_confused_is_what_was_counted(confused):
+    counts, _ = confused
+    text = (GROUPS / "README.md").read_text()
+    table = _tables_of(text.partition("## How often labels are confused")[2])[0]
+    shipped = [groups.load(GROUPS / f"cifar100_{each}.json") for each in grouping.CRITERIA]
+    assert [int(row[0]) for row in table[2:]] == list(shipped[0])
+    for number, *cells in table[2:]:
+        each = [grouping.mean_confusion(counts, g[int(number)].assignment) for g in shipped]
+        assert cells == [f"{rate:.4f}" for pair in each for rate in pair]
+    right = f"{100 * counts.trace() / counts.sum():.1f}%"
+    assert f"({right} of them right)" in text
+    assert f"right on {right} of held-out images" in _prose("ssal.md")
+
+
+def test_groups_that_the_page_shows_are_shipped():
+    shipped = groups.load(GROUPS / "cifar100_join.json")
+    named = [{_shown_label(name) for name in group} for group in shipped[20].labels()]
+    section = (RESULTS / "ssal.md").read_text().partition("## Groups\n")[2].partition("\n## ")[0]
+    (table,) = _tables_of(section)
+    left_over = re.findall(r"\*([\w ,]+)\*", " ".join(section.split()))
+    shown = [cell for row in table[2:] for cell in row] + left_over
+    assert len(shown) > 8
+    for each in shown:
+        assert set(each.removesuffix(" tree").split(", ")) in named
+    assert "Of 100 labels in 33 groups 32 have three and one has four" in _prose("ssal.md")
+    assert sorted(np.bincount(shipped[33].assignment)) == [3] * 32 + [4]
+
+
+def _shown_label(name):
+    return name.removesuffix("_tree").replace("_", " ")
 
 
 # ---- Sizes.
@@ -722,10 +764,13 @@ def test_costs_of_exits_are_what_was_counted():
 
 
 @pytest.mark.slow  # It traces networks of full size.
-@pytest.mark.parametrize(("table", "row"), [("sire_3", "ae_1"), ("ssal_1", "resnet18-2")])
-def test_what_was_counted_is_what_the_code_makes(table, row):
-    configs = configuration.repository_configs()
-    loaded = reproduce.load_table(table, configs)
-    (chosen,) = reproduce.choose_rows(loaded, [row])
-    config = reproduce.row_config(loaded, chosen, configs, "", [])
-    assert experiment.build(config).size() == _recorded("sizes.json")[table][row]
+@pytest.mark.parametrize(
+    ("table", "row"), [("sire_3", "ae_1"), ("sire_4", "googlenet_base"), ("ssal_1", "resnet18-2")]
+)
+def test_what_was_counted_is_what_the_code_makes(benchmark, monkeypatch, table, row):
+    counting, recorded = benchmark("sizes"), _recorded("sizes.json")
+    loaded = reproduce.load_table(table, configuration.repository_configs())
+    one = {**loaded, "rows": reproduce.choose_rows(loaded, [row])}
+    monkeypatch.setattr(reproduce, "load_table", lambda *_: one)
+    for name, counted in counting.count(table).items():
+        assert counted == {row: recorded[name][row]}

@@ -178,6 +178,14 @@ def test_the_linear_combination_is_fitted_to_images_that_no_network_has_seen():
     assert fitted.predictions.joint_fitted.name == "fitted_joint_probability"
 
 
+def test_the_text_to_table_1_has_30_groups():
+    config = _load("resnet50,groups_30")
+    assert [each.groups for each in config.data.groups.values()] == [20, 30, 50]
+    assert [each.classes for each in config.heads.values()] == [20, 30, 50]
+    config = _load("resnet50")
+    assert [each.groups for each in config.data.groups.values()] == [20, 33, 50]
+
+
 @pytest.mark.parametrize(
     ("variant", "message"),
     [
@@ -192,6 +200,9 @@ def test_the_linear_combination_is_fitted_to_images_that_no_network_has_seen():
         ("resnet18,0,gap_cat", r"'gap_cat' needs branches"),
         ("resnet18,validate,all_images", r"options validate, all_images exclude each other"),
         ("se_wrn16_8,sweep", r"no variant 'se_wrn16_8'"),
+        ("resnet50,sweep,groups_30", r"for the networks of Table 1, 'resnet50', 'wrn28_10', on"),
+        ("se_wrn16_8,groups_30", r"for the networks of Table 1"),
+        ("resnet50,1,groups_30", r"'groups_30' needs a branch over 33 groups; take 3 branches"),
     ],
 )
 def test_what_does_not_go_together_is_refused(variant, message):
@@ -334,7 +345,7 @@ def test_the_groups_of_cifar_100_are_of_its_classes(criterion):
     (listed,) = Path(directory).glob("cifar100/**/label.labels.txt")
     names = listed.read_text().split()
     found = groups.load(CONFIGS / "groups" / f"cifar100_{criterion}.json", names)
-    assert list(found) == [2, 4, 10, 20, 33, 50]
+    assert list(found) == [2, 4, 10, 20, 30, 33, 50]
     assert all(each.classes == tuple(names) for each in found.values())
 
 

@@ -214,6 +214,17 @@ def _panel(
     axes.legend(frameon=False, fontsize=7)
 
 
+def _listed(flow: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, Any]:
+    """Returns measurements for JSON, convolutions shallow to deep; null for what isn't finite."""
+    return {
+        objective: {
+            name: [value if np.isfinite(value) else None for value in values.tolist()]
+            for name, values in each.items()
+        }
+        for objective, each in flow.items()
+    }
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the program with command line arguments."""
     parser = command.parser(__doc__, overrides=False)
@@ -225,8 +236,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         out = command.check_picture(known.out)
         titles = workdir.titles(known.workdir)
         draw(titles, out)
-        flows = {title: read(path) for title, path in titles.items()} if known.json else {}
-    print(json.dumps(jax.tree.map(np.ndarray.tolist, flows)) if known.json else out)
+        lines = {title: _listed(read(path)) for title, path in titles.items()}
+    print(json.dumps(lines) if known.json else out)
 
 
 if __name__ == "__main__":
