@@ -605,6 +605,43 @@ def test_how_aggregators_differ_is_what_was_measured():
         assert said in text
 
 
+def test_supervision_of_layers_is_what_was_measured():
+    recorded, text = _recorded("auxnet_gradients.json"), _prose("auxnet.md")
+    ratios = {k: np.asarray(v) for k, v in recorded["supervision"].items()}
+    assert f"({100 * recorded['top_1']['main']:.1f}% accuracy" in text
+    said = "to {:.2f} and {:.2f} at the first".format(*(ratios[k][0] for k in ("main", "joint")))
+    assert said in text
+    separate = ratios["multiway"]
+    assert f"between {separate.min():.2f} and {separate.max():.2f}, falling from each" in text
+    np.testing.assert_allclose(ratios["effective_joint"], ratios["joint"], rtol=0.03)
+
+
+def test_what_outputs_agree_on_is_what_was_measured():
+    parts, text = _recorded("auxnet_gradients.json")["conflict"], _prose("auxnet.md")
+    pairs = {}
+    for part in parts:
+        cosines = np.asarray(part["cosines"])
+        for i, j in zip(*np.triu_indices(len(cosines), 1), strict=True):
+            pair = part["losses"][i], part["losses"][j]
+            pairs.setdefault(pair, []).append(cosines[i, j])
+    last = pairs["exit_45", MAIN]
+    assert f"the last two do ({min(last):.2f} to {max(last):.2f})" in text
+    others = [c for pair, each in pairs.items() if "exit_15" not in pair for c in each]
+    assert f"all but the first more or less ({min(others):.2f} and above)" in text
+    first = [c for pair, each in pairs.items() if "exit_15" in pair for c in each]
+    assert f"the others' ({min(first):.2f} to {max(first):.2f})" in text
+
+
+def test_early_exits_are_what_was_measured():
+    found, text = _recorded("auxnet_early_exit.json"), _prose("auxnet.md")
+    used, whole = found["multiply_adds"] / 1e6, found["whole"]["multiply_adds"] / 1e6
+    assert f"at {used:.2f} M of {whole:.2f} M multiply-adds an image" in text
+    assert found["accuracy"] == found["whole"]["accuracy"]
+    assert f"that of the whole network, {found['accuracy']:.3f};" in text
+    as_good = [p["multiply_adds"] for p in found["curve"] if p["accuracy"] == found["accuracy"]]
+    assert f"it still is at {min(as_good) / 1e6:.2f} M" in text
+
+
 def test_what_a_checkpoint_costs_is_what_was_measured():
     found = _recorded("benchmark_scaling.json")["checkpoints"]
     text, seconds = _prose("scaling.md"), np.concatenate(list(found["seconds"].values()))
