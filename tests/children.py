@@ -68,16 +68,20 @@ def marked(name: str) -> dict[int, str]:
     return running
 
 
-def kill(name: str, but: set[int] | None = None) -> dict[int, str]:
+def kill(name: str, but: set[int] | None = None, grace: float = 0.0) -> dict[int, str]:
     """Kills the processes that carry a mark, and those that they start meanwhile.
 
     Args:
         name: The mark.
         but: Numbers of processes that are spared.
+        grace: Seconds in which they may end by themselves, as the last `sleep` of a script does.
 
     Returns:
         Those that it killed, and their commands.
     """
+    patient = time.monotonic() + grace
+    while time.monotonic() < patient and set(marked(name)) - (but or set()):
+        time.sleep(0.05)
     killed = {}
     until = time.monotonic() + 10
     while left := {k: v for k, v in marked(name).items() if k not in (but or ())}:

@@ -84,7 +84,7 @@ def _left_as_it_was(_marked):
     """Holds that the tests of a file leave no process behind, and forgets what they compiled."""
     before = set(children.marked(_marked))
     yield
-    left = children.kill(_marked, but=before)
+    left = children.kill(_marked, but=before, grace=1.0)
     if children.resident() > FULL:
         jax.clear_caches()
         gc.collect()
