@@ -1,0 +1,112 @@
+"""What a joint prediction rests on, of a run with branches over groups of the labels.
+
+``python benchmarks/joint_prediction.py --workdir=DIR [--config.data.dir=DIR]``. On test images, in
+percent, for each seed: the joint probability by the power eta of the branches, and by the eta that
+makes held-out images most likely; the linear combination of all outputs and that of the main output
+alone, fitted to the same images; how often each branch is right about its groups, and how often the
+main output would be, whose probabilities are added up over each group. Prints a table and writes
+JSON.
+"""
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from sire_jax.evaluate import kept_weights, open_run
+from sire_jax.fitted_prediction import FittedJointProbability, LinearCombination
+from sire_jax.groups import Groups
+from sire_jax.networks import MAIN
+from sire_jax.prediction import JointProbability
+from sire_jax.reproduce import machine
+from sire_jax.runs import Runs
+from sire_jax.tables import align
+
+ETAS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
+BATCH = 500
+Outputs = dict[str, Array]
+
+
+def collect(runs: Runs, variables: Any, split: str, seed: int) -> tuple[Outputs, Array]:
+    """Applies the network of a seed to the images of a split.
+
+    Returns:
+        Logits by output, and the labels.
+    """
+    apply = jax.jit(runs.parts.network.apply)
+    found = []
+    examples = np.asarray(runs.examples[split])[seed]
+    for start in range(0, len(examples), BATCH):
+        batch = runs.parts.lookup(runs.arrays, examples[start : start + BATCH])
+        logits = apply(variables, batch["image"])
+        found.append(({name: logits[name] for name in (MAIN, *runs.parts.branches())}, batch))
+    outputs = {name: jnp.concatenate([each[name] for each, _ in found]) for name in found[0][0]}
+    return outputs, jnp.concatenate([batch["label"] for _, batch in found])
+
+
+def of_groups(outputs: Outputs, labels: Array, branches: Mapping[str, Groups]) -> dict[str, float]:
+    """Returns how often each branch, and the main output, is right about its groups."""
+    found = {}
+    for name, each in branches.items():
+        group = jnp.asarray(each.assignment)
+        wanted = group[labels]
+        found[f"{name}, groups"] = percent(outputs[name], wanted)
+        summed = jax.nn.softmax(outputs[MAIN]) @ jax.nn.one_hot(group, each.number)
+        found[f"main, groups of {name}"] = percent(summed, wanted)
+    return found
+
+
+def percent(scores: Array, labels: Array) -> float:
+    """Returns how often the highest score is that of the label, in percent."""
+    return 100 * float((scores.argmax(-1) == labels).mean())
+
+
+def measure(runs: Runs, variables: Any, seed: int) -> dict[str, float]:
+    """Measures one seed; see above."""
+    branches = runs.parts.branches()
+    groups = {name: each.assignment for name, each in branches.items()}
+    outputs, labels = collect(runs, variables, "test", seed)
+    found = {MAIN: percent(outputs[MAIN], labels)}
+    for eta in ETAS:
+        found[f"eta {eta:g}"] = percent(JointProbability(groups, eta)(outputs), labels)
+    fitted = FittedJointProbability(groups)
+    held_out = collect(runs, variables, fitted.split, seed)
+    power = fitted.fit(*held_out)
+    found |= {"eta, fitted": float(power), "fitted": percent(fitted(outputs, power), labels)}
+    linear = runs.parts.predictions["linear"].split
+    seen = collect(runs, variables, linear, seed)
+    for name, used in (("linear", ()), ("linear, main alone", (MAIN,))):
+        rule = LinearCombination(groups, split=linear, outputs=used)
+        found[name] = percent(rule(outputs, rule.fit(*seen)), labels)
+    return found | of_groups(outputs, labels, branches)
+
+
+def main() -> None:
+    """Runs the program with command line arguments."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--workdir", required=True)
+    parser.add_argument("--json", type=Path, default=Path("docs/results/joint_prediction.json"))
+    options, overrides = parser.parse_known_args()
+    runs = open_run(options.workdir, overrides)
+    kept = kept_weights(runs, options.workdir, used=None)
+    each = []
+    for seed in range(runs.config.seeds):
+        state = {"params": kept.params, **kept.model_state}
+        variables = jax.tree.map(lambda x, seed=seed: jnp.asarray(x)[seed], state)
+        each.append(measure(runs, variables, seed))
+    lines = [["", *(f"seed {i}" for i in range(len(each))), "mean"]]
+    for name in each[0]:
+        values = [one[name] for one in each]
+        lines.append([name, *(f"{x:.2f}" for x in (*values, np.mean(values)))])
+    print(align(lines))
+    options.json.write_text(json.dumps({**machine(), "seeds": each}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
