@@ -123,6 +123,12 @@ def open_run(
     runs = open_runs(experiment.build(config))
     if kept:
         _check_data(workdir, kept, runs.contents, changed_data)
+    else:
+        warnings.warn(
+            f"{workdir} has no {contents.FILE}: whether these are the data of the run, and its"
+            " classes, can't be told.",
+            stacklevel=2,
+        )
     return runs
 
 

@@ -27,13 +27,14 @@ class Average:
 
         Args:
             values: ``[b, …]``.
-            mask: What each counts, at least 0, ``[b]`` or with further axes of ``values``; all
-                count 1 by default. What counts 0 may be anything, infinite, too.
+            mask: What each counts, at least 0 (what is below, or not a number, is 0), ``[b]`` or
+                with further axes of ``values``; all count 1 by default. What counts 0 may be
+                anything, infinite, too.
         """
         values = values.astype(jnp.float32)
         mask = jnp.ones(values.shape, jnp.float32) if mask is None else mask.astype(jnp.float32)
         mask = mask.reshape(*mask.shape, *(1,) * (values.ndim - mask.ndim))
-        weights = jnp.broadcast_to(mask, values.shape)
+        weights = jnp.broadcast_to(jnp.where(mask > 0, mask, 0), values.shape)
         # Not values * weights alone: nothing times infinity is no number.
         kept = jnp.where(weights > 0, values, 0.0) * weights
         return cls(total=kept.sum(), count=weights.sum())
@@ -100,7 +101,15 @@ def top_k(logits: Array, labels: Array, k: int) -> Array:
 
     Returns:
         ``[b, …]``, booleans. Of equal logits the class with the smaller index counts as larger.
+
+    Raises:
+        ValueError: If labels are no whole numbers, or not one for each row of logits.
     """
+    if labels.dtype.kind not in "iub" or labels.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"Labels are {labels.dtype}{list(labels.shape)}; they should be whole numbers, one for"
+            f" each of the logits {list(logits.shape)}."
+        )
     right = at_label(logits, labels)[..., None]
     places = jnp.arange(logits.shape[-1], dtype=jnp.int32).reshape((1,) * labels.ndim + (-1,))
     before = places < labels.astype(jnp.int32)[..., None]

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
@@ -159,6 +160,8 @@ def classifies(loss: Loss) -> bool:
     return loss in (cross_entropy, negative_probability) or isinstance(loss, SmoothedCrossEntropy)
 
 
+# At which the weights of schedules are checked.
+_CHECKED_STEPS = (0, 1_000_000)
 _BINARY = (binary_cross_entropy, binary_squared_error)
 
 
@@ -185,12 +188,14 @@ class Objective:
         ignore: The label that says that there is none, such as -1 or 255: examples, and positions
             of an example, that have it are left out of the loss and of all metrics.
         mask: Key of the batch that says which examples count, ``[b]``: booleans, or how much each
-            counts, at least 0. What counts 0 may have any target.
+            counts, at least 0 (what is below, or not a number, is 0). What counts 0 may have any
+            target.
         classifies: Whether the output holds logits of classes and the target labels, of which
             accuracies are measured; ``None``: if the loss is one of this module that needs them.
 
     Raises:
-        ValueError: If the loss is no function, or the weight negative or not finite.
+        ValueError: If the loss is no function, what is ignored no whole number, or the weight no
+            number, negative or not finite (of a schedule, at steps 0 and 1,000,000).
     """
 
     output: str
@@ -207,14 +212,18 @@ class Objective:
                 f"The loss of an objective is {self.loss!r}; it should be a function of an output"
                 " and a target."
             )
-        if self.ignore is not None and not isinstance(self.ignore, int):
+        whole = isinstance(self.ignore, int | np.integer) and not isinstance(self.ignore, bool)
+        if self.ignore is not None and not whole:
             raise ValueError(
                 f"An objective ignores {self.ignore!r}; it should be a whole number, such as -1."
             )
-        if isinstance(self.weight, int | float) and not 0 <= self.weight < math.inf:
-            raise ValueError(
-                f"The weight of an objective is {self.weight}; it should be finite and at least 0."
-            )
+        if not callable(self.weight):
+            _check_weight(self.weight)
+            return
+        # Schedules of optax mix dtypes.
+        with jax.numpy_dtype_promotion("standard"):
+            for step in _CHECKED_STEPS:
+                _check_weight(self.weight(jnp.int32(step)), f" at step {step:,}")
 
     @property
     def labelled(self) -> bool:
@@ -237,10 +246,14 @@ class Objective:
         Returns:
             ``[b]``, or ``[b, …]`` as the labels where some are ignored; ``None``: all count 1.
         """
-        mask = None if self.mask is None else batch[self.mask].astype(jnp.float32)
+        mask = None
+        if self.mask is not None:
+            given = batch[self.mask].astype(jnp.float32)
+            mask = jnp.where(given > 0, given, 0)
         if self.ignore is None:
             return mask
-        known = (batch[self.target] != self.ignore).astype(jnp.float32)
+        # Labels of few bits would wrap what is ignored: 256 to 0.
+        known = (batch[self.target].astype(jnp.int32) != int(self.ignore)).astype(jnp.float32)
         return known if mask is None else known * _beside(mask, known)
 
     def values(self, output: Array, batch: Mapping[str, Any]) -> Array:
@@ -262,6 +275,22 @@ class Objective:
             return jnp.where(counts > 0, self.loss(output, target), 0.0)
         alone = self.loss(output.reshape(-1, output.shape[-1]), target.reshape(-1))
         return _sum_positions(jnp.where(counts > 0, alone.reshape(counts.shape), 0.0))
+
+
+def _check_weight(weight: Any, where: str = "") -> None:
+    """Checks a weight whose value is known.
+
+    Raises:
+        ValueError: If it is no number, negative or not finite.
+    """
+    if isinstance(weight, jax.core.Tracer):
+        return
+    value = np.asarray(weight)
+    is_number = any(jnp.issubdtype(value.dtype, kind) for kind in (jnp.integer, jnp.floating))
+    if value.ndim or not is_number or not 0 <= value < math.inf:
+        raise ValueError(
+            f"The weight of an objective is {weight!r}{where}; it should be finite and at least 0."
+        )
 
 
 def _beside(values: Array, x: Array) -> Array:

@@ -38,6 +38,15 @@ def test_merging_unequal_parts_is_not_the_mean_of_their_means():
     assert float(metrics.means(metrics.add(a, b))["a"]) == 2
 
 
+@pytest.mark.parametrize(
+    ("labels", "found"),
+    [([0.5], r"float32\[1\]"), ([[0]], r"int32\[1, 1\]"), ([0, 1], r"int32\[2\]")],
+)
+def test_labels_that_are_not_one_each_are_refused(labels, found):
+    with pytest.raises(ValueError, match=rf"Labels are {found}; .* of the logits \[1, 3\]"):
+        top_k(jnp.array([[3.0, 0.0, 0.0]]), jnp.array(labels), 1)
+
+
 def test_a_mask_chooses_examples_with_all_their_positions():
     values = jnp.asarray([[1.0, 2.0], [30.0, 40.0], [5.0, 6.0]])
     average = Average.of(values, jnp.asarray([1.0, 0.0, 1.0]))
@@ -138,6 +147,11 @@ def test_a_fractional_mask_weighs_values():
         "x", jnp.eye(3), jnp.asarray([0, 1, 0]), jnp.asarray([0.5, 0.5, 0.5])
     )
     assert float(right["x/top_1"].mean()) == pytest.approx(2 / 3)
+
+
+def test_what_counts_less_than_nothing_counts_nothing():
+    average = Average.of(jnp.array([2.0, 4.0, 8.0]), jnp.array([1.0, -1.0, jnp.nan]))
+    assert (float(average.total), float(average.count)) == (2, 1)
 
 
 def test_a_mask_may_be_of_positions():

@@ -349,11 +349,43 @@ def test_a_batch_without_inputs_is_refused():
         ({"ignore": "no"}, "An objective ignores 'no'; it should be a whole number, such as -1"),
         ({"weight": -0.5}, "weight of an objective is -0.5; it should be finite and at least 0"),
         ({"weight": float("nan")}, "weight of an objective is nan"),
+        (
+            {"weight": np.float32(-1)},
+            r"weight of an objective is .*-1.0.*; it should be finite and",
+        ),
+        ({"weight": np.int32(-1)}, r"weight of an objective is .*-1.*; it should be finite and at"),
+        ({"weight": jnp.float32(-1)}, r"weight of an objective is .*-1.*; it should be finite and"),
+        ({"weight": "0.3"}, "weight of an objective is '0.3'"),
+        ({"weight": lambda step: 1.0 - step}, r"is Array\(-999999.* at step 1,000,000; it should"),
+        ({"weight": lambda step: jnp.nan}, "is nan at step 0; it should be finite and at least 0"),
+        ({"ignore": True}, "An objective ignores True; it should be a whole number"),
     ],
 )
 def test_an_impossible_objective_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         Objective(**{"output": "main", "target": "label", "loss": cross_entropy, **settings})
+
+
+@pytest.mark.parametrize("weight", [0, 0.5, np.float32(0.5), jnp.bfloat16(0.5), np.int8(3)])
+def test_a_weight_is_any_finite_number_from_0(weight):
+    objective = Objective("main", "label", cross_entropy, weight)
+    assert float(objective.weight_at(0)) == float(weight)
+
+
+@pytest.mark.parametrize(("dtype", "ignore"), [(np.uint8, 256), (np.uint8, -100), (np.int8, 255)])
+def test_what_is_ignored_does_not_wrap_to_another_label(dtype, ignore):
+    labels = np.array([0, 1, 156 % 128, -1 % 128], dtype)
+    counts = Objective("main", "label", cross_entropy, ignore=ignore).counts({"label": labels})
+    assert counts.tolist() == [1, 1, 1, 1]
+    assert Objective("main", "label", cross_entropy, ignore=np.int64(1)).counts(
+        {"label": jnp.asarray(labels)}
+    ).tolist() == [1, 0, 1, 1]
+
+
+def test_what_counts_less_than_nothing_counts_nothing():
+    objective = Objective("main", "label", cross_entropy, mask="known")
+    mask = jnp.array([1.0, 0.5, 0.0, -1.0, jnp.nan])
+    assert objective.counts({"known": mask}).tolist() == [1, 0.5, 0, 0, 0]
 
 
 # ---- Networks that can't be what they seem.

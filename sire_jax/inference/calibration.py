@@ -41,12 +41,14 @@ def expected_calibration_error(predicted: np.ndarray, labels: np.ndarray, bins: 
         The error, in [0, 1].
 
     Raises:
-        ValueError: If there are no examples, the first argument holds no probabilities, or a label
-            is outside of the classes.
+        ValueError: If there are no examples, the first argument holds no probabilities, labels are
+            not whole numbers in [0, classes), one each, or there is no bin.
     """
     if not len(labels):
         raise ValueError("There are no examples to measure calibration on.")
-    _check_labels(labels, predicted.shape[-1])
+    if bins < 1:
+        raise ValueError(f"Calibration is to be measured in {bins} bins; it should be at least 1.")
+    _check_labels(labels, predicted)
     _check_probabilities(predicted)
     confidence = np.asarray(predicted.max(-1), np.float64)
     right = predicted.argmax(-1) == labels
@@ -71,14 +73,14 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
         too low for.
 
     Raises:
-        ValueError: If there are no examples, a logit is not finite, or a label is outside of the
-            classes.
+        ValueError: If there are no examples, a logit is not finite, or labels are not whole numbers
+            in [0, classes), one each.
     """
     if not len(labels):
         raise ValueError("There are no examples to fit a temperature on.")
     if not np.isfinite(logits).all():
         raise ValueError("Logits are not finite, so that they have no temperature.")
-    _check_labels(labels, logits.shape[-1])
+    _check_labels(labels, logits)
     z = _shifted(logits)
     right = z[np.arange(len(z)), labels].mean()
     low, high = 1 / MOST, 1 / LEAST
@@ -96,7 +98,13 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     return float(1 / b)
 
 
-def _check_labels(labels: np.ndarray, classes: int) -> None:
+def _check_labels(labels: np.ndarray, scores: np.ndarray) -> None:
+    classes, kind = scores.shape[-1], np.asarray(labels).dtype
+    if kind.kind not in "iub" or np.shape(labels) != scores.shape[:-1]:
+        raise ValueError(
+            f"Labels are {kind}{list(np.shape(labels))}; they should be whole numbers, one for each"
+            f" of the examples {list(scores.shape)}."
+        )
     outside = np.flatnonzero((np.asarray(labels) < 0) | (np.asarray(labels) >= classes))
     if len(outside):
         raise ValueError(

@@ -126,6 +126,20 @@ def test_calibration_of_logits_is_refused():
         assert 0 <= expected_calibration_error(probabilities(logits), labels) <= 1
 
 
+@pytest.mark.parametrize(
+    ("labels", "found"),
+    [([0], r"int64\[1\]"), ([[0], [1]], r"int64\[2, 1\]"), ([0, 0.5], "float64")],
+)
+def test_labels_that_are_not_one_each_are_refused(labels, found):
+    message = f"Labels are {found}.*; they should be whole numbers, one for each of the examples"
+    with pytest.raises(ValueError, match=message):
+        expected_calibration_error(_two([0.5, 0.5]), np.array(labels))
+    with pytest.raises(ValueError, match=message):
+        fit_temperature(np.zeros((2, 2)), np.array(labels))
+    with pytest.raises(ValueError, match="in 0 bins; it should be at least 1"):
+        expected_calibration_error(_two([0.5, 0.5]), np.array([0, 1]), bins=0)
+
+
 @pytest.mark.parametrize("label", [-1, 2])
 def test_labels_outside_of_the_classes_are_refused(label):
     labels = np.array([0, label])
