@@ -429,6 +429,30 @@ def test_branches_against_none_are_what_reproduce_wrote():
     assert [row[1:4] for row in table[2:]] == [[_mean(row[c]) for c in columns] for row in rows]
 
 
+def test_what_a_joint_prediction_rests_on_is_what_was_measured():
+    seeds, text = _recorded("joint_prediction.json")["seeds"], _prose("ssal.md")
+    found = {name: np.asarray([each[name] for each in seeds]) for name in seeds[0]}
+    table = _tables("ssal.md", "Branches against none")[1]
+    names = ["main", *(f"eta {eta}" for eta in table[0][2:])]
+    assert table[2][1:] == [f"{found[name].mean():.2f}" for name in names]
+    harms = found["main"] - found["eta 1"]
+    assert "at eta 1 by {:.1f}, {:.1f} and {:.1f} points".format(*harms) in text
+    assert "eta is fitted to {:.2f}, {:.2f} and {:.2f}.".format(*found["eta, fitted"]) in text
+    own, mains = (
+        [found[name.format(f"branch_{i}")].mean() for i in (1, 2)]
+        for name in ("{}, groups", "main, groups of {}")
+    )
+    said = "right on {:.1f}% of images about 20 groups and on {:.1f}% about 50"
+    assert said.format(*own) in text
+    assert "added up over each group, on {:.1f}% and {:.1f}%".format(*mains) in text
+    bare, _ = _recorded("ssal_1-reduced.json")["rows"]
+    linear, alone = found["linear"].mean(), found["linear, main alone"]
+    assert f"combination gains {linear - bare['main']['ours'][0]:.1f} points" in text
+    said = f"it has {alone.mean():.2f} ({{:.2f}}, {{:.2f}} and {{:.2f}} in the three seeds)"
+    assert said.format(*alone) in text
+    assert f"{linear - alone.mean():.1f} point is theirs" in text
+
+
 def _scientific(value, digits=1):
     """As 1.5e-2."""
     return re.sub(r"e-0", "e-", f"{value:.{digits}e}")
