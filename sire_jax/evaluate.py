@@ -76,6 +76,12 @@ def kept_weights(
         FileNotFoundError: If there is no checkpoint.
         ValueError: If one has diverged.
     """
+    if not (at(workdir) / contents.FILE).exists() and not isinstance(runs, UnloadedRuns):
+        warnings.warn(
+            f"{workdir} has no {contents.FILE}: whether these are the data of the run, and its"
+            " classes, can't be told.",
+            stacklevel=2,
+        )
     for i, steps in enumerate(diverged(workdir)):
         if steps is not None and (used is None or i in used):
             raise ValueError(
@@ -123,12 +129,6 @@ def open_run(
     runs = open_runs(experiment.build(config))
     if kept:
         _check_data(workdir, kept, runs.contents, changed_data)
-    else:
-        warnings.warn(
-            f"{workdir} has no {contents.FILE}: whether these are the data of the run, and its"
-            " classes, can't be told.",
-            stacklevel=2,
-        )
     return runs
 
 

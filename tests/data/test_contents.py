@@ -298,10 +298,10 @@ def test_a_run_of_a_former_version_is_opened_with_the_names_of_the_data(copied):
         (run / name).unlink()
     (data / "pets" / "train" / "bee").rename(data / "pets" / "train" / "wasp")
     (data / "pets" / "test" / "bee").rename(data / "pets" / "test" / "wasp")
+    assert _open(run, overrides, needs_data=False).names == {"label": ("ape", "cow", "wasp")}
     message = r"has no data\.json: whether these are the data of the run, and its classes, can't be"
     with pytest.warns(UserWarning, match=message):
-        opened = _open(run, overrides, needs_data=False)
-    assert opened.names == {"label": ("ape", "cow", "wasp")}
+        evaluate.evaluate(run, "test", overrides)
 
 
 def test_damaged_images_are_skipped_and_counted_with_the_images_on_the_device(tmp_path, capsys):
