@@ -636,7 +636,10 @@ def test_supervision_of_layers_is_what_was_measured():
     said = "to {:.2f} and {:.2f} at the first".format(*(ratios[k][0] for k in ("main", "joint")))
     assert said in text
     separate = ratios["multiway"]
-    assert f"between {separate.min():.2f} and {separate.max():.2f}, falling from each" in text
+    assert f"between {separate.min():.2f} and {separate.max():.2f}, and is 1 at each output" in text
+    layers = recorded["supervision"]["layers"]
+    at_outputs = separate[[layers.index(layer) for layer in (15, 25, 35, 45, 55)]]
+    np.testing.assert_allclose(at_outputs, 1, atol=1e-3)
     np.testing.assert_allclose(ratios["effective_joint"], ratios["joint"], rtol=0.03)
 
 
