@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -128,7 +129,8 @@ def rehearse(
         parts: The parts of the run.
         steps: How many, at least 2; fewer if a loss is not finite. 0: 20, or as many, but at least
             two, as begin within a minute.
-        memory: Bytes that a step may take; by default what the device has.
+        memory: Bytes that a step may take; by default what the accelerator has, or the machine has
+            free.
         note: Is called with what they have shown so far, every ``NOTED`` seconds.
 
     Returns:
@@ -156,7 +158,7 @@ def rehearse(
     parameters = traced.size(parts.variables["params"])
     found = Rehearsal(parts.config.name, parameters, images, whole * seeds, finished=False)
     try:
-        _take(found, runs, steps, _memory() if memory is None else memory, note)
+        _take(found, runs, steps, memory, note)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -199,14 +201,16 @@ def _take(
     found: Rehearsal,
     runs: Runs,
     steps: int,
-    memory: int,
+    memory: int | None,
     note: Callable[[Rehearsal], None] | None,
 ) -> None:
     """Takes the steps one by one, if there is the memory, and notes what they show."""
     state, began = runs.initial(), time.perf_counter()
     found.memory = runs.planned_memory(state)
-    if found.memory is not None and found.memory > memory:
-        found.refused = _too_big(found.memory, memory)
+    # What compiling took is not free any more.
+    free = _memory() if memory is None else memory
+    if found.memory is not None and found.memory > free:
+        found.refused = _too_big(found.memory, free)
         return
     seconds, hidden = math.inf if steps else SECONDS, not sys.stderr.isatty()
     steps = steps or STEPS
@@ -242,15 +246,20 @@ def _record(found: Rehearsal, losses: Mapping[str, float]) -> None:
 
 
 def _memory() -> int:
-    """Returns the bytes that the accelerator has, or the machine."""
+    """Returns the bytes that the accelerator has, or those that the machine has free."""
     told = jax.devices()[0].memory_stats() or {}
     if "bytes_limit" in told:
         return int(told["bytes_limit"])
-    return int(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        fields = dict(line.split(":", 1) for line in lines)
+        return 1024 * int(fields["MemAvailable"].split()[0])
+    except (OSError, KeyError, ValueError):  # Not on Linux.
+        return int(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
-def _too_big(needed: int, available: int) -> str:
-    return f"too big for this machine: {needed / _GIB:.1f} GiB of {available / _GIB:.1f} GiB"
+def _too_big(needed: int, free: int) -> str:
+    return f"too big for this machine: {needed / _GIB:.1f} GiB, where {free / _GIB:.1f} GiB are free"
 
 
 def add_option(parser: argparse.ArgumentParser) -> None:

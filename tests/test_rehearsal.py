@@ -69,7 +69,7 @@ def test_what_does_not_fit_is_refused_by_its_size():
     found = rehearse(_parts(), memory=2**10)
     assert found.losses == {}
     assert found.verdict() == (
-        f"too big for this machine: {found.memory / 2**30:.1f} GiB of 0.0 GiB"
+        f"too big for this machine: {found.memory / 2**30:.1f} GiB, where 0.0 GiB are free"
     )
     assert "0.0 hours, 1 without a figure left out." in rehearsal.markdown({"row": found})
 
