@@ -16,11 +16,12 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from sire_jax import files, groups, names, registry, untrusted
+from sire_jax import files, names, registry, untrusted
 from sire_jax.backbones import BACKBONES
 from sire_jax.data.augmentation import AUGMENTATIONS
 from sire_jax.data.tasks import TASKS
 from sire_jax.fitted_prediction import PREDICTIONS
+from sire_jax.groups import partition
 from sire_jax.heads import HEADS
 from sire_jax.objectives import LOSSES, LOSSES_WITH_SETTINGS
 from sire_jax.optimizers import OPTIMIZERS, SCHEDULES
@@ -126,34 +127,38 @@ _FREE = {
 }
 
 
+def _described(parts: Mapping[str, Any], name: str, what: str, **settings: Any) -> ConfigDict:
+    return ConfigDict(registry.describe(parts, name, what, **settings))
+
+
 def backbone(name: str, **settings: Any) -> ConfigDict:
     """Describes a backbone; see ``registry.describe``."""
-    return registry.describe(BACKBONES, name, "backbone", **settings)
+    return _described(BACKBONES, name, "backbone", **settings)
 
 
 def head(name: str, **settings: Any) -> ConfigDict:
     """Describes a head; see ``registry.describe``."""
-    return registry.describe(HEADS, name, "head", **settings)
+    return _described(HEADS, name, "head", **settings)
 
 
 def task(name: str, **settings: Any) -> ConfigDict:
     """Describes a task; see ``registry.describe``."""
-    return registry.describe(TASKS, name, "task", **settings)
+    return _described(TASKS, name, "task", **settings)
 
 
 def augmentation(name: str, **settings: Any) -> ConfigDict:
     """Describes an augmentation; see ``registry.describe``."""
-    return registry.describe(AUGMENTATIONS, name, "augmentation", **settings)
+    return _described(AUGMENTATIONS, name, "augmentation", **settings)
 
 
 def prediction(name: str, **settings: Any) -> ConfigDict:
     """Describes a prediction rule; see ``registry.describe``."""
-    return registry.describe(PREDICTIONS, name, "prediction", **settings)
+    return _described(PREDICTIONS, name, "prediction", **settings)
 
 
 def optimizer(name: str, **settings: Any) -> ConfigDict:
     """Describes an optimizer; see ``registry.describe``."""
-    return registry.describe(OPTIMIZERS, name, "optimizer", **settings)
+    return _described(OPTIMIZERS, name, "optimizer", **settings)
 
 
 def stream(config: ConfigDict, resize: int = 256, crop: int = 224) -> None:
@@ -187,7 +192,7 @@ def grouping(file: str | Path, groups: int) -> ConfigDict:
 
 def update_rule(name: str, **settings: Any) -> ConfigDict:
     """Describes an update rule; see ``registry.describe``."""
-    described = registry.describe(UPDATES, name, "update rule", **settings)
+    described = _described(UPDATES, name, "update rule", **settings)
     # What the program supplies.
     _, _, supplied = _SWITCHED["update_rule"]
     return ConfigDict({k: v for k, v in described.items() if k not in supplied})
@@ -195,7 +200,7 @@ def update_rule(name: str, **settings: Any) -> ConfigDict:
 
 def loss(name: str, **settings: Any) -> ConfigDict:
     """Describes a loss that has settings; see ``registry.describe``."""
-    return registry.describe(LOSSES_WITH_SETTINGS, name, "loss", **settings)
+    return _described(LOSSES_WITH_SETTINGS, name, "loss", **settings)
 
 
 def objective(
@@ -280,7 +285,7 @@ def with_groups(config: ConfigDict, dealt: bool = False) -> ConfigDict:
         config: The config; it is left as it is.
         dealt: Whether labels are dealt in turn to the groups of a file that does not exist, with a
             warning: groups of the right number, which say nothing. Their section keeps the name of
-            its file (``groups.is_dealt``).
+            its file (``partition.is_dealt``).
 
     Returns:
         A config with ``assignment`` and ``classes`` of each section of ``config.data.groups``; a
@@ -296,10 +301,10 @@ def with_groups(config: ConfigDict, dealt: bool = False) -> ConfigDict:
     found = data.get("groups") if isinstance(data, ConfigDict) else None
     # Whether these are sections `experiment.build` checks.
     for name, section in found.items() if isinstance(found, ConfigDict) else ():
-        groups.check_section(name, section)
+        partition.check_section(name, section)
         place = None if section.assignment else find(section.file)
         if place is not None:
-            read = groups.from_section(name, {**section, "file": str(place)})
+            read = partition.from_section(name, {**section, "file": str(place)})
             section.update(file="", classes=read.classes, assignment=read.assignment)
         elif dealt and section.file and not section.assignment and _counted(data):
             warnings.warn(
@@ -308,7 +313,7 @@ def with_groups(config: ConfigDict, dealt: bool = False) -> ConfigDict:
                 stacklevel=2,
             )
             with registry.located(f"config.data.groups.{name}"):
-                made = groups.deal(data.classes["label"], section.groups)
+                made = partition.deal(data.classes["label"], section.groups)
             section.update(classes=made.classes, assignment=made.assignment)
     return config
 
@@ -359,7 +364,7 @@ def _switch(config: ConfigDict, overrides: Sequence[str]) -> None:
             continue
         if not chosen or chosen[-1] not in parts or chosen[-1] == section.get("name"):
             continue
-        new = registry.describe(parts, chosen[-1], what)
+        new = _described(parts, chosen[-1], what)
         kept = {k: v for k, v in section.items() if k in new and k != "name"}
         config[key] = ConfigDict({k: v for k, v in {**new, **kept}.items() if k not in supplied})
 
@@ -512,7 +517,7 @@ def _complete_part(
 ) -> None:
     name = section.get("name") if isinstance(section, ConfigDict) else None
     if isinstance(name, str) and name in parts:
-        defaults = registry.describe(parts, name, what)
+        defaults = _described(parts, name, what)
         _complete(section, {k: v for k, v in defaults.items() if k not in supplied})
 
 

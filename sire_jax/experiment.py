@@ -27,7 +27,7 @@ from sire_jax.data import augmentation, batches, crops, records, sources, tasks
 from sire_jax.data.augmentation import AUGMENTATIONS, RandomCrop
 from sire_jax.data.dataset import Dataset, Selection, Source
 from sire_jax.fitted_prediction import PREDICTIONS, is_fitted
-from sire_jax.groups import Groups, check_names, from_section
+from sire_jax.groups.partition import Groups, check_names, from_section
 from sire_jax.heads import HEADS
 from sire_jax.initialization import as_pytorch
 from sire_jax.names import listed

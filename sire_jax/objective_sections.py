@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from sire_jax import checks, objectives, optimizers, registry
-from sire_jax.groups import NO_GROUP
+from sire_jax.groups.partition import NO_GROUP
 
 
 def depths(heads: Mapping[str, Any], plan: Any) -> dict[str, int]:

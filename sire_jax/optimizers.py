@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from ml_collections import ConfigDict
 
 from sire_jax import registry
 
@@ -114,7 +113,7 @@ def number_or_schedule(value: Any, what: str, units: Units | None = None) -> flo
     """
     if callable(value):
         return value
-    if isinstance(value, Mapping | ConfigDict):
+    if registry.is_section(value):
         section = dict(value)
         unit = section.pop("unit", "step")
         length = registry.choose({"step": 1, **(units or {})}, unit, f"unit of the {what}")
@@ -212,7 +211,7 @@ class WeightDecay:
         """
         if isinstance(value, WeightDecay):
             return value
-        if not isinstance(value, Mapping | ConfigDict):
+        if not registry.is_section(value):
             value = dict.fromkeys(("backbone", "heads"), value)
         for part in value.values():
             if isinstance(part, bool) or not isinstance(part, int | float):

@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from types import GenericAlias, NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
 
-from ml_collections import ConfigDict
-
 from sire_jax.names import nearest
 
 # Fields that Flax adds to every module and that a config never sets.
@@ -61,8 +59,8 @@ def settings(part: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     return {k: p for k, p in parameters.items() if k not in _FLAX_FIELDS and p.kind in named}
 
 
-def describe(registry: Mapping[str, Any], name: str, what: str, **given: Any) -> ConfigDict:
-    """Writes a part down as a config section that shows every setting with its value.
+def describe(registry: Mapping[str, Any], name: str, what: str, **given: Any) -> dict[str, Any]:
+    """Writes a part down as a section that shows every setting with its value.
 
     Args:
         registry: Known parts by name.
@@ -81,7 +79,7 @@ def describe(registry: Mapping[str, Any], name: str, what: str, **given: Any) ->
         if key not in known:
             raise ValueError(f"The {what} '{name}' has no setting '{key}'.{nearest(key, known)}")
     defaults = {k: p.default for k, p in known.items() if p.default is not inspect.Parameter.empty}
-    return ConfigDict({"name": name, **defaults, **given})
+    return {"name": name, **defaults, **given}
 
 
 def create(
@@ -203,8 +201,13 @@ def located(where: str) -> Iterator[None]:
 
 
 def is_section(value: Any) -> bool:
-    """Tells whether a value of a config is a section."""
-    return isinstance(value, Mapping | ConfigDict)
+    """Tells whether a value of a config is a section: a mapping, or a ``ConfigDict``."""
+    return isinstance(value, Mapping) or _becomes_mapping(value)
+
+
+def _becomes_mapping(value: Any) -> bool:
+    """Tells a ``ConfigDict`` or its class by what it can do, so that no config has to be known."""
+    return hasattr(value, "to_dict")
 
 
 def check_type(where: str, value: Any, default: Any) -> None:
@@ -305,14 +308,16 @@ def _described(kind: Any) -> str:
         return "None"
     if origin is Callable:
         return "a function"
-    sections = isinstance(origin, type) and issubclass(origin, Mapping | ConfigDict)
+    sections = isinstance(origin, type) and (
+        issubclass(origin, Mapping) or _becomes_mapping(origin)
+    )
     return "a section" if sections else f"a {getattr(origin, '__name__', origin)}"
 
 
 def shown(value: Any, most: int = 100) -> str:
     """Writes a value into a message, not all of a very long one."""
     try:
-        text = repr(value.to_dict() if isinstance(value, ConfigDict) else value)
+        text = repr(value.to_dict() if _becomes_mapping(value) else value)
     except ValueError:
         # Of a whole number with thousands of digits.
         text = "very large"
@@ -320,6 +325,6 @@ def shown(value: Any, most: int = 100) -> str:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, ConfigDict):
+    if _becomes_mapping(value):
         return value.to_dict()
     return tuple(value) if isinstance(value, list) else value

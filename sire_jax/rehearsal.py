@@ -21,7 +21,7 @@ from sire_jax import experiment, parallel, tables, traced
 from sire_jax.data.dataset import Source
 from sire_jax.data.tasks import Pairs
 from sire_jax.diagnostics import gradient_flow
-from sire_jax.groups import is_dealt
+from sire_jax.groups.partition import is_dealt
 from sire_jax.runs import Runs
 from sire_jax.streamed_runs import open_runs
 
@@ -259,7 +259,9 @@ def _memory() -> int:
 
 
 def _too_big(needed: int, free: int) -> str:
-    return f"too big for this machine: {needed / _GIB:.1f} GiB, where {free / _GIB:.1f} GiB are free"
+    return (
+        f"too big for this machine: {needed / _GIB:.1f} GiB, where {free / _GIB:.1f} GiB are free"
+    )
 
 
 def add_option(parser: argparse.ArgumentParser) -> None:

@@ -10,12 +10,16 @@ import json
 import os
 import zipfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from ml_collections import ConfigDict
+
+from sire_jax import registry
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
 TRUST = "SIRE_JAX_TRUST"
 # Of text files: far more than groups of a hundred thousand labels have.
@@ -135,7 +139,7 @@ def _check_archive(path: Path) -> None:
         raise ValueError("it claims to hold more bytes than it has")
 
 
-def check_names(config: ConfigDict, source: str | Path) -> None:
+def check_names(config: "ConfigDict", source: str | Path) -> None:
     """Refuses a config that names parts of one's own in modules that the user does not allow.
 
     Args:
@@ -190,7 +194,7 @@ def _features(value: Any) -> Iterator[str]:
         yield from _features(each)
 
 
-def has_names(config: ConfigDict) -> bool:
+def has_names(config: "ConfigDict") -> bool:
     """Tells whether a config names parts of one's own."""
     return any(True for _ in _names(config, "config"))
 
@@ -203,7 +207,7 @@ def _names(value: Any, path: str) -> Iterator[tuple[str, str]]:
     """Yields the paths and values of texts that may be looked up as ``package.module:Name``."""
     if path in _TEXTS:
         return
-    if isinstance(value, Mapping | ConfigDict):
+    if registry.is_section(value):
         for key, each in value.items():
             yield from _names(each, f"{path}.{key}")
     elif isinstance(value, tuple | list):

@@ -6,7 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from sire_jax import checks, groups, names, objective_sections, registry
+from sire_jax import checks, names, objective_sections, registry
 from sire_jax.backbones import BACKBONES
 from sire_jax.configuration import SPLITS, default
 from sire_jax.data.augmentation import AUGMENTATIONS
@@ -14,6 +14,7 @@ from sire_jax.data.dataset import Selection
 from sire_jax.data.tasks import TASKS
 from sire_jax.divergence import POLICIES
 from sire_jax.fitted_prediction import PREDICTIONS
+from sire_jax.groups import partition
 from sire_jax.heads import HEADS
 from sire_jax.initialization import INITIALIZATIONS
 from sire_jax.optimizers import OPTIMIZERS
@@ -124,7 +125,7 @@ def _check_data(data: ConfigDict) -> None:
             f" it should be {{'label': {drawn}}}, as other kinds of labels are dropped."
         )
     for name, section in data.groups.items():
-        groups.check_section(name, section)
+        partition.check_section(name, section)
 
 
 def _check_channels(key: str, values: Sequence[float], shape: Sequence[int]) -> None:

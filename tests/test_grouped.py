@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from sire_jax import configuration, evaluate, experiment, groups, train
 from sire_jax.configuration import backbone, grouping, head, loss, objective, optimizer, prediction
 from sire_jax.fitted_prediction import FittedJointProbability, LinearCombination
-from sire_jax.groups import Groups
+from sire_jax.groups import Groups, partition
 from sire_jax.prediction import JointProbability
 
 pytestmark = pytest.mark.optax_dtypes
@@ -114,17 +114,17 @@ def test_where_only_sizes_count_labels_are_dealt_to_the_groups_of_a_file_that_is
     section = dealt.data.groups.coarse
     assert section.assignment == (0, 1, 2, 0, 1, 2, 0, 1, 2, 0)
     assert section.classes[:2] == ("label_0", "label_1")
-    assert groups.is_dealt(section)
-    assert not groups.is_dealt(config.data.groups.coarse)
+    assert partition.is_dealt(section)
+    assert not partition.is_dealt(config.data.groups.coarse)
     assert experiment.build(dealt).groups["coarse"].number == 3
     with pytest.raises(ValueError, match=r"10 labels can't be dealt to 11 groups; 1..10 can"):
-        groups.deal(10, 11)
+        partition.deal(10, 11)
 
 
 def test_a_file_that_is_there_is_read_although_labels_might_be_dealt(file):
     read = configuration.with_groups(_config(file), dealt=True).data.groups.coarse
     assert read.assignment == THREE.assignment
-    assert not groups.is_dealt(read)
+    assert not partition.is_dealt(read)
 
 
 def test_a_file_edited_badly_is_refused(tmp_path):

@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sire_jax import command, configuration, confusion, grouping, groups, train
+from sire_jax import command, configuration, grouping, groups, train
 from sire_jax.data import sources
 from sire_jax.evaluate import kept_weights, open_run
-from sire_jax.grouping import balanced, coarse, distances, mean_confusion, released
+from sire_jax.groups import balanced, coarse, confusion, distances, mean_confusion, released
+from sire_jax.inference import confusion as run_confusion
 from sire_jax.workdir import Workdir
 
 # Counts of the labels a to f; a row's sum is 20, but of b 40, whose rates are those of 4, 12, …
@@ -262,7 +263,7 @@ def _with(value, row=1, column=2):
     ],
 )
 def test_what_is_no_confusion_matrix_is_refused(matrix, message):
-    for use in (grouping.check_confusion, distances, lambda each: released(each, 2, 0)):
+    for use in (confusion.check_confusion, distances, lambda each: released(each, 2, 0)):
         with pytest.raises(ValueError, match=message):
             use(matrix)
 
@@ -270,11 +271,11 @@ def test_what_is_no_confusion_matrix_is_refused(matrix, message):
 def test_labels_are_named_in_messages():
     names = list("abcdef")
     with pytest.raises(ValueError, match="in the row of 'b' and the column of 'c'"):
-        grouping.check_confusion(_with(-1), names)
+        confusion.check_confusion(_with(-1), names)
     with pytest.raises(ValueError, match="empty rows: 'c';"):
-        grouping.check_confusion(HAND * (np.arange(6) != 2)[:, None], names)
+        confusion.check_confusion(HAND * (np.arange(6) != 2)[:, None], names)
     with pytest.raises(ValueError, match="5 names of classes for the 6 labels"):
-        grouping.make(HAND, names[:5], [2])
+        groups.make(HAND, names[:5], [2])
 
 
 @pytest.mark.parametrize("number", [-1, 0, 1, 4])
@@ -528,8 +529,8 @@ def test_confusions_of_a_run_are_those_of_each_seed(trained, tmp_path, monkeypat
     assert (expected.sum(1) == 24).all()
     # It has learned something, not all.
     assert 60 < expected.trace() < 235
-    counts, of_run = [], confusion.of_run
-    monkeypatch.setattr(confusion, "of_run", lambda *a: counts.append(of_run(*a)) or counts[0])
+    counts, of_run = [], run_confusion.of_run
+    monkeypatch.setattr(run_confusion, "of_run", lambda *a: counts.append(of_run(*a)) or counts[0])
     out, kept_counts = tmp_path / "made.json", tmp_path / "counts.csv"
     given = [f"--out={out}", "--seed=3"]
     grouping.main([f"--workdir={trained}", "--groups=2,5", f"--save_matrix={kept_counts}", *given])
@@ -581,10 +582,10 @@ def test_runs_without_enough_images_or_labels_are_refused(tmp_path, monkeypatch,
     quickstart = configuration.load(f"{configuration.repository_configs()}/quickstart.py")
     assert "2 labels can't be grouped" in _error(written("pairs", quickstart), capsys)
     with pytest.raises(ValueError, match="The run has 9 validation images for 10 classes"):
-        confusion._check_examples("validation", 9, 10)
+        run_confusion._check_examples("validation", 9, 10)
     # Names of digits stand in errors on counts, too.
     counts = np.ones((10, 10)) * (np.arange(10) != 4)[:, None]
-    monkeypatch.setattr(confusion, "of_run", lambda *_: counts)
+    monkeypatch.setattr(run_confusion, "of_run", lambda *_: counts)
     assert "has empty rows: '4'" in _error(written("empty", _config()), capsys)
 
 
@@ -594,10 +595,10 @@ def test_drawn_classes_keep_their_names(tmp_path):
     made.data.classes.label = 4
     made.backbone.classes = 4
     Workdir(str(tmp_path), made).write_config()
-    assert confusion.names_of(open_run(tmp_path)) == ("2", "4", "5", "7")
+    assert run_confusion.names_of(open_run(tmp_path)) == ("2", "4", "5", "7")
 
 
 def test_names_are_those_of_what_the_run_classifies(tmp_path):
     quickstart = configuration.load(f"{configuration.repository_configs()}/quickstart.py")
     Workdir(str(tmp_path), quickstart).write_config()
-    assert confusion.names_of(open_run(tmp_path)) == ("0", "1")
+    assert run_confusion.names_of(open_run(tmp_path)) == ("0", "1")

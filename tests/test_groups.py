@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sire_jax import groups
-from sire_jax.groups import Groups
+from sire_jax.groups import Groups, partition
 
 CLASSES = ("apple", "oak", "pear", "pine", "rose")
 TWO = Groups(CLASSES, (0, 1, 0, 1, 1))
@@ -177,7 +177,7 @@ def test_bytes_that_are_no_text_are_refused(tmp_path):
 
 def test_the_example_in_the_message_is_a_file_of_groups(tmp_path):
     path = tmp_path / "groups.json"
-    path.write_text(groups.SHAPE)
+    path.write_text(partition.SHAPE)
     assert groups.load(path) == {2: Groups(("apple", "oak", "pear"), (0, 1, 0))}
 
 

@@ -83,7 +83,7 @@ def test_settings_are_the_arguments_that_a_config_may_give():
 
 def test_a_described_part_shows_all_settings():
     section = registry.describe(PARTS, "box", "container", ratio=0.25)
-    assert section.to_dict() == {
+    assert section == {
         "name": "box",
         "ratio": 0.25,
         "open": False,

@@ -344,7 +344,7 @@ def plain():
 @UNTRACED
 @pytest.mark.parametrize(("place", "parts", "name", "supplied"), PARTS)
 def test_every_setting_of_every_part_is_checked(plain, place, parts, name, supplied):
-    section = registry.describe(parts, name, "part", **GIVEN.get(name, {})).to_dict()
+    section = registry.describe(parts, name, "part", **GIVEN.get(name, {}))
     section = {key: value for key, value in section.items() if key not in supplied}
     path = tuple(place.split("."))
     whole = _with(plain, path, section).to_dict()

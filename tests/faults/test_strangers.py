@@ -20,7 +20,6 @@ import sire_jax
 from sire_jax import (
     command,
     configuration,
-    confusion,
     evaluate,
     experiment,
     export,
@@ -31,6 +30,7 @@ from sire_jax import (
 from sire_jax.data import copies, sources
 from sire_jax.data.folders import FolderSplit
 from sire_jax.data.records import Records
+from sire_jax.groups import confusion, partition
 from sire_jax.workdir import Workdir, read_config, read_metrics, read_results
 
 QUICKSTART = f"{configuration.repository_configs()}/quickstart.py"
@@ -473,7 +473,7 @@ def test_groups_that_are_a_pickle_or_very_large_are_refused(tmp_path, mark, monk
     with pytest.raises(ValueError, match=r"groups\.json can't be read as text"):
         groups.load(path)
     monkeypatch.setattr(untrusted, "MOST_BYTES", 10)
-    path.write_text(groups.SHAPE)
+    path.write_text(partition.SHAPE)
     with pytest.raises(ValueError, match="it should have at most 10"):
         groups.load(path)
 
@@ -492,9 +492,9 @@ def test_groups_that_are_a_pickle_or_very_large_are_refused(tmp_path, mark, monk
 )
 def test_groups_of_a_stranger_in_a_config_are_refused(key, value, message):
     section = {"file": "", "groups": 2, "classes": ("a", "b"), "assignment": (0, 1)}
-    assert groups.from_section("kinds", section).number == 2
+    assert partition.from_section("kinds", section).number == 2
     with pytest.raises(ValueError, match=message):
-        groups.from_section("kinds", {**section, key: value})
+        partition.from_section("kinds", {**section, key: value})
 
 
 def _decoded():
