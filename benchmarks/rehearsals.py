@@ -24,7 +24,7 @@ from sire_jax.rehearsal import Rehearsal
 RESULTS = Path("docs/results")
 # One compiles, the others are timed.
 STEPS = 3
-# Of what no paper prints; benchmarks/stability.py is their rehearsal.
+# Readings of one network, which no paper prints; docs/results/sire.md shows those that were tried.
 LEFT_OUT = ("sire_readings",)
 
 Row = dict[str, Any]
@@ -151,9 +151,10 @@ python benchmarks/rehearsals.py --data=DIR
 
 {steps} steps a row, the first of which compiles. They say that a row runs, not that it learns:
 losses of so few steps fall by chance. Images that were not at hand are made up, and so are groups
-of labels that have no file yet. Memory is what the compiler plans for a step with all arrays. Hours
-are those of all epochs and seeds, one after the other, without measurements. Of a row that stands
-in several tables the first is shown in all.
+of labels that have no file yet. Memory is what the compiler plans for a step with all arrays: a
+process takes some more. Hours are those of all epochs and seeds, one after the other, without
+measurements. Of a row that stands in several tables the first is shown in all. `sire_readings`, of
+one network by readings, is [on its own page](sire.md#what-trains).
 
 Machine: {machines}. Raw figures: [rehearsal.json](rehearsal.json)."""
 

@@ -22,6 +22,8 @@ The paper does not say, and this file decides: the dropout rate, 0.3; the ImageN
 those of He et al. (2016) with activation after the shortcut, so that exits have no batch norm of
 their own; the step of joint backpropagation, divided as below Eq. 4; the mean and deviation that
 images are normalized with (of SVHN none); the learning rate's drops at 40% and 60% on ImageNet.
+Otherwise than the paper, which has 128 of all networks, batches of ImageNet have 256 images, as
+those of He et al. (2016).
 
 ImageNet is streamed: training sees random parts of random scales, without changes of colour;
 evaluation averages ten crops of 224 pixels, of the central 256 x 256. It may also be image folders:

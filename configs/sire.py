@@ -4,16 +4,20 @@
 with ``_base``, the bare network; and each but ``cnn`` with ``_imagenet`` (ahead of ``_base``):
 224 x 224 pixels and 1000 classes, the sizes of Table 4; their images are streamed.
 
-Settings that the paper prints are as printed. It leaves open, among others, what ends a decoder,
-initial values, the rate of dropout and the size of a batch: ``docs/results/sire.md`` says what was
-chosen and why. Readings of the first two are options behind commas,
-``configs/sire.py:cnn,linear``::
+Settings that the paper prints are as printed, but for one: Eq. 1 divides the cross entropy by the
+number of classes, with which lambda would weigh a hundred times more (``equation_1`` below). It
+leaves open, among others, what ends a decoder, initial values, the rate of dropout and the size of
+a batch: ``docs/results/sire.md`` says what was chosen and why. Other readings are options behind
+commas, ``configs/sire.py:cnn,linear``::
 
-    linear       decoders end in a convolution alone: diverges at full width
-    sigmoid      in a sigmoid
-    heavy_ball   in a convolution alone, with momentum 0.9 but not Nesterov's
-    pytorch      initial values of all layers are those of PyTorch's, as they are of ``cnn`` anyway
-    he           convolutions of ``cnn`` have those of He et al. (2015), too: it learns later
+    linear           decoders end in a convolution alone: diverges at full width
+    sigmoid          in a sigmoid
+    heavy_ball       in a convolution alone, with momentum 0.9 but not Nesterov's
+    pytorch          initial values of all layers are those of PyTorch's, as those of ``cnn`` are
+    he               convolutions of ``cnn`` have those of He et al. (2015), too: it learns later
+    equation_1       the cross entropy divided by the number of classes
+    summed           squared errors summed over pixels, not averaged: diverges at full width
+    no_decoder_norm  decoders without batch norm in their units (cnn; those of vgg have none)
 
 The three parts of SIRe are settings::
 
@@ -31,12 +35,17 @@ decoder, or in a config file a schedule::
         "decoder", "image", "mean_squared_error", weight={**fading, "unit": "run"}
     )
 
+Where a run diverges: ``--config.optimizer.clip=1``, a warm-up over a share of the run,
+``--config.optimizer.learning_rate.warmup=0.025``, or a constant rate,
+``--config.optimizer.learning_rate=0.001``.
+
 Also of use: ``--config.backbone.dtype=bfloat16``, ``--config.heads.decoder.remat=True`` (decoders
 computed again for the gradient), ``--config.backbone.width=0.25 --config.epochs=10`` (a smaller
 network, a shorter run), ``--config.gradient_flow_every=1`` (Fig. 3),
 ``--config.heads.decoder.value_range`` (of normalized images).
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,6 +70,8 @@ _AUXILIARY_WEIGHT = 0.3
 # Readings of what the paper leaves open: what ends a decoder, and initial values.
 _ENDS = {"linear": "linear", "sigmoid": "sigmoid", "heavy_ball": "linear"}
 _INITIAL = {"pytorch": "pytorch", "he": "modules"}
+# Of losses, and of what is within decoders.
+_OTHERS = ("equation_1", "summed", "no_decoder_norm")
 
 
 def _variants() -> dict[str, tuple[str, bool, bool]]:
@@ -85,6 +96,13 @@ def _reading(readings: Sequence[str], known: dict[str, str], default: str) -> st
     return known[chosen[0]] if chosen else default
 
 
+def _image_shape(config: ConfigDict) -> tuple[int, int, int]:
+    """Returns the shape of an image as the network sees it."""
+    height, width, channels = config.data.shape
+    side = config.data.crop
+    return (side, side, channels) if side else (height, width, channels)
+
+
 def get_config(variant: str = "cnn") -> ConfigDict:
     """Returns the config of a SIRe network or of its bare backbone.
 
@@ -99,7 +117,7 @@ def get_config(variant: str = "cnn") -> ConfigDict:
     """
     name, *readings = variant.split(",")
     for reading in readings:
-        registry.choose({**_ENDS, **_INITIAL}, reading, "reading")
+        registry.choose({**_ENDS, **_INITIAL, **dict.fromkeys(_OTHERS)}, reading, "reading")
     last = _reading(readings, _ENDS, "normalized")
     network, imagenet, base = configuration.variant(VARIANTS, name)
     settings, stages, weight = _NETWORKS[network]
@@ -123,10 +141,16 @@ def get_config(variant: str = "cnn") -> ConfigDict:
     config.backbone = backbone(classes=classes, **settings, **(stem if has_stem else {}))
     if base and "residuals" in config.backbone:
         config.backbone.residuals = False
-    config.objectives.main = objective("main", "label", "cross_entropy")
+    share = 1 / classes if "equation_1" in readings else 1.0
+    config.objectives.main = objective("main", "label", "cross_entropy", share)
+    if "no_decoder_norm" in readings:
+        if "decoder_norm" not in config.backbone:
+            raise ValueError(f"'no_decoder_norm' is a reading of cnn and vgg, not of {network}.")
+        config.backbone.decoder_norm = False
     chosen = () if base else tuple(range(1, stages + 1))
     config.heads.decoder = head("decoders", stages=chosen, last=last)
-    config.objectives.decoder = objective("decoder", "image", "mean_squared_error", weight)
+    values = math.prod(_image_shape(config)) if "summed" in readings else 1
+    config.objectives.decoder = objective("decoder", "image", "mean_squared_error", values * weight)
     if network == "googlenet":
         for i, endpoint in enumerate(("stage_4_block_1", "stage_4_block_4"), start=1):
             config.heads[f"auxiliary_{i}"] = head(
@@ -136,7 +160,7 @@ def get_config(variant: str = "cnn") -> ConfigDict:
                 f"auxiliary_{i}", "label", "cross_entropy", _AUXILIARY_WEIGHT
             )
 
-    # Section 4.1, after DeVries and Taylor (2017), from where the batch size is, too.
+    # Section 4.1, after DeVries and Taylor (2017), whose batch size it is.
     config.epochs = 200
     config.batch_size = 128
     rate = {

@@ -31,9 +31,9 @@ Auxiliary Models for Deep Neural Networks*.
 
 What is measured: ``main`` (+TR in the paper), ``joint`` (+JP), ``joint_eta_1``, ``joint_softmax``
 (normalized as the paper prints it) and ``linear`` (+LC). The linear combination is fitted to 50
-training images of each class that are held out of all networks alike. The paper, which doesn't say
-to what it fits, trains on all (``all_images``); but of images that the network knows by heart a
-combination learns to trust the main output alone.
+training images of each class that are held out of all networks alike: an output is surer of images
+that it was trained on than it will be of others. The paper, which doesn't say to what it fits,
+trains on all (``all_images``).
 
 Groups are read from files, ``configs/groups/cifar100_join.json`` and so on. CIFAR-100's come with
 the configs, of 2, 4, 10, 20, 30, 33 and 50 groups (``configs/groups/README.md``). Those of the
@@ -54,8 +54,9 @@ branches of the WRN are (the printed sizes fit positions 3, 4 and 5) and which t
 printed size fits 5 x 5, 3 x 3 and 5 x 5 kernels first); all of ImageNet but the groups' numbers;
 the rates and groups on Tiny-ImageNet; the weights of the DenseNets' branches; that of the loss of a
 branch that is alone, the first of several; of Fig. 3 the weight of the branch (the first of
-several) and its layers at all positions (the released ones of a position in the middle); of Fig. 5
-the layers of ``cat_fc`` (one of 2048 units, which has the printed size). Section 4.2 has the branch
+several) and its layers (the released ones of a position in the middle). The paper's branches of
+Fig. 3 have more channels in their first layer the deeper they are, it doesn't say how many; here
+they have 128 at all positions. Section 4.2 has the branch
 "after the first max-pooling, and before the first residual block": a network of small images has
 no such pooling, and its branch is behind the stem, ``stage_1``.
 

@@ -13,7 +13,10 @@ from sire_jax import parallel
 DIVERGED = "diverged"
 # What may be done about a run that diverges: to end all, or to record it and go on with the others.
 POLICIES = ("stop", "record")
-_KEPT = "The last finite checkpoint is kept in {}; try a smaller learning rate or weight."
+_KEPT = (
+    "The last finite checkpoint is kept in {}; try a smaller learning rate or weight, or clip"
+    " gradients (config.optimizer.clip)."
+)
 
 
 class NonFiniteLossError(Exception):

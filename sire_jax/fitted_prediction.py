@@ -108,7 +108,8 @@ class LinearCombination:
 
     Attributes:
         groups: The groups of the labels by branch (in a config, from the objectives' targets).
-        split: ``"train"`` or ``"validation"``, whose examples it is fitted to.
+        split: ``"train"`` or ``"validation"``, whose examples it is fitted to. On images that the
+            network was trained on its outputs say more than they do on others.
         outputs: What is combined with the main output; by default all branches over groups.
             ``("main",)`` is the control: the main output alone, fitted in the same way.
         penalty: Of the distance from the main output alone, above 0.
@@ -116,7 +117,7 @@ class LinearCombination:
     """
 
     groups: Assignments
-    split: str = "train"
+    split: str = "validation"
     outputs: tuple[str, ...] = ()
     penalty: float = 1e-4
     steps: int = 200

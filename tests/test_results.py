@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sire_jax import configuration, confusion, experiment, grouping, groups, reproduce, tables
+from sire_jax import configuration, experiment, groups, reproduce, tables
+from sire_jax.groups import clustering
 from sire_jax.networks import MAIN
 from sire_jax.updates.reached import Reached
 
@@ -168,6 +169,13 @@ def test_the_cost_of_rules_on_two_outputs_is_what_was_measured():
         assert ratio == ", ".join(middles)
         assert required == f"{found['required']['multiway']:.2f}"
         assert memory in {_rule(found, each, 0)[4] for each in names}
+    other = [
+        np.median(_ratios(found, f"PyTorch {each}", "PyTorch joint"))
+        for each in ("separate", "mtl_backward")
+    ]
+    said = "`autograd.grad` per output {:.2f}, TorchJD `mtl_backward` {:.2f} times its joint; ours"
+    ours = _spread(_ratios(found, "joint", "PyTorch joint"))
+    assert f"{said.format(*other)} / PyTorch's {ours}, too noisy to tell" in _prose("auxnet.md")
 
 
 def test_rules_beside_pytorch_are_what_was_measured():
@@ -280,7 +288,8 @@ def test_three_hundred_steps_are_what_was_recorded():
 
 
 def test_what_was_recorded_with_former_initial_values_says_so():
-    for name in ("sire_1-reduced", "sire_2-reduced", "sire_4-rehearsal_cnn_he"):
+    assert "--option=linear,he" in _recorded("sire_1-reduced.json")["note"]
+    for name in ("sire_2-reduced", "sire_4-rehearsal_cnn_he"):
         assert "--config.initialization=modules" in _recorded(f"{name}.json")["note"]
 
 
@@ -294,6 +303,14 @@ def test_figures_between_the_lines_of_pairs_are_of_its_tables():
     for variant in (*conv, *augment, *auxiliary):
         assert "{:.3f} ± {:.3f}".format(*rows[variant]["test_acc"]["ours"]) in said, variant
     assert "{:.3f} ± {:.3f}".format(*rows["aux_10"]["order"]["ours"]) in said
+    accuracies = {
+        row["variant"]: [f"{each:.3f}" for each in row["test_acc"]["ours"]]
+        for row in _recorded("pairs_1.json")["rows"]
+    }
+    for variant in ("residual", "resless"):
+        assert " ± ".join(accuracies[variant]) in said
+    apart = float(accuracies["aux_10"][0]) - float(accuracies["aux_0.1"][0])
+    assert f"a = 0.1 comes within {apart:.3f} of a = 10" in " ".join(said.split())
 
 
 def test_steps_of_the_other_networks_are_what_was_recorded():
@@ -336,6 +353,19 @@ def test_what_classification_does_is_what_was_recorded():
     }
     (table,) = _tables("sire.md", "What classification does")
     assert {tuple(row) for row in table[2:]} == found
+
+
+def test_how_long_classification_stays_at_guessing_is_what_was_recorded():
+    rows = _recorded("sire_classification.json")["rows"]
+
+    def steps_at_guessing(name):
+        row = rows[name]
+        return sum(loss > 4.59 for loss in row["main"]) * row["steps"] // len(row["main"])
+
+    stays = f"initial values it stays there for {steps_at_guessing('re, longer')} steps"
+    assert stays in _prose("sire.md")
+    assert steps_at_guessing("re, PyTorch's initial values, longer") < 100
+    assert "with PyTorch's for fewer than 100;" in _prose("sire.md")
 
 
 @pytest.fixture
@@ -469,6 +499,13 @@ def test_table_1_of_sire_reduced_is_what_reproduce_wrote():
         errors = recorded["decoder_mse"].get(row["variant"], {})
         means = [np.mean(errors.get(f"decoder_{i}/loss", np.nan)) for i in (1, 2, 3, 4)]
         assert shown[5:] == ["" if np.isnan(each) else _scientific(each) for each in means]
+    errors = {row["variant"]: np.asarray(row["top_1_error"]["runs"]) for row in rows}
+    apart = errors["sire"] - errors["base"]
+    deviations = [each.std(ddof=1) for each in (errors["sire"], errors["base"])]
+    error = np.hypot(*deviations) / np.sqrt(len(apart))
+    said = f"SIRe-CNN is {apart.mean():.1f} points *above* the baseline, about two standard errors"
+    assert said in _prose("sire.md")
+    assert round(apart.mean() / error) == 2
 
 
 def test_speed_beside_pytorch_is_what_was_measured():
@@ -708,25 +745,25 @@ GROUPS = REPOSITORY / "configs" / "groups"
 @pytest.fixture(scope="module")
 def confused():
     """The counts and the names of the labels."""
-    return confusion.read(GROUPS / "cifar100_confusions.csv")
+    return groups.confusion.read(GROUPS / "cifar100_confusions.csv")
 
 
 def test_groups_that_are_shipped_are_those_of_the_counts_beside_them(confused):
     counts, names = confused
-    for criterion in grouping.CRITERIA:
+    for criterion in clustering.CRITERIA:
         shipped = groups.load(GROUPS / f"cifar100_{criterion}.json")
         assert list(shipped) == [2, 4, 10, 20, 30, 33, 50]
-        assert grouping.make(counts, names, list(shipped), criterion) == shipped
+        assert groups.make(counts, names, list(shipped), criterion) == shipped
 
 
 def test_how_often_labels_are_confused_is_what_was_counted(confused):
     counts, _ = confused
     text = (GROUPS / "README.md").read_text()
     table = _tables_of(text.partition("## How often labels are confused")[2])[0]
-    shipped = [groups.load(GROUPS / f"cifar100_{each}.json") for each in grouping.CRITERIA]
+    shipped = [groups.load(GROUPS / f"cifar100_{each}.json") for each in clustering.CRITERIA]
     assert [int(row[0]) for row in table[2:]] == list(shipped[0])
     for number, *cells in table[2:]:
-        each = [grouping.mean_confusion(counts, g[int(number)].assignment) for g in shipped]
+        each = [groups.mean_confusion(counts, g[int(number)].assignment) for g in shipped]
         assert cells == [f"{rate:.4f}" for pair in each for rate in pair]
     right = f"{100 * counts.trace() / counts.sum():.1f}%"
     assert f"({right} of them right)" in text
@@ -757,9 +794,10 @@ def _shown_label(name):
 def test_sizes_of_sire_are_what_was_counted():
     counted = _recorded("sizes.json")
     for table, name in zip(_tables("sire.md", "Sizes"), ("sire_3", "sire_4"), strict=True):
-        rows = {r["name"]: r["id"] for r in _rows(name)}
-        for row, _, ours in table[2:]:
-            assert ours == f"{counted[name][rows[row]]:,}", row
+        rows = {row["name"]: row for row in _rows(name)}
+        for row, paper, ours in table[2:]:
+            assert ours == f"{counted[name][rows[row]['id']]:,}", row
+            assert paper == f"{rows[row]['parameters']} M", row
 
 
 def test_sizes_of_what_table_4_trains_are_what_was_counted():
@@ -801,7 +839,7 @@ SSAL_SIZES = {
 def test_sizes_of_ssal_are_what_was_counted():
     counted, network, seen = _recorded("sizes.json"), "", []
     (table,) = _tables("ssal.md", "Sizes")
-    for row, _, as_keras, ours in table[2:]:
+    for row, paper, as_keras, ours in table[2:]:
         network = network if row.startswith("+") else row
         key = row if row in SSAL_SIZES else f"{network} {row}"
         name, *rows = SSAL_SIZES[key]
@@ -809,6 +847,10 @@ def test_sizes_of_ssal_are_what_was_counted():
         for shown, column, digits in ((ours, name, 3), (as_keras, f"{name}, as Keras counts", 2)):
             larger, *smaller = (counted[column][each] for each in rows)
             assert shown == f"{sign}{(larger - sum(smaller)) / 1e6:.{digits}f}", key
+        printed = {each["id"]: each["parameters"] for each in _rows(name)}
+        larger, *smaller = (printed[each] for each in rows)
+        digits = len(paper.partition(".")[2])
+        assert paper == f"{sign}{larger - sum(smaller):.{digits}f}", key
         seen.append(key)
     assert seen == list(SSAL_SIZES)
 

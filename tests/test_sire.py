@@ -41,6 +41,22 @@ def test_readings_of_what_the_paper_leaves_open(variant, last, nesterov, initial
     assert config.initialization == initialization
 
 
+def test_readings_of_the_losses_and_of_batch_norm():
+    config = _load("cnn,equation_1,summed,no_decoder_norm")
+    assert config.objectives.main.weight == 0.01
+    assert config.objectives.decoder.weight == 0.2 * 32 * 32 * 3
+    assert not config.backbone.decoder_norm
+    shipped = _load("cnn")
+    assert (shipped.objectives.main.weight, shipped.objectives.decoder.weight) == (1.0, 0.2)
+    assert shipped.backbone.decoder_norm
+    # Of a stream, what the network sees of an image.
+    config = _load("vgg16_imagenet,equation_1,summed")
+    assert config.objectives.main.weight == 0.001
+    assert config.objectives.decoder.weight == 0.2 * 224 * 224 * 3
+    with pytest.raises(ValueError, match=r"'no_decoder_norm' is a reading of cnn and vgg, not of"):
+        _load("resnet34,no_decoder_norm")
+
+
 @pytest.mark.parametrize("variant", ["cnn,linear,sigmoid", "cnn,he,pytorch"])
 def test_two_readings_of_the_same_are_refused(variant):
     first, second = variant.split(",")[1:]

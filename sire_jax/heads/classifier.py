@@ -75,4 +75,6 @@ class ConvolutionalClassifier(nn.Module):
         x = nn.relu(Unit(self.width, 1, name="unit")(x, train=train)).reshape(len(x), -1)
         x = nn.Dense(self.hidden, kernel_init=he_normal, dtype=x.dtype, name="hidden")(x)
         x = Dropout(self.dropout)(nn.relu(x), train=train)
-        return nn.Dense(self.classes, name="output")(x.astype(jnp.float32))
+        # As a backbone's own output begins.
+        output = nn.Dense(self.classes, kernel_init=uniform_fan_in, name="output")
+        return output(x.astype(jnp.float32))
