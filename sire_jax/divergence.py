@@ -64,7 +64,7 @@ class Diverged:
         ordered = sorted(first, key=lambda name: (first[name].min(), name == "total/loss"))
         if self._stops and first[ordered[0]].min() != parallel.NEVER:
             name = ordered[0]
-            what = _what(name, first[name].min(), self._seeds[int(first[name].argmin())])
+            what = what_broke(name, first[name].min(), self._seeds[int(first[name].argmin())])
             raise NonFiniteLossError(f"{what} {_KEPT.format(self._checkpoints)}")
         said = []
         for run, seed in enumerate(self._seeds):
@@ -72,7 +72,7 @@ class Diverged:
             at = int(first[name][run])
             if at != parallel.NEVER and self.steps[run] is None:
                 self.steps[run] = at
-                said.append(_what(name, at, seed))
+                said.append(what_broke(name, at, seed))
         return self._recorded(said)
 
     def _recorded(self, said: list[str]) -> list[str]:
@@ -147,6 +147,7 @@ def described(steps: Sequence[int | None]) -> str:
     return f" ({those}diverged after {', '.join(map(str, broken))} steps)"
 
 
-def _what(name: str, step: int, seed: int) -> str:
+def what_broke(name: str, step: int, seed: int) -> str:
+    """Says which loss of a run was not finite, and when."""
     loss = name.removesuffix("/loss")
     return f"The loss '{loss}' is not finite after {step} steps of the run with seed {seed}."

@@ -55,6 +55,20 @@ class Source:
     def __len__(self) -> int:
         return len(self.image)
 
+    def batch(self, examples: Any = slice(None)) -> dict[str, np.ndarray]:
+        """Returns images as networks see them, with their labels.
+
+        Args:
+            examples: Indices, a mask or a slice; all by default.
+
+        Returns:
+            ``"image"``, float32, in [0, 1] where pixels are bytes; and the labels by their kind.
+        """
+        image = self.image[examples]
+        scale = np.float32(255) if image.dtype == np.uint8 else np.float32(1)
+        labels = {kind: values[examples] for kind, values in self.labels.items()}
+        return {"image": image.astype(np.float32) / scale, **labels}
+
     def listing(self) -> Iterator[Listed]:
         """Lists what the images are made of, in their order."""
         if self.origin is not None:
@@ -217,3 +231,32 @@ def draw_classes(classes: int, number: int, seed: int) -> np.ndarray:
             f" 2..{classes}, or 0 to use all."
         )
     return np.sort(np.random.default_rng(seed).choice(classes, number, replace=False))
+
+
+def stratified(labels: np.ndarray, per_class: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Takes the same number of random examples of each class aside.
+
+    Args:
+        labels: Integers ``[n]``.
+        per_class: How many of each class, at least 0.
+        seed: Seed of the draw.
+
+    Returns:
+        Indices of the rest and of those taken, each in ascending order.
+
+    Raises:
+        ValueError: If a class has no more than ``per_class`` examples.
+    """
+    kinds, counts = np.unique(labels, return_counts=True)
+    if per_class and counts.min() <= per_class:
+        raise ValueError(
+            f"validation_per_class is {per_class}, but class {kinds[counts.argmin()]} has only"
+            f" {counts.min()} training images; take at most {counts.min() - 1}."
+        )
+    generator = np.random.default_rng(seed)
+    order = generator.permutation(len(labels))
+    # A stable sort keeps the random order within each class.
+    order = order[np.argsort(labels[order], kind="stable")]
+    starts = np.repeat(np.cumsum(counts) - counts, counts)
+    taken = np.arange(len(labels)) - starts < per_class
+    return np.sort(order[~taken]).astype(np.int32), np.sort(order[taken]).astype(np.int32)

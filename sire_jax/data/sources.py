@@ -91,7 +91,7 @@ def _outside(labels: np.ndarray, classes: int, allowed: Collection[int]) -> np.n
 
 def load(
     name: str,
-    directory: str,
+    directory: str = "~/tensorflow_datasets",
     cache: str = "",
     selection: Selection = EVERYTHING,
     resize: int = 0,

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from sire_jax.data.sources import Dataset, Source
+from sire_jax.data.dataset import Dataset, Source, stratified
 
 # A source on the device: {"image": [n, h, w, c], "label": [n], …}
 Arrays = Mapping[str, Array]
@@ -35,35 +35,6 @@ class Draw(NamedTuple):
 def _check_least(name: str, value: int, least: int) -> None:
     if value < least:
         raise ValueError(f"config.data.task.{name} is {value}; it should be at least {least}.")
-
-
-def stratified(labels: np.ndarray, per_class: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Takes the same number of random examples of each class aside.
-
-    Args:
-        labels: Integers ``[n]``.
-        per_class: How many of each class, at least 0.
-        seed: Seed of the draw.
-
-    Returns:
-        Indices of the rest and of those taken, each in ascending order.
-
-    Raises:
-        ValueError: If a class has no more than ``per_class`` examples.
-    """
-    kinds, counts = np.unique(labels, return_counts=True)
-    if per_class and counts.min() <= per_class:
-        raise ValueError(
-            f"validation_per_class is {per_class}, but class {kinds[counts.argmin()]} has only"
-            f" {counts.min()} training images; take at most {counts.min() - 1}."
-        )
-    generator = np.random.default_rng(seed)
-    order = generator.permutation(len(labels))
-    # A stable sort keeps the random order within each class.
-    order = order[np.argsort(labels[order], kind="stable")]
-    starts = np.repeat(np.cumsum(counts) - counts, counts)
-    taken = np.arange(len(labels)) - starts < per_class
-    return np.sort(order[~taken]).astype(np.int32), np.sort(order[taken]).astype(np.int32)
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ A head is a Flax module with an ``endpoints`` attribute, the names of the featur
 with, in order: ``head(*features, train=…)``. It knows nothing else of the backbone.
 """
 
-from sire_jax.heads.branch import branch
+from sire_jax.heads.branch import Branch, branch
 from sire_jax.heads.classifier import Classifier, ConvolutionalClassifier
 from sire_jax.heads.combination import Combination
-from sire_jax.heads.decoder import decoders
+from sire_jax.heads.decoder import Decoder, decoders
 from sire_jax.heads.exits import exits
 from sire_jax.heads.identity import Identity
 
@@ -23,3 +23,16 @@ HEADS = {
     # Last: it may be attached to those before it.
     "combination": Combination,
 }
+
+__all__ = [
+    "HEADS",
+    "Branch",
+    "Classifier",
+    "Combination",
+    "ConvolutionalClassifier",
+    "Decoder",
+    "Identity",
+    "branch",
+    "decoders",
+    "exits",
+]

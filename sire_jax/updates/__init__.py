@@ -5,14 +5,35 @@ of the network; which parameters a loss reaches it is told from the traced progr
 (``sire_jax.traced.reach``).
 """
 
-from sire_jax.updates.aggregate import AGGREGATORS, Aggregator
+from sire_jax.updates.aggregate import (
+    AGGREGATORS,
+    IMTLG,
+    MGDA,
+    Aggregator,
+    AlignedMTL,
+    CAGrad,
+    NashMTL,
+    PCGrad,
+    Sum,
+    UPGrad,
+)
 from sire_jax.updates.effective_joint import effective_joint
 from sire_jax.updates.joint import joint
 from sire_jax.updates.multiway import multiway
 from sire_jax.updates.pairwise import pairwise
 from sire_jax.updates.rule import Losses, Updated, UpdateRule
 from sire_jax.updates.weighted import weighted
-from sire_jax.updates.weighting import WEIGHTINGS, Observed, Weighting
+from sire_jax.updates.weighting import (
+    FAMO,
+    WEIGHTINGS,
+    DynamicAverage,
+    Fixed,
+    GradNorm,
+    Observed,
+    Random,
+    Uncertainty,
+    Weighting,
+)
 
 UPDATES = {
     "joint": joint,
@@ -23,11 +44,25 @@ UPDATES = {
 
 __all__ = [
     "AGGREGATORS",
+    "FAMO",
+    "IMTLG",
+    "MGDA",
     "UPDATES",
     "WEIGHTINGS",
     "Aggregator",
+    "AlignedMTL",
+    "CAGrad",
+    "DynamicAverage",
+    "Fixed",
+    "GradNorm",
     "Losses",
+    "NashMTL",
     "Observed",
+    "PCGrad",
+    "Random",
+    "Sum",
+    "UPGrad",
+    "Uncertainty",
     "UpdateRule",
     "Updated",
     "Weighting",

@@ -1,0 +1,41 @@
+# The public face: read at run time, too, by lazy_loader. All else is private.
+from . import backbones as backbones
+from . import data as data
+from . import diagnostics as diagnostics
+from . import groups as groups
+from . import heads as heads
+from . import inference as inference
+from . import layers as layers
+from . import metrics as metrics
+from . import optimizers as optimizers
+from . import traced as traced
+from . import updates as updates
+from .divergence import NonFiniteLossError as NonFiniteLossError
+from .fitted_prediction import FittedJointProbability as FittedJointProbability
+from .fitted_prediction import LinearCombination as LinearCombination
+from .fitting import fit as fit
+from .metrics import means as means
+from .networks import Network as Network
+from .objectives import Objective as Objective
+from .objectives import SmoothedCrossEntropy as SmoothedCrossEntropy
+from .objectives import binary_cross_entropy as binary_cross_entropy
+from .objectives import binary_squared_error as binary_squared_error
+from .objectives import cross_entropy as cross_entropy
+from .objectives import depth_weights as depth_weights
+from .objectives import mean_squared_error as mean_squared_error
+from .objectives import negative_probability as negative_probability
+from .prediction import DigitOrder as DigitOrder
+from .prediction import JointProbability as JointProbability
+from .prediction import Output as Output
+from .step import TrainState as TrainState
+from .step import find_reach as find_reach
+from .step import make_losses as make_losses
+from .step import make_measure as make_measure
+from .step import make_predict as make_predict
+from .step import make_step as make_step
+from .updates import effective_joint as effective_joint
+from .updates import joint as joint
+from .updates import multiway as multiway
+from .updates import pairwise as pairwise
+
+__version__: str

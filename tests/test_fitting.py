@@ -1,0 +1,127 @@
+"""A run in memory: the same numbers as from a config, and what can't be right refused."""
+
+from functools import partial
+
+import jax
+import numpy as np
+import optax
+import programs
+import pytest
+from flax import linen as nn
+
+import sire_jax as sj
+from sire_jax import configuration, experiment
+from sire_jax.streamed_runs import open_runs
+
+pytestmark = pytest.mark.optax_dtypes
+
+OBJECTIVES = {
+    "main": sj.Objective("main", "label", sj.cross_entropy),
+    "exit": sj.Objective("exit", "label", sj.cross_entropy, weight=0.5),
+}
+
+
+class Dense(nn.Module):
+    @nn.compact
+    def __call__(self, image, *, train=False):
+        middle = nn.relu(nn.Dense(8)(image.reshape(len(image), -1)))
+        return nn.Dense(3)(nn.relu(nn.Dense(8)(middle))), {"middle": middle}
+
+
+def _network():
+    return sj.Network(Dense(), {"exit": sj.heads.Classifier(endpoints=("middle",), classes=3)})
+
+
+def _examples(number, seed=0):
+    """Three classes that a linear classifier can tell apart."""
+    random = np.random.default_rng(seed)
+    label = random.integers(0, 3, number).astype(np.int32)
+    image = random.normal(size=(number, 2, 2, 1)).astype(np.float32)
+    image[:, 0, 0, 0] += 3 * label
+    return {"image": image, "label": label}
+
+
+def _fit(rule=None, train=None, test=None, **settings):
+    settings = {"epochs": 2, "batch_size": 10, **settings}
+    rule = rule or partial(sj.joint, optax.adam(1e-2))
+    return sj.fit(_network(), OBJECTIVES, rule, train or _examples(45), test, **settings)
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    return _fit(test=_examples(23, seed=1), epochs=12, evaluate_batch_size=10)
+
+
+def test_a_network_learns_and_its_history_has_a_value_for_each_epoch(fitted):
+    state, history = fitted
+    # What is left over of 45 examples waits.
+    assert int(state.step) == 12 * 4
+    assert set(history) == {"train", "test"}
+    assert set(history["train"]) == {"main/loss", "exit/loss", "total/loss"}
+    names = {f"{output}/{kind}" for output in OBJECTIVES for kind in ("loss", "top_1")}
+    assert set(history["test"]) == names
+    assert {values.shape for split in history.values() for values in split.values()} == {(12,)}
+    assert history["train"]["total/loss"][-1] < history["train"]["total/loss"][0]
+    total = history["train"]["main/loss"] + 0.5 * history["train"]["exit/loss"]
+    np.testing.assert_allclose(history["train"]["total/loss"], total, rtol=1e-5)
+    assert history["test"]["main/top_1"][-1] > 0.7
+
+
+def test_what_fills_up_the_last_batch_is_not_measured(fitted):
+    state, history = fitted
+    outputs = _network().apply({"params": state.params}, _examples(23, seed=1)["image"])
+    right = np.asarray(outputs["main"]).argmax(-1) == _examples(23, seed=1)["label"]
+    np.testing.assert_allclose(history["test"]["main/top_1"][-1], right.mean(), rtol=1e-6)
+
+
+def test_the_numbers_are_those_of_a_run_of_the_same_seed():
+    given = ["epochs=2", "data.task.train=100", "data.task.test=30", "seed=5", "seeds=1"]
+    path = programs.TINY.removeprefix("--config=")
+    parts = experiment.build(configuration.load(path, [f"--config.{each}" for each in given]))
+    runs = open_runs(parts)
+    state = runs.initial()
+    for epoch in range(2):
+        order = runs.epoch_order(state, epoch)
+        steps = runs.steps_per_epoch
+        state, *_ = runs.take_steps(state, runs.no_metrics(), order, 0, steps)
+    train = parts.lookup(runs.arrays, runs.examples["train"][0])
+    settings = {"epochs": 2, "batch_size": parts.config.batch_size, "augment": parts.augment}
+    found, _ = sj.fit(parts.network, parts.objectives, parts.rule, train, seed=5, **settings)
+    for a, b in zip(jax.tree.leaves(found.params), jax.tree.leaves(state.params), strict=True):
+        np.testing.assert_allclose(a, b[0], rtol=1e-5, atol=1e-7)
+
+
+def test_a_rule_that_is_made_already_gives_the_same():
+    network, train = _network(), _examples(20)
+    variables = network.init(jax.random.key(9), train["image"][:1])
+    reach = sj.find_reach(network.apply, OBJECTIVES, variables, train)
+    given = [
+        _fit(rule, train, epochs=1)[0].params
+        for rule in (sj.joint(optax.sgd(0.1), reach), partial(sj.joint, optax.sgd(0.1)))
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *given)
+
+
+def test_a_run_that_diverges_says_which_loss_and_when():
+    message = r"The loss '(main|exit)' is not finite after [1-4] steps .* optax.clip_by_global_norm"
+    with pytest.raises(sj.NonFiniteLossError, match=message):
+        _fit(partial(sj.joint, optax.sgd(1e30)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"epochs": 0}, "epochs is 0; it should be at least 1"),
+        ({"batch_size": 0}, r"batch_size is 0; it should be in 1\.\.45"),
+        ({"batch_size": 46}, r"batch_size is 46; it should be in 1\.\.45"),
+        ({"train": {"label": np.zeros(3)}}, "train has label; it should have the inputs"),
+        (
+            {"test": {"image": np.zeros((3, 2)), "label": np.zeros(4)}},
+            r"test has arrays of image \[3, 2\], label \[4\]; all should have the same number",
+        ),
+        ({"test": {"image": np.zeros((0, 2))}}, r"test has arrays of image \[0, 2\]; all should"),
+    ],
+)
+def test_what_can_not_be_fitted_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        _fit(**settings)
