@@ -4,8 +4,8 @@
 ``exit_45``, with only what it is computed from; ``--exit=best`` the one that is right on most
 validation images. In Python::
 
-    from sire_jax.export import load
-    model = load("exit_45.npz")
+    import sire_jax as sj
+    model = sj.inference.load("exit_45.npz")
     probabilities = model(images)  # uint8 [b, h, w, c] -> [b, classes]
 """
 
@@ -15,153 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
-from ml_collections import ConfigDict
 
-from sire_jax import (
-    command,
-    configuration,
-    experiment,
-    files,
-    objectives,
-    tables,
-    traced,
-    untrusted,
-)
-from sire_jax.data.sources import Source
+from sire_jax import command, objectives, tables, traced
 from sire_jax.evaluate import kept_weights, open_run
-from sire_jax.experiment import Experiment, Forward
-from sire_jax.inference.stages import cut_out
-from sire_jax.metrics import class_logits
+from sire_jax.experiment import Experiment
+from sire_jax.inference.exported import load as load
+from sire_jax.inference.exported import needed, paths, save
 from sire_jax.names import nearest
 from sire_jax.networks import MAIN
 from sire_jax.runs import Runs
 from sire_jax.step import Best, TrainState
 
 PyTree = Any
-# What a file says that it is, with the version of its layout.
-FORMAT = "sire_jax export 1"
 # In place of an output's name: the best on validation images.
 BEST = "best"
-
-
-class Exported:
-    """One output of a trained network.
-
-    Args:
-        config: The config of the run.
-        output: Name of the output.
-        stored: What the output is computed from: arrays by path, such as
-            ``"params/backbone/output/kernel"``.
-
-    Attributes:
-        output: Name of the output.
-        shape: Shape of one image, or of a pair of them.
-
-    Raises:
-        ValueError: If the arrays are not those that the output is computed from.
-    """
-
-    def __init__(self, config: ConfigDict, output: str, stored: Mapping[str, np.ndarray]):
-        self._parts = experiment.forward(config)
-        self.output = output
-        if output not in self._parts.outputs:
-            raise ValueError(
-                f"The network has no output '{output}'.{nearest(output, self._parts.outputs)}"
-            )
-        self._shapes = _paths(self._parts.variables)
-        known = stored.keys() & self._shapes.keys()
-        stored = {**stored, **{k: _typed(stored[k], self._shapes[k].dtype) for k in known}}
-        _check_stored(self._shapes, needed(self._parts, output), stored)
-        self._stored = {path: jnp.asarray(values) for path, values in stored.items()}
-        self.shape = (*self._parts.batch["image"].shape[1:-3], *config.data.shape)
-        self._logits = jax.jit(self._apply)
-        self._softmax = jax.jit(jax.nn.softmax)
-
-    def __call__(self, images: np.ndarray) -> np.ndarray:
-        """Classifies images.
-
-        Args:
-            images: ``[b, h, w, c]``, uint8, or ``[b, 2, h, w, c]`` of a run on pairs: as the data
-                set has them, neither scaled nor normalized. A number of images that was not given
-                before is compiled for first.
-
-        Returns:
-            Probabilities ``[b, classes]``, float32.
-
-        Raises:
-            ValueError: If the images have another shape or dtype.
-        """
-        return np.asarray(self._softmax(self.logits(images)))
-
-    def logits(self, images: np.ndarray) -> np.ndarray:
-        """Returns the logits of images, ``[b, classes]``, otherwise as ``__call__``."""
-        return np.asarray(self._logits(self._stored, self._task_images(images))[0])
-
-    def _task_images(self, images: np.ndarray) -> np.ndarray:
-        """Checks images, and changes them as the task does before they are scaled."""
-        given = np.asarray(images)
-        if given.dtype != np.uint8 or given.shape[1:] != self.shape or not len(given):
-            shape = ", ".join(map(str, self.shape))
-            raise ValueError(
-                f"The images are {given.dtype} {given.shape}; they should be uint8 [b, {shape}],"
-                " at least one."
-            )
-        flat = given.reshape(-1, *self.shape[-3:])
-        labels = {kind: np.zeros(len(flat), np.int32) for kind in self._parts.config.data.classes}
-        image = self._parts.task.prepare(Source(flat, labels))["image"]
-        # Images of a pair together again; of another size than the network sees, if it crops.
-        return image.reshape(*given.shape[:-3], *image.shape[1:])
-
-    def _apply(self, stored: Mapping[str, Array], images: Array) -> tuple[Array, Any]:
-        # What the output is not computed from is nowhere to be had: the compiler drops the zeros.
-        values = [
-            stored[path] if path in stored else jnp.zeros(shape.shape, shape.dtype)
-            for path, shape in self._shapes.items()
-        ]
-        variables = jax.tree.unflatten(jax.tree.structure(self._parts.variables), values)
-        logits, read_by_others = cut_out(self._parts.apply, self.output, variables, images)
-        return class_logits(logits), read_by_others
-
-
-def _paths(variables: PyTree) -> dict[str, Any]:
-    """Returns the leaves of variables by their paths, in order."""
-    leaves = jax.tree_util.tree_leaves_with_path(variables)
-    return {"/".join(str(key.key) for key in path): leaf for path, leaf in leaves}
-
-
-def _typed(values: np.ndarray, dtype: Any) -> np.ndarray:
-    """Restores the dtype of values for which NumPy's files only have bytes, such as bfloat16."""
-    raw = values.dtype.kind == "V" and values.dtype.itemsize == np.dtype(dtype).itemsize
-    return values.view(dtype) if raw else values
-
-
-def needed(parts: Forward, output: str) -> list[str]:
-    """Lists the paths of the parameters and other variables that an output is computed from."""
-
-    def apply(variables: PyTree, image: Array) -> Mapping[str, Array]:
-        return {output: parts.apply(variables, image)[output]}
-
-    read = traced.parameters_read(apply, parts.variables, parts.batch["image"])
-    return [path for path, is_read in _paths(read[output]).items() if is_read]
-
-
-def _check_stored(
-    shapes: Mapping[str, Any], paths: Sequence[str], stored: Mapping[str, np.ndarray]
-) -> None:
-    missing, foreign = set(paths) - stored.keys(), stored.keys() - set(paths)
-    if missing or foreign:
-        what = f"lacks {min(missing)}" if missing else f"has {min(foreign)}, which is not needed"
-        raise ValueError(f"The file does not fit its network: it {what}.")
-    for path in paths:
-        found, shape = stored[path], shapes[path]
-        if (found.shape, found.dtype) != (shape.shape, shape.dtype):
-            raise ValueError(
-                f"The file does not fit its network: {path} is {found.dtype} {found.shape}, not"
-                f" {shape.dtype} {shape.shape}."
-            )
 
 
 def find_output(parts: Experiment, name: str) -> str:
@@ -251,60 +119,6 @@ def _number(name: str) -> int | None:
     return int(found[0]) if found else None
 
 
-def save(
-    path: str | Path, config: ConfigDict, output: str, stored: Mapping[str, np.ndarray]
-) -> None:
-    """Writes an output to a new file.
-
-    Args:
-        path: The file.
-        config: The config of the run.
-        output: Name of the output.
-        stored: What it is computed from, arrays by path.
-
-    Raises:
-        FileExistsError: If there is such a file.
-        FileNotFoundError: If there is no directory for it.
-    """
-    path = command.check_new(path)
-    texts = {"format": FORMAT, "config": configuration.to_json(config), "output": output}
-    # Written aside and renamed: whoever finds the file finds all of it.
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("wb") as file:
-        np.savez(file, allow_pickle=False, **{k: np.array(v) for k, v in texts.items()}, **stored)
-    partial.replace(path)
-
-
-def load(path: str | Path) -> Exported:
-    """Loads what ``save`` wrote.
-
-    Nothing in the file is executed, whoever made it: a part that its config names as
-    ``package.module:Class`` is refused, unless ``SIRE_JAX_TRUST=package`` is in the environment.
-
-    Args:
-        path: The file.
-
-    Returns:
-        The output, to be applied to images.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is damaged, or not such a file, or names code that is not allowed.
-    """
-    path = files.expanded(path)
-    found = untrusted.read_arrays(path)
-    kind, config, output = (str(found.pop(key, "")) for key in ("format", "config", "output"))
-    if kind != FORMAT:
-        raise ValueError(f"{path} was not exported by sire_jax: it has no format '{FORMAT}'.")
-    described = configuration.from_json(config, f"The config of {path}")
-    untrusted.check_names(described, path)
-    try:
-        return Exported(configuration.completed(described), output, found)
-    # A config can be made so that building from it fails in more ways than are foreseen.
-    except Exception as error:
-        raise ValueError(f"{path} can't be used: {error}") from error
-
-
 def export(
     workdir: str | Path,
     name: str,
@@ -346,7 +160,7 @@ def export(
     kept = kept_weights(runs, workdir, used=(run,))
     accuracies = validated(runs, kept, run) if name == BEST else {}
     output = output or _best(runs, accuracies)
-    values = _paths({"params": kept.params, **kept.model_state})
+    values = paths({"params": kept.params, **kept.model_state})
     stored = {key: np.asarray(values[key][run]) for key in needed(parts, output)}
     save(path, config, output, stored)
     image = jax.ShapeDtypeStruct((1, *parts.batch["image"].shape[1:]), parts.batch["image"].dtype)
@@ -373,7 +187,7 @@ def report(out: str | Path, written: Mapping[str, Any]) -> str:
     for key, what in (("parameters", "parameters"), ("multiply_adds", "multiply-adds an image")):
         share = written[key] / max(1, written["whole"][key])
         lines.append(f"  {written[key]:,} {what}, {share:.1%} of the whole network's")
-    lines += ["", "from sire_jax.export import load", f'model = load("{out}")']
+    lines += ["", "import sire_jax as sj", f'model = sj.inference.load("{out}")']
     return "\n".join([*lines, "probabilities = model(images)"])
 
 

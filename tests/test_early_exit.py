@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from sire_jax import command, configuration, early_exit, experiment, export, train, workdir
 from sire_jax.diagnostics import conflict
 from sire_jax.diagnostics.trained import Trained
-from sire_jax.inference import calibration, exits
+from sire_jax.inference import calibration, exits, exported
 from sire_jax.inference.cascade import Cascade
 from sire_jax.inference.exit_rules import (
     RULES,
@@ -476,7 +476,7 @@ def test_images_that_are_cropped_leave_as_the_whole_network_says(tmp_path):
     # A file of its own takes images as the data set has them, and crops them itself.
     export.export(tmp_path, "main", tmp_path / "main.npz")
     images = np.asarray(found.images)[found.examples["test"]]
-    classes = export.load(tmp_path / "main.npz")(images).argmax(-1)
+    classes = exported.load(tmp_path / "main.npz")(images).argmax(-1)
     np.testing.assert_array_equal(classes, left.predictions)
     # The same run measured with ten crops: diagnostics see the central one.
     trained = Trained.load(tmp_path, ["--config.data.ten_crop=True"])

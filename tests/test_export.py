@@ -9,6 +9,7 @@ import pytest
 from planned import random_like
 
 from sire_jax import command, configuration, evaluate, experiment, export, traced
+from sire_jax.inference import exported
 
 pytestmark = pytest.mark.optax_dtypes
 CONFIGS = configuration.repository_configs()
@@ -58,12 +59,12 @@ def _arrays(path):
 
 def test_a_prediction_is_that_of_the_whole_network_bit_for_bit(run, written, whole, tmp_path):
     parts, images, variables = run[1].parts, _images(run[1]), _variables(run, 8)
-    paths = export._paths(variables)
-    stored = {path: np.asarray(paths[path]) for path in export.needed(parts, "main")}
-    export.save(tmp_path / "main.npz", parts.config, "main", stored)
+    paths = exported.paths(variables)
+    stored = {path: np.asarray(paths[path]) for path in exported.needed(parts, "main")}
+    exported.save(tmp_path / "main.npz", parts.config, "main", stored)
     expected = whole(variables, images)
     for path, output in ((written[0], "exit_5"), (tmp_path / "main.npz", "main")):
-        model = export.load(path)
+        model = exported.load(path)
         assert model.output == output
         logits = model.logits(images)
         assert logits.dtype == np.float32
@@ -86,7 +87,7 @@ def test_the_weights_are_the_best_on_validation(run, written):
 def test_a_file_holds_only_what_its_output_is_computed_from(run, written):
     path, summary = written
     stored = _arrays(path)
-    assert {str(stored.pop(key)) for key in ("format", "output")} == {export.FORMAT, "exit_5"}
+    assert {str(stored.pop(key)) for key in ("format", "output")} == {exported.FORMAT, "exit_5"}
     config = configuration.from_json(str(stored.pop("config")))
     assert configuration.differences(config, run[1].config) == []
     blocks = ["stage_1_block_1", "stage_1_block_2", "stage_2_block_1"]
@@ -114,7 +115,7 @@ def test_the_program_says_what_it_wrote(run, whole, tmp_path, capsys):
     assert re.search(r"\n  \d+ parameters, \d+\.\d% of the whole network's\n", said)
     assert re.search(r"\n  [\d,]+ multiply-adds an image, \d+\.\d% of the whole", said)
     lines = said.splitlines()[-3:]
-    assert lines[0] == "from sire_jax.export import load"
+    assert lines[0] == "import sire_jax as sj"
     # The three lines work as they are; it is the first seed's network.
     names = {"images": _images(run[1])}
     exec("\n".join(lines), names)
@@ -139,7 +140,7 @@ def test_the_best_on_validation_is_the_most_accurate_exit(run, whole, tmp_path, 
         assert re.search(rf"\| {output} +\| {accuracy:.4f} +\|", said)
     best = max(right, key=right.get)
     assert f"b.npz: the output '{best}'" in said
-    assert export.load(tmp_path / "b.npz").output == best
+    assert exported.load(tmp_path / "b.npz").output == best
 
 
 def test_of_equally_good_exits_the_cheapest_is_the_best(run):
@@ -176,7 +177,7 @@ def test_what_does_not_exist_is_refused(run, tmp_path):
     with pytest.raises(FileNotFoundError, match="no directory"):
         export.export(run[0], "5", tmp_path / "nowhere" / "a.npz")
     with pytest.raises(FileNotFoundError, match="There is no file"):
-        export.load(tmp_path / "a.npz")
+        exported.load(tmp_path / "a.npz")
     assert list(tmp_path.glob("[!.]*")) == []
 
 
@@ -199,7 +200,7 @@ def test_a_number_that_several_outputs_end_with_is_refused():
 
 
 def test_images_of_another_shape_or_dtype_are_refused(written):
-    model = export.load(written[0])
+    model = exported.load(written[0])
     good = np.zeros((2, 8, 8, 1), np.uint8)
     assert model(good).shape == (2, 10)
     for images in (
@@ -220,7 +221,7 @@ def test_damaged_and_foreign_files_are_refused(written, tmp_path):
     def refused(contents, message):
         path.write_bytes(contents)
         with pytest.raises(ValueError, match=message) as stopped:
-            export.load(path)
+            exported.load(path)
         assert "file.npz" in str(stopped.value)
 
     whole = written[0].read_bytes()
@@ -258,20 +259,20 @@ def test_an_output_of_pairs_and_one_logit(tmp_path):
     variables = random_like(parts.variables)
     whole = jax.jit(parts.apply)(variables, images)
     for name, shape in (("main", (3, 2)), ("digits", (3, 2, 10))):
-        paths = export.needed(parts, name)
-        stored = {path: np.asarray(export._paths(variables)[path]) for path in paths}
-        export.save(tmp_path / name, config, name, stored)
-        model = export.load(tmp_path / name)
+        paths = exported.needed(parts, name)
+        stored = {path: np.asarray(exported.paths(variables)[path]) for path in paths}
+        exported.save(tmp_path / name, config, name, stored)
+        model = exported.load(tmp_path / name)
         assert model(images).shape == shape
         if name == "digits":
             assert np.array_equal(model.logits(images), whole[name])
     # One logit is the second of two classes, with a first logit of 0.
-    main = export.load(tmp_path / "main")
+    main = exported.load(tmp_path / "main")
     assert np.array_equal(main.logits(images)[:, 1:], whole["main"])
     np.testing.assert_allclose(main(images)[:, 1:], jax.nn.sigmoid(whole["main"]), rtol=1e-5)
 
 
 def test_half_precision_parameters_are_kept():
     half = np.arange(3).astype(jax.numpy.bfloat16)
-    assert np.array_equal(export._typed(half.view("V2"), half.dtype), half)
-    assert export._typed(np.ones(3, np.float32), half.dtype).dtype == np.float32
+    assert np.array_equal(exported._typed(half.view("V2"), half.dtype), half)
+    assert exported._typed(np.ones(3, np.float32), half.dtype).dtype == np.float32

@@ -29,15 +29,9 @@ def test_the_face_has_the_sentence_and_rooms_have_their_parts():
     assert {*names.split(), "JointProbability", "heads", "updates", "data"} <= set(sj.__all__)
     assert set(dir(sj)) == set(sj.__all__)
     for room in (sj.backbones, sj.data, sj.groups, sj.heads, sj.inference, sj.updates):
-        assert room.__all__ == sorted(room.__all__, key=_order)
         assert all(hasattr(room, name) for name in room.__all__)
     assert sj.updates.UPGrad() == sj.updates.AGGREGATORS["upgrad"]()
     assert sj.joint is sj.updates.joint
-
-
-def _order(name):
-    """Constants, classes, functions."""
-    return 0 if name.isupper() else 1 if name[0].isupper() else 2, name
 
 
 def test_digits_are_a_batch():

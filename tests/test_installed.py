@@ -115,7 +115,8 @@ def empty(tmp_path):
 
 
 def test_the_wheel_has_all_modules_configs_tables_and_groups(wheel):
-    modules = [path.relative_to(ROOT) for path in (ROOT / "sire_jax").rglob("*.py")]
+    files = [*(ROOT / "sire_jax").rglob("*.py"), *(ROOT / "sire_jax").rglob("*.pyi")]
+    modules = [path.relative_to(ROOT) for path in files]
     configs = [path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.*")]
     data = ["sire_jax/data/digits.npz", "sire_jax/py.typed"]
     data += [f"sire_jax/{path}" for path in configs if path.suffix != ".pyc"]

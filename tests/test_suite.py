@@ -17,6 +17,7 @@ THROUGH_OTHERS = {
     "coordination": "test_distributed.py",
     "data.prepared": "data/test_records.py",
     "data.shares": "data/test_records.py",
+    "fitting": "test_fitting.py",
     "heads.combination": "test_grouped.py",
     "heads.identity": "test_networks.py",
     "jaxprs": "test_traced.py",

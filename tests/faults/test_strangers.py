@@ -22,7 +22,6 @@ from sire_jax import (
     configuration,
     evaluate,
     experiment,
-    export,
     groups,
     registry,
     untrusted,
@@ -31,6 +30,7 @@ from sire_jax.data import copies, sources
 from sire_jax.data.folders import FolderSplit
 from sire_jax.data.records import Records
 from sire_jax.groups import confusion, partition
+from sire_jax.inference import exported
 from sire_jax.workdir import Workdir, read_config, read_metrics, read_results
 
 QUICKSTART = f"{configuration.repository_configs()}/quickstart.py"
@@ -100,9 +100,9 @@ def written(tmp_path_factory):
     path = tmp_path_factory.mktemp("export") / "digits.npz"
     config = configuration.load(QUICKSTART)
     parts = experiment.forward(config)
-    values = export._paths(random_like(parts.variables))
-    stored = {path: np.asarray(values[path]) for path in export.needed(parts, "digits")}
-    export.save(path, config, "digits", stored)
+    values = exported.paths(random_like(parts.variables))
+    stored = {path: np.asarray(values[path]) for path in exported.needed(parts, "digits")}
+    exported.save(path, config, "digits", stored)
     return path
 
 
@@ -119,7 +119,7 @@ def _members(path):
 
 def _refused(path, message=""):
     with pytest.raises(ValueError, match=message) as refused:
-        export.load(path)
+        exported.load(path)
     assert path.name in str(refused.value)
     assert len(str(refused.value)) < 2000
 

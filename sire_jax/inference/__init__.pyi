@@ -1,0 +1,12 @@
+from . import calibration as calibration
+from .cascade import Cascade as Cascade
+from .cascade import Found as Found
+from .exit_rules import RULES as RULES
+from .exit_rules import Rule as Rule
+from .exit_rules import fit_budget as fit_budget
+from .exit_rules import fit_fractions as fit_fractions
+from .exit_rules import leave as leave
+from .exported import Exported as Exported
+from .exported import load as load
+from .stages import Stage as Stage
+from .stages import split as split
