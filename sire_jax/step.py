@@ -11,11 +11,20 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sire_jax import metrics, objectives, prediction, traced
+from sire_jax import metrics, prediction, traced
 from sire_jax.data.augmentation import Augmentation, Batch
 from sire_jax.fitted_prediction import is_fitted
 from sire_jax.layers import batch_over
 from sire_jax.metrics import Average, Metrics
+from sire_jax.objectives import (
+    Objectives,
+    accurate,
+    check_keys,
+    evaluate,
+    example_counts,
+    weighted_sum,
+)
+from sire_jax.objectives import weights as weights_at
 from sire_jax.updates import Losses, UpdateRule
 
 PyTree = Any
@@ -165,7 +174,7 @@ class Shared:
 
 def make_losses(
     apply: Apply,
-    chosen: objectives.Objectives,
+    objectives: Objectives,
     batch: Batch,
     dropout: Array,
     shared: Shared | None = None,
@@ -174,7 +183,7 @@ def make_losses(
 
     Args:
         apply: ``apply`` of a Flax network that returns named outputs.
-        chosen: Objectives by name.
+        objectives: Objectives by name.
         batch: Images and targets.
         dropout: Random key for dropout.
         shared: Says that the batch is this device's part of one.
@@ -189,8 +198,8 @@ def make_losses(
         params = shared.averaging(params) if shared else params
         with batch_over(shared.axis if shared and shared.batch_norm else None):
             outputs, new_model_state = _applied(apply, params, model_state, batch, dropout)
-        values = objectives.evaluate(chosen, outputs, batch)
-        counts = objectives.example_counts(chosen, batch)
+        values = evaluate(objectives, outputs, batch)
+        counts = example_counts(objectives, batch)
         named = {name: _mean(each, counts[name], shared) for name, each in values.items()}
         if shared:
             named, new_model_state = shared.mean((named, new_model_state))
@@ -272,13 +281,13 @@ def _mean(values: Array, counts: Array | None, shared: Shared | None) -> Array:
 
 
 def find_reach(
-    apply: Apply, chosen: objectives.Objectives, variables: Mapping[str, PyTree], batch: Batch
+    apply: Apply, objectives: Objectives, variables: Mapping[str, PyTree], batch: Batch
 ) -> dict[str, PyTree]:
     """Finds which parameters each objective's gradient reaches in training (``traced.reach``).
 
     Args:
         apply: ``apply`` of a Flax network that returns named outputs.
-        chosen: Objectives by name.
+        objectives: Objectives by name.
         variables: Variables of the network, or their shapes.
         batch: Images and targets, or their shapes.
 
@@ -294,14 +303,14 @@ def find_reach(
     key = jax.random.key(0)
 
     def losses(params: PyTree, state: PyTree, batch: Batch) -> dict[str, Array]:
-        return make_losses(apply, chosen, batch, key)(params, state)[0]
+        return make_losses(apply, objectives, batch, key)(params, state)[0]
 
     return traced.reach(losses, params, state, dict(batch))
 
 
 def make_step(
     apply: Apply,
-    chosen: objectives.Objectives,
+    objectives: Objectives,
     rule: UpdateRule,
     augment: Augmentation | None = None,
     shared: Shared | None = None,
@@ -310,7 +319,7 @@ def make_step(
 
     Args:
         apply: ``apply`` of a Flax network that returns named outputs.
-        chosen: Objectives by name.
+        objectives: Objectives by name.
         rule: Update rule.
         augment: Changes a batch under a random key; nothing by default.
         shared: Says that the batch of a step is this device's part of one.
@@ -331,9 +340,9 @@ def make_step(
         if shared:
             augmenting, dropout = shared.own(augmenting), shared.own(dropout)
         batch = augment(augmenting, batch) if augment else batch
-        losses = make_losses(apply, chosen, batch, dropout, shared)
-        counted = _counted(chosen, batch, shared)
-        weights = objectives.weights(chosen, state.step)
+        losses = make_losses(apply, objectives, batch, dropout, shared)
+        counted = _counted(objectives, batch, shared)
+        weights = weights_at(objectives, state.step)
         # What is not in this batch has no weight in it: a rule leaves it out.
         weights |= {k: jnp.where(n > 0, weights[k], 0) for k, n in counted.items()}
         updated = rule.update(
@@ -341,8 +350,8 @@ def make_step(
         )
         parts = jax.lax.axis_size(shared.axis) if shared else 1
         whole = jnp.asarray(parts * _examples(batch), jnp.float32)
-        counts = dict.fromkeys([*chosen, "total"], whole) | counted
-        named = {**updated.losses, "total": objectives.weighted_sum(updated.losses, weights)}
+        counts = dict.fromkeys([*objectives, "total"], whole) | counted
+        named = {**updated.losses, "total": weighted_sum(updated.losses, weights)}
         new = replace(
             state,
             step=state.step + 1,
@@ -359,26 +368,24 @@ def make_step(
     return step
 
 
-def _counted(
-    chosen: objectives.Objectives, batch: Batch, shared: Shared | None
-) -> dict[str, Array]:
+def _counted(objectives: Objectives, batch: Batch, shared: Shared | None) -> dict[str, Array]:
     """Returns how much the examples of the whole batch count, for objectives where not 1 each."""
-    objectives.check_keys(chosen, batch)
-    counts = objectives.example_counts(chosen, batch)
+    check_keys(objectives, batch)
+    counts = example_counts(objectives, batch)
     sums = {name: each.sum() for name, each in counts.items() if each is not None}
     return jax.lax.psum(sums, shared.axis) if shared else sums
 
 
 def make_measure(
     apply: Apply,
-    chosen: objectives.Objectives,
+    objectives: Objectives,
     predictions: Mapping[str, prediction.Prediction] | None = None,
 ) -> Measure:
     """Makes the measurement of a batch in evaluation mode.
 
     Args:
         apply: ``apply`` of a Flax network that returns named outputs.
-        chosen: Objectives by name.
+        objectives: Objectives by name.
         predictions: Prediction rules by name, if any.
 
     Returns:
@@ -400,18 +407,18 @@ def make_measure(
         fitted: Mapping[str, PyTree] | None = None,
     ) -> Metrics:
         outputs = apply({"params": params, **model_state}, _images(batch), train=False)
-        values = objectives.evaluate(chosen, outputs, batch)
-        counts = objectives.example_counts(chosen, batch)
+        values = evaluate(objectives, outputs, batch)
+        counts = example_counts(objectives, batch)
         measured: Metrics = {
             f"{name}/loss": Average.of(each, _times(mask, counts[name]))
             for name, each in values.items()
         }
-        for name in objectives.accurate(chosen, outputs, batch):
-            objective = chosen[name]
+        for name in accurate(objectives, outputs, batch):
+            objective = objectives[name]
             counted = _times(mask, objective.counts(batch))
             output, target = outputs[objective.output], batch[objective.target]
             measured |= metrics.classification(name, output, target, counted)
-        counted = _times(mask, _label_counts(chosen, batch)) if predictions else None
+        counted = _times(mask, _label_counts(objectives, batch)) if predictions else None
         for name, predict in (predictions or {}).items():
             if not is_fitted(predict):
                 predicted = predict(outputs)
@@ -432,25 +439,25 @@ def _times(mask: Array | None, counts: Array | None) -> Array | None:
     return mask.reshape(-1, *(1,) * (counts.ndim - 1)) * counts
 
 
-def _label_counts(chosen: objectives.Objectives, batch: Batch) -> Array | None:
+def _label_counts(objectives: Objectives, batch: Batch) -> Array | None:
     """Returns what the labels count that predictions are measured by."""
     if "label" not in batch:
         raise ValueError(
             f"Predictions are measured by 'label', which the batch lacks; it has"
             f" {', '.join(sorted(batch))}."
         )
-    return next((o.counts(batch) for o in chosen.values() if o.target == "label"), None)
+    return next((o.counts(batch) for o in objectives.values() if o.target == "label"), None)
 
 
 def make_predict(
-    apply: Apply, names: Sequence[str], chosen: objectives.Objectives | None = None
+    apply: Apply, names: Sequence[str], objectives: Objectives | None = None
 ) -> Predict:
     """Makes the function whose results prediction rules are fitted to.
 
     Args:
         apply: ``apply`` of a Flax network that returns named outputs.
         names: The outputs.
-        chosen: Objectives by name, which say which labels count; all do without.
+        objectives: Objectives by name, which say which labels count; all do without.
 
     Returns:
         A pure function from ``(params, model_state, batch)`` to these outputs, in evaluation mode,
@@ -459,7 +466,7 @@ def make_predict(
 
     def predict(params: PyTree, model_state: PyTree, batch: Batch) -> Any:
         outputs = apply({"params": params, **model_state}, _images(batch), train=False)
-        counts, label = _label_counts(chosen or {}, batch), batch["label"]
+        counts, label = _label_counts(objectives or {}, batch), batch["label"]
         counted = label if counts is None else jnp.where(counts > 0, label, -1)
         return {name: outputs[name] for name in names}, counted
 

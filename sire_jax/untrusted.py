@@ -3,9 +3,10 @@
 Nothing is ever unpickled. Parts that a config names are looked up in registries; those of one's
 own, ``package.module:Name``, run code as they are imported and made: a config that was read from a
 file may only name those of modules that the user allows, by ``SIRE_JAX_TRUST=package,other.module``
-in the environment.
+in the environment, unless this user has trained by it.
 """
 
+import hashlib
 import json
 import os
 import zipfile
@@ -16,12 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sire_jax import registry
+from sire_jax import files, registry
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
 TRUST = "SIRE_JAX_TRUST"
+# An empty file for each config that this user has trained by. The owner of the config says little:
+# whoever unpacks a stranger's files owns them.
+_TRAINED = "~/.local/state/sire_jax/trained"
 # Of text files: far more than groups of a hundred thousand labels have.
 MOST_BYTES = 2**24
 # Sections within sections; what is nested deeper ends Python's stack.
@@ -139,16 +143,48 @@ def _check_archive(path: Path) -> None:
         raise ValueError("it claims to hold more bytes than it has")
 
 
-def check_names(config: "ConfigDict", source: str | Path) -> None:
+def remember(config: "ConfigDict", text: str) -> None:
+    """Remembers that this user trains by a config, if it names parts of one's own.
+
+    Args:
+        config: The config, which the user has given.
+        text: As it is written into the workdir.
+    """
+    if not has_names(config):
+        return
+    try:
+        place = _place(text)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.touch()
+    except OSError:
+        # Without a home, or where it can't be written to: then the user has to allow it.
+        return
+
+
+def _place(text: str) -> Path:
+    return files.expanded(_TRAINED) / hashlib.sha256(text.encode()).hexdigest()
+
+
+def _is_remembered(text: str) -> bool:
+    try:
+        return _place(text).is_file()
+    except OSError:
+        return False
+
+
+def check_names(config: "ConfigDict", text: str, source: str | Path) -> None:
     """Refuses a config that names parts of one's own in modules that the user does not allow.
 
     Args:
         config: A config that was read from a file.
+        text: What it was read from: all is allowed that this user has trained by (``remember``).
         source: The file, for the message.
 
     Raises:
         ValueError: If it has such a name; the message says how to allow it.
     """
+    if _is_remembered(text):
+        return
     for path, name in _names(config, "config"):
         _check_allowed(name.partition(":")[0], f"{source} names code of its own, {path}: {name!r},")
 

@@ -58,7 +58,9 @@ class Workdir:
 
     def write_config(self) -> None:
         """Writes ``config.json``: from now on the directory is this run's."""
-        _replace(self.path / "config.json", configuration.to_json(self._config))
+        text = configuration.to_json(self._config)
+        untrusted.remember(self._config, text)
+        _replace(self.path / "config.json", text)
 
     def check_data(self, data: contents.Contents) -> None:
         """Checks that the data are those of the run in the directory, wherever they lie now.
@@ -216,8 +218,8 @@ def read_config(path: str | Path, building: bool = True) -> ConfigDict:
     Args:
         path: The directory.
         building: Whether something is to be made of it, rather than only compared. Then it may name
-            only code that the user allows (``untrusted.check_names``), and compiled programs, which
-            are code, too, are kept where they are by default.
+            only code that the user allows or has run in training (``untrusted.check_names``), and
+            compiled programs, which are code, too, are kept where they are by default.
 
     Returns:
         The config, not yet checked.
@@ -229,10 +231,10 @@ def read_config(path: str | Path, building: bool = True) -> ConfigDict:
     stored = at(path) / "config.json"
     if not stored.exists():
         raise FileNotFoundError(f"{path} holds no run: there is no config.json.")
-    config = configuration.from_json(untrusted.read_text(stored), str(stored))
-    config = configuration.completed(config)
+    text = untrusted.read_text(stored)
+    config = configuration.completed(configuration.from_json(text, str(stored)))
     if building:
-        untrusted.check_names(config, stored)
+        untrusted.check_names(config, text, stored)
         config.compilation_cache = configuration.default().compilation_cache
     return config
 

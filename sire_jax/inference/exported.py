@@ -185,7 +185,7 @@ def load(path: str | Path) -> Exported:
     if kind != FORMAT:
         raise ValueError(f"{path} was not exported by sire_jax: it has no format '{FORMAT}'.")
     described = configuration.from_json(config, f"The config of {path}")
-    untrusted.check_names(described, path)
+    untrusted.check_names(described, config, path)
     try:
         return Exported(configuration.completed(described), output, found)
     # A config can be made so that building from it fails in more ways than are foreseen.

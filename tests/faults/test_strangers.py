@@ -378,7 +378,7 @@ def test_modules_are_allowed_by_the_environment(monkeypatch):
 
     def check(trusted):
         monkeypatch.setenv("SIRE_JAX_TRUST", trusted)
-        untrusted.check_names(config, "config.json")
+        untrusted.check_names(config, "", "config.json")
 
     for trusted in ("mine.networks", "mine", "other, mine", " mine.networks ,other"):
         check(trusted)
@@ -393,11 +393,11 @@ def test_texts_of_a_config_that_are_no_parts_may_have_colons():
     config.data.update(name="tfds:mnist", dir="C:\\data", cache="/a:b")
     config.data.groups = ConfigDict({"kinds": configuration.grouping("c:groups.json", 2)})
     config.data.groups.kinds.classes = ("a:b", "os:system")
-    untrusted.check_names(config, "config.json")
+    untrusted.check_names(config, "", "config.json")
     assert not untrusted.has_names(config)
 
 
-def test_ones_own_config_file_may_name_ones_own_parts_and_go_on(tmp_path):
+def test_ones_own_config_file_may_name_ones_own_parts_and_go_on(tmp_path, monkeypatch):
     section = {"name": "sire_jax.backbones.pair:PairDense", "hidden": (4,)}
     config = configuration.load(f"{QUICKSTART}:main_only")
     config = ConfigDict({**config.to_dict(), "backbone": section})
@@ -406,7 +406,27 @@ def test_ones_own_config_file_may_name_ones_own_parts_and_go_on(tmp_path):
     # Training compares, and builds from the file that it is given.
     Workdir(tmp_path, config)
     assert read_config(tmp_path, building=False).backbone.to_dict() == section
-    with pytest.raises(ValueError, match=r"SIRE_JAX_TRUST=sire_jax\.backbones\.pair\.$"):
+    # What this user has trained is built for other programs, too; once it is changed, no longer.
+    assert read_config(tmp_path).backbone.to_dict() == section
+    stored = tmp_path / "config.json"
+    written = stored.read_text()
+    refusal = r"SIRE_JAX_TRUST=sire_jax\.backbones\.pair\.$"
+    stored.write_text(written.replace("[\n   4\n  ]", "[5]").replace("[4]", "[5]"))
+    assert stored.read_text() != written
+    with pytest.raises(ValueError, match=refusal):
+        read_config(tmp_path)
+    # To another user it is a stranger's.
+    stored.write_text(written)
+    monkeypatch.setenv("HOME", str(tmp_path / "another"))
+    with pytest.raises(ValueError, match=refusal):
+        read_config(tmp_path)
+
+
+def test_without_a_home_nothing_is_remembered(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/dev/null")
+    config = ConfigDict(_naming("backbone.name", "mine.networks:CNN"))
+    Workdir(tmp_path, config).write_config()
+    with pytest.raises(ValueError, match=r"SIRE_JAX_TRUST=mine\.networks\.$"):
         read_config(tmp_path)
 
 
