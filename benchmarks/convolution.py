@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import torch
 
-from sire_jax.convolution import convolve
+from sire_jax.layers.convolution import convolve
 from sire_jax.tables import align
 
 # Side of the images, input and output channels.

@@ -242,8 +242,9 @@ def measure_step(options: argparse.Namespace) -> dict[str, Any]:
     import jax.numpy as jnp
     from updates import contest, say
 
-    from sire_jax import configuration, experiment, parallel
+    from sire_jax import configuration, experiment
     from sire_jax.metrics import Average
+    from sire_jax.runs import parallel
 
     path = f"{configuration.repository_configs()}/{options.config}"
     config = configuration.load(path, options.overrides)

@@ -37,9 +37,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from sire_jax import configuration, distributed, experiment
-from sire_jax.checkpoint import Checkpoints
-from sire_jax.runs import Runs
+from sire_jax import configuration, experiment
+from sire_jax.job import distributed
+from sire_jax.runs.runs import Runs
+from sire_jax.storage.checkpoint import Checkpoints
 from sire_jax.tables import align
 
 OUT = Path("docs/results/benchmark_scaling.json")

@@ -47,9 +47,10 @@ from ml_collections import ConfigDict
 from torch import nn
 from torch.nn import functional
 
-from sire_jax import configuration, experiment, parallel, traced
+from sire_jax import configuration, experiment, traced
 from sire_jax.inspect import inspect
 from sire_jax.metrics import Average
+from sire_jax.runs import parallel
 from sire_jax.tables import align
 
 # Variants of configs/sire.py and the parameters of each.

@@ -45,10 +45,11 @@ from sire import Contender, Memory, machine, mebibytes, planned_bytes
 from updates import contest, random_data, say
 from updates_report import figures, ratios, spread
 
-from sire_jax import configuration, experiment, parallel, traced
+from sire_jax import configuration, experiment, traced
 from sire_jax.inspect import inspect
 from sire_jax.metrics import Average
 from sire_jax.prediction import Output, Prediction
+from sire_jax.runs import parallel
 from sire_jax.tables import align
 
 OUT = Path("docs/results/benchmark_ssal.json")

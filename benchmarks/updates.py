@@ -5,8 +5,8 @@ are variants of ``configs/auxnet.py``. Candidates are the rules; every aggregato
 and ``multiway``; and ``one_hot``, multi-way backpropagation as products of one-hot vectors with the
 Jacobian of the whole network. A step is forward and backward passes and SGD with Nesterov momentum
 and weight decay, float32, without augmentation, on random images that are on the device, in the
-compiled loop over steps of ``sire_jax.parallel`` with donated state. The peer is the same network
-in PyTorch (``updates_torch.py``) in a process of its own.
+compiled loop over steps of ``sire_jax.runs.parallel`` with donated state. The peer is the same
+network in PyTorch (``updates_torch.py``) in a process of its own.
 
 All candidates of a network are compiled and checked, then take turns: a round is ``--steps`` steps
 of each, the others idle, in an order drawn anew. Ratios are within a round: their median and
@@ -43,10 +43,11 @@ import updates_report
 from jax import Array
 from ml_collections import ConfigDict
 
-from sire_jax import configuration, experiment, parallel, traced
+from sire_jax import configuration, experiment, traced
 from sire_jax.inspect import inspect
 from sire_jax.metrics import Average
 from sire_jax.networks import MAIN
+from sire_jax.runs import parallel
 from sire_jax.step import TrainState, make_step
 from sire_jax.updates import AGGREGATORS, UPDATES, Losses, Updated, UpdateRule
 from sire_jax.updates.reached import Reached

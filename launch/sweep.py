@@ -25,8 +25,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from sire_jax import command, configuration, experiment, registry, tables
-from sire_jax.workdir import Workdir, at, read_results
+from sire_jax import configuration, experiment, registry, tables
+from sire_jax.job import command
+from sire_jax.storage.workdir import Workdir, at, read_results
 
 _HERE = Path(__file__).parent
 # What ends a job of launch/slurm.sbatch ends those of a sweep, too.

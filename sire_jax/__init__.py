@@ -6,7 +6,7 @@ is imported when it is first used, so that programs and their workers start with
 
 import lazy_loader
 
-from sire_jax import signals
+from sire_jax.job import signals
 
 __version__ = "0.1.0"
 

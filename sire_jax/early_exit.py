@@ -21,11 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from sire_jax import command, tables
+from sire_jax import tables
 from sire_jax.inference import calibration, exit_rules
 from sire_jax.inference.cascade import Cascade
 from sire_jax.inference.exit_rules import RULES, Rule
 from sire_jax.inference.exits import Exits
+from sire_jax.job import command
 
 
 @dataclass(frozen=True)

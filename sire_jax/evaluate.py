@@ -12,14 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from sire_jax import command, configuration, divergence, experiment, tables
-from sire_jax.checkpoint import Checkpoints
+from sire_jax import configuration, experiment, tables
 from sire_jax.data import contents
-from sire_jax.divergence import DIVERGED, converged
-from sire_jax.runs import Runs, UnloadedRuns
+from sire_jax.job import command
+from sire_jax.runs import divergence
+from sire_jax.runs.divergence import DIVERGED, converged
+from sire_jax.runs.runs import Runs, UnloadedRuns
+from sire_jax.runs.streamed import open_runs
 from sire_jax.step import Best, TrainState
-from sire_jax.streamed_runs import open_runs
-from sire_jax.workdir import CHECKPOINTS, at, read_config
+from sire_jax.storage.checkpoint import Checkpoints
+from sire_jax.storage.workdir import CHECKPOINTS, at, read_config
 
 METRICS = ("top_1", "top_5", "loss")
 

@@ -29,10 +29,10 @@ from sire_jax.data.dataset import Dataset, Selection, Source
 from sire_jax.fitted_prediction import PREDICTIONS, is_fitted
 from sire_jax.groups.partition import Groups, check_names, from_section
 from sire_jax.heads import HEADS
-from sire_jax.initialization import as_pytorch
+from sire_jax.layers.initialization import as_pytorch
 from sire_jax.names import listed
 from sire_jax.networks import MAIN, Network
-from sire_jax.parallel import INITIAL
+from sire_jax.runs.parallel import INITIAL
 from sire_jax.step import (
     Apply,
     Measure,

@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image, ImageOps
 
-from sire_jax import command, files
+from sire_jax import files
 from sire_jax.data import images
 from sire_jax.data.images import DamagedImageError
 from sire_jax.data.sources import Source
@@ -23,8 +23,9 @@ from sire_jax.diagnostics.activation_maps import draw, titles
 from sire_jax.diagnostics.activation_maps import explain as explained_images
 from sire_jax.diagnostics.trained import Trained
 from sire_jax.evaluate import kept_weights, open_run
+from sire_jax.job import command
 from sire_jax.names import printable
-from sire_jax.runs import Runs
+from sire_jax.runs.runs import Runs
 
 
 def read_image(path: str | Path, data: ConfigDict) -> tuple[np.ndarray, str]:

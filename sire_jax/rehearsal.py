@@ -17,13 +17,14 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from sire_jax import experiment, parallel, tables, traced
+from sire_jax import experiment, tables, traced
 from sire_jax.data.dataset import Source
 from sire_jax.data.tasks import Pairs
 from sire_jax.diagnostics import gradient_flow
 from sire_jax.groups.partition import is_dealt
-from sire_jax.runs import Runs
-from sire_jax.streamed_runs import open_runs
+from sire_jax.runs import parallel
+from sire_jax.runs.runs import Runs
+from sire_jax.runs.streamed import open_runs
 
 # Steps of a rehearsal of no given number of steps, and seconds after which it ends, too.
 STEPS, SECONDS = 20, 60.0

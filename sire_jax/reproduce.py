@@ -24,21 +24,20 @@ from ml_collections import ConfigDict
 
 from sire_jax import (
     __version__,
-    command,
     configuration,
-    divergence,
     experiment,
-    figures,
     files,
     names,
     registry,
     rehearsal,
     tables,
 )
-from sire_jax.diagnostics import gradient_flow
-from sire_jax.divergence import DIVERGED, NonFiniteLossError
+from sire_jax.diagnostics import figures, gradient_flow
+from sire_jax.job import command
+from sire_jax.runs import divergence
+from sire_jax.runs.divergence import DIVERGED, NonFiniteLossError
+from sire_jax.storage.workdir import check_writable, read_config, read_results
 from sire_jax.train import InterruptedRunError, train
-from sire_jax.workdir import check_writable, read_config, read_results
 
 Table = dict[str, Any]
 _TABLES = "tables"

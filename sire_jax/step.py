@@ -1,6 +1,6 @@
 """The training step and the measurement of a batch: pure functions, written once.
 
-``jit``, ``vmap`` over seeds and loops over steps are wrappers around them (``sire_jax.parallel``).
+``jit``, ``vmap`` over seeds and loops over steps are wrappers around it (``runs.parallel``).
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from sire_jax import convolution, jaxprs, slices
+from sire_jax import jaxprs, slices
+from sire_jax.layers import convolution
 
 PyTree = Any
 

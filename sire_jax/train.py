@@ -16,30 +16,19 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from sire_jax import (
-    command,
-    compilation,
-    configuration,
-    distributed,
-    experiment,
-    figures,
-    files,
-    lock,
-    rehearsal,
-    tables,
-    traced,
-)
-from sire_jax.checkpoint import CheckpointError, Checkpoints
-from sire_jax.diagnostics import gradient_flow
-from sire_jax.divergence import DIVERGED, Diverged, NonFiniteLossError, converged, described
-from sire_jax.logs import Logs
+from sire_jax import configuration, experiment, files, rehearsal, tables, traced
+from sire_jax.diagnostics import figures, gradient_flow
+from sire_jax.job import command, compilation, distributed, lock
+from sire_jax.job.progress import Pace, Progress, Stop, stop_on_signals
 from sire_jax.metrics import Metrics
 from sire_jax.networks import MAIN
-from sire_jax.progress import Pace, Progress, Stop, stop_on_signals
-from sire_jax.runs import Checkpoint, Runs
+from sire_jax.runs.divergence import DIVERGED, Diverged, NonFiniteLossError, converged, described
+from sire_jax.runs.runs import Checkpoint, Runs
+from sire_jax.runs.streamed import open_runs
 from sire_jax.step import Best, TrainState
-from sire_jax.streamed_runs import open_runs
-from sire_jax.workdir import Workdir, read_results
+from sire_jax.storage.checkpoint import CheckpointError, Checkpoints
+from sire_jax.storage.logs import Logs
+from sire_jax.storage.workdir import Workdir, read_results
 
 PyTree = Any
 

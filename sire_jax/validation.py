@@ -12,12 +12,12 @@ from sire_jax.configuration import SPLITS, default
 from sire_jax.data.augmentation import AUGMENTATIONS
 from sire_jax.data.dataset import Selection
 from sire_jax.data.tasks import TASKS
-from sire_jax.divergence import POLICIES
 from sire_jax.fitted_prediction import PREDICTIONS
 from sire_jax.groups import partition
 from sire_jax.heads import HEADS
-from sire_jax.initialization import INITIALIZATIONS
+from sire_jax.layers.initialization import INITIALIZATIONS
 from sire_jax.optimizers import OPTIMIZERS
+from sire_jax.runs.divergence import POLICIES
 from sire_jax.updates import AGGREGATORS, UPDATES, WEIGHTINGS
 
 

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from sire_jax import configuration, experiment
 from sire_jax.layers import BatchNorm
-from sire_jax.runs import Runs
+from sire_jax.runs.runs import Runs
 
 
 class Dense(nn.Module):

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from sire_jax import configuration, evaluate, experiment
-from sire_jax.runs import Runs
+from sire_jax.runs.runs import Runs
 
 CONFIGS = configuration.repository_configs()
 QUICKSTART = f"--config={CONFIGS}/quickstart.py"

@@ -2,7 +2,7 @@
 
 import sys
 
-from sire_jax import command, distributed, watch
+from sire_jax.job import command, distributed, watch
 
 watch.SECONDS_BETWEEN_SIGNS = 0.0
 distributed.start()

@@ -16,8 +16,8 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sire_jax import checkpoint, manifest
-from sire_jax.checkpoint import CheckpointError, Checkpoints
+from sire_jax.storage import checkpoint, manifest
+from sire_jax.storage.checkpoint import CheckpointError, Checkpoints
 
 
 def _tree(seed=0):
@@ -622,7 +622,7 @@ process, port, directory, alone = int(sys.argv[1]), sys.argv[2], sys.argv[3], sy
 jax.distributed.initialize(f"localhost:{port}", 2, process)
 from jax.sharding import NamedSharding, PartitionSpec
 from sire_jax import checkpoint
-from sire_jax.checkpoint import Checkpoints
+from sire_jax.storage.checkpoint import Checkpoints
 
 mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 everywhere, split = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sire_jax import compilation
+from sire_jax.job import compilation
 
 
 @pytest.fixture

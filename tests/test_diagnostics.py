@@ -13,13 +13,14 @@ import pytest
 from ml_collections import ConfigDict
 from planned import normal, random_like
 
-from sire_jax import configuration, experiment, train, workdir
+from sire_jax import configuration, experiment, train
 from sire_jax.data import batches
 from sire_jax.data.batches import image_range
 from sire_jax.diagnostics import gradient_flow, reconstructions
 from sire_jax.diagnostics.reconstructions import Reconstructed
-from sire_jax.runs import Runs
+from sire_jax.runs.runs import Runs
 from sire_jax.step import TrainState
+from sire_jax.storage import workdir
 
 pytestmark = pytest.mark.optax_dtypes
 

@@ -9,9 +9,10 @@ import numpy as np
 import programs
 import pytest
 
-from sire_jax import command, configuration, distributed, experiment, lock, train
-from sire_jax.runs import Runs
-from sire_jax.watch import Sign, Signs
+from sire_jax import configuration, experiment, train
+from sire_jax.job import command, distributed, lock
+from sire_jax.job.watch import Sign, Signs
+from sire_jax.runs.runs import Runs
 
 SMALL = (
     "--config.seeds=2",

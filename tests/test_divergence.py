@@ -10,18 +10,12 @@ import numpy as np
 import programs
 import pytest
 
-from sire_jax import (
-    configuration,
-    evaluate,
-    experiment,
-    figures,
-    parallel,
-    reproduce,
-    train,
-)
-from sire_jax.checkpoint import Checkpoints
-from sire_jax.divergence import Diverged, NonFiniteLossError, described
-from sire_jax.workdir import read_metrics
+from sire_jax import configuration, evaluate, experiment, reproduce, train
+from sire_jax.diagnostics import figures
+from sire_jax.runs import parallel
+from sire_jax.runs.divergence import Diverged, NonFiniteLossError, described
+from sire_jax.storage.checkpoint import Checkpoints
+from sire_jax.storage.workdir import read_metrics
 
 pytestmark = pytest.mark.optax_dtypes
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sire_jax import command, configuration, early_exit, experiment, export, train, workdir
+from sire_jax import configuration, early_exit, experiment, export, train
 from sire_jax.diagnostics import conflict
 from sire_jax.diagnostics.trained import Trained
 from sire_jax.inference import calibration, exits, exported
@@ -26,6 +26,8 @@ from sire_jax.inference.exit_rules import (
     max_probability,
 )
 from sire_jax.inference.stages import Stage, split
+from sire_jax.job import command
+from sire_jax.storage import workdir
 
 pytestmark = pytest.mark.optax_dtypes
 PROBABILITY, ENTROPY = RULES["max_probability"], RULES["entropy"]

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from planned import random_like
 
-from sire_jax import command, configuration, evaluate, experiment, export, traced
+from sire_jax import configuration, evaluate, experiment, export, traced
 from sire_jax.inference import exported
+from sire_jax.job import command
 
 pytestmark = pytest.mark.optax_dtypes
 CONFIGS = configuration.repository_configs()

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from sire_jax import figures
+from sire_jax.diagnostics import figures
 
 
 def _write_run(directory, **accuracies):

@@ -5,26 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from sire_jax import (
-    command,
-    early_exit,
-    evaluate,
-    explain,
-    export,
-    figures,
-    files,
-    grouping,
-    reproduce,
-    train,
-)
+from sire_jax import early_exit, evaluate, explain, export, files, grouping, reproduce, train
 from sire_jax.diagnostics import (
     activation_maps,
     conflict,
+    figures,
     gradient_flow,
     reconstructions,
     supervision,
 )
-from sire_jax.workdir import Workdir
+from sire_jax.job import command
+from sire_jax.storage.workdir import Workdir
 
 PICTURES = {
     early_exit: ["--workdir=absent", "--budget=1e6"],

@@ -11,7 +11,7 @@ from flax import linen as nn
 
 import sire_jax as sj
 from sire_jax import configuration, experiment
-from sire_jax.streamed_runs import open_runs
+from sire_jax.runs.streamed import open_runs
 
 pytestmark = pytest.mark.optax_dtypes
 

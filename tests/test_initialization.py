@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sire_jax import configuration, experiment
-from sire_jax.initialization import as_pytorch
+from sire_jax.layers.initialization import as_pytorch
 
 CONFIGS = configuration.repository_configs()
 KEY = jax.random.key(3)

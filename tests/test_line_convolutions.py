@@ -7,9 +7,10 @@ import pytest
 from jax import lax
 from planned import normal
 
-from sire_jax import convolution, traced
-from sire_jax.convolution import convolve_line
-from sire_jax.pooling import local_mean
+from sire_jax import traced
+from sire_jax.layers import convolution
+from sire_jax.layers.convolution import convolve_line
+from sire_jax.layers.pooling import local_mean
 
 
 def _integers(seed, *shape):

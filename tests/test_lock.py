@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from sire_jax import lock
+from sire_jax.job import lock
 
 # Holds the lock of a directory until it is killed, in another process.
 HOLD = """

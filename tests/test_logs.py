@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from sire_jax import configuration
-from sire_jax.logs import Logs, _records
-from sire_jax.workdir import Workdir, read_metrics
+from sire_jax.storage.logs import Logs, _records
+from sire_jax.storage.workdir import Workdir, read_metrics
 
 pytest.importorskip("tensorboardX")
 

@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sire_jax import packing
-from sire_jax.packing import ArrayType
+from sire_jax.storage import packing
+from sire_jax.storage.packing import ArrayType
 
 
 def test_bytes_follow_one_another_in_the_order_of_the_arrays():

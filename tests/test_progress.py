@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from sire_jax.progress import Pace, stop_on_signals
+from sire_jax.job.progress import Pace, stop_on_signals
 
 
 def test_a_call_takes_about_a_second_and_at_most_what_is_asked_for():

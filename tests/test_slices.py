@@ -13,9 +13,9 @@ from planned import normal
 from sire_jax import optimizers, traced
 from sire_jax.slices import Partly, Unclear
 from sire_jax.updates import UPDATES, joint, multiway, pairwise, weighted
-from sire_jax.updates.aggregate import UPGrad
+from sire_jax.updates.aggregators import UPGrad
 from sire_jax.updates.reached import Reached
-from sire_jax.updates.weighting import GradNorm
+from sire_jax.updates.weightings import GradNorm
 
 KEY = jax.random.key(0)
 X = normal(0, 2, 3)

@@ -16,7 +16,6 @@ from planned import shape, shapes_of
 from sire_jax import (
     configuration,
     experiment,
-    figures,
     groups,
     inspect,
     registry,
@@ -25,6 +24,7 @@ from sire_jax import (
     validation,
 )
 from sire_jax.backbones import BACKBONES
+from sire_jax.diagnostics import figures
 from sire_jax.networks import Network
 
 CONFIGS = configuration.repository_configs()

@@ -10,9 +10,9 @@ from ml_collections import ConfigDict
 from pictured import picture, write, write_folder
 
 from sire_jax import configuration, evaluate, experiment, train
-from sire_jax.runs import Runs
-from sire_jax.streamed_runs import StreamedRuns, ahead, open_runs
-from sire_jax.workdir import read_metrics, read_results
+from sire_jax.runs.runs import Runs
+from sire_jax.runs.streamed import StreamedRuns, ahead, open_runs
+from sire_jax.storage.workdir import read_metrics, read_results
 
 pytestmark = pytest.mark.optax_dtypes
 

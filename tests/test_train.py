@@ -16,19 +16,11 @@ import numpy as np
 import programs
 import pytest
 
-from sire_jax import (
-    command,
-    configuration,
-    evaluate,
-    experiment,
-    inspect,
-    lock,
-    reproduce,
-    train,
-    workdir,
-)
-from sire_jax.checkpoint import Checkpoints
-from sire_jax.runs import Runs
+from sire_jax import configuration, evaluate, experiment, inspect, reproduce, train
+from sire_jax.job import command, lock
+from sire_jax.runs.runs import Runs
+from sire_jax.storage import workdir
+from sire_jax.storage.checkpoint import Checkpoints
 
 pytestmark = pytest.mark.optax_dtypes
 

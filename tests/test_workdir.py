@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from sire_jax import configuration
-from sire_jax.workdir import Workdir, read_config, read_metrics
+from sire_jax.storage.workdir import Workdir, read_config, read_metrics
 
 
 def _claim(path, config):

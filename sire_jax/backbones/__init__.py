@@ -6,13 +6,6 @@ that is written as a ``Plan`` of blocks can be mirrored: ``heads.decoders`` read
 """
 
 from sire_jax.backbones.blocks import Convolution, MaxPool, Residual
-from sire_jax.backbones.branch_blocks import (
-    AveragePool,
-    Dense,
-    ExpandedInception,
-    GlobalPool,
-    Recalibration,
-)
 from sire_jax.backbones.cnn import cnn, vgg
 from sire_jax.backbones.densenet import DenseLayers, Transition, densenet
 from sire_jax.backbones.googlenet import Inception, googlenet
@@ -40,12 +33,8 @@ BACKBONES = {
 __all__ = [
     "BACKBONES",
     "Activation",
-    "AveragePool",
     "Convolution",
-    "Dense",
     "DenseLayers",
-    "ExpandedInception",
-    "GlobalPool",
     "Inception",
     "MaxPool",
     "PairBranches",
@@ -54,7 +43,6 @@ __all__ = [
     "Plan",
     "Planned",
     "PreActivation",
-    "Recalibration",
     "Residual",
     "SmallCNN",
     "Stem",

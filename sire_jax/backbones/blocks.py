@@ -14,7 +14,7 @@ from flax import linen as nn
 from jax import Array
 
 from sire_jax.layers import BatchNorm, Conv, TransposedConv, he_normal
-from sire_jax.pooling import max_pool, upsample
+from sire_jax.layers.pooling import max_pool, upsample
 
 
 class Block(Protocol):

@@ -12,7 +12,7 @@ from sire_jax.backbones.blocks import check_widths, repeats
 from sire_jax.backbones.plan import Plan, Planned, around_stages
 from sire_jax.backbones.preactivation import Activation, Stem
 from sire_jax.layers import BatchNorm, Conv, Dropout, he_normal
-from sire_jax.pooling import average_pool
+from sire_jax.layers.pooling import average_pool
 
 # Channels of the 1 x 1 convolution of a layer, as a multiple of the growth.
 _BOTTLENECK = 4

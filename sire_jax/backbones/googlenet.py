@@ -18,7 +18,7 @@ from sire_jax.backbones.blocks import (
 )
 from sire_jax.backbones.plan import Plan, Planned
 from sire_jax.backbones.resnet import check_stem
-from sire_jax.pooling import max_pool
+from sire_jax.layers.pooling import max_pool
 
 # Table 1: 1x1, reduced and 3x3, reduced and larger, pooled; of the stages 3, 4 and 5.
 _INCEPTION = (

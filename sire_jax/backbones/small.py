@@ -5,7 +5,7 @@ from jax import Array
 
 from sire_jax.backbones.blocks import check_widths
 from sire_jax.layers import Conv
-from sire_jax.pooling import max_pool
+from sire_jax.layers.pooling import max_pool
 
 Endpoints = dict[str, Array]
 

@@ -21,7 +21,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
-from sire_jax import command
 from sire_jax.backbones.plan import OFFSETS
 from sire_jax.data.augmentation import Batch
 from sire_jax.diagnostics.reconstructions import pixels
@@ -30,9 +29,10 @@ from sire_jax.evaluate import kept_weights, open_run
 from sire_jax.experiment import Experiment
 from sire_jax.groups import Groups
 from sire_jax.inference.exits import classified
+from sire_jax.job import command
 from sire_jax.networks import MAIN
 from sire_jax.prediction import JointProbability, Output
-from sire_jax.runs import Runs
+from sire_jax.runs.runs import Runs
 
 PyTree = Any
 # (the module's name in the network, the layer's name in the module)

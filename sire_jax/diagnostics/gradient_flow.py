@@ -18,12 +18,14 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from sire_jax import command, objectives, workdir
+from sire_jax import objectives
 from sire_jax.data.augmentation import Augmentation, Batch
-from sire_jax.figures import finite_runs
+from sire_jax.diagnostics.figures import finite_runs
+from sire_jax.job import command
 from sire_jax.metrics import Average, Metrics
 from sire_jax.networks import MAIN
 from sire_jax.step import Apply, TrainState, make_losses
+from sire_jax.storage import workdir
 
 SPLIT = "gradients"
 TOTAL = "total"

@@ -21,14 +21,15 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from sire_jax import command, objectives
+from sire_jax import objectives
 from sire_jax.backbones.plan import OFFSETS
 from sire_jax.diagnostics.trained import Trained
+from sire_jax.job import command
 from sire_jax.networks import MAIN
 from sire_jax.step import make_losses
+from sire_jax.storage.workdir import titles
 from sire_jax.updates import gradients
 from sire_jax.updates.reached import Reached
-from sire_jax.workdir import titles
 
 _COLOURS = {name: colormaps["tab10"](i) for i, name in enumerate(("main", "joint", "multiway"))}
 _COLOURS |= {"effective_joint": colormaps["tab10"](3)}

@@ -7,6 +7,13 @@ with, in order: ``head(*features, train=…)``. It knows nothing else of the bac
 """
 
 from sire_jax.heads.branch import Branch, branch
+from sire_jax.heads.branch_blocks import (
+    AveragePool,
+    Dense,
+    ExpandedInception,
+    GlobalPool,
+    Recalibration,
+)
 from sire_jax.heads.classifier import Classifier, ConvolutionalClassifier
 from sire_jax.heads.combination import Combination
 from sire_jax.heads.decoder import Decoder, decoders
@@ -26,12 +33,17 @@ HEADS = {
 
 __all__ = [
     "HEADS",
+    "AveragePool",
     "Branch",
     "Classifier",
     "Combination",
     "ConvolutionalClassifier",
     "Decoder",
+    "Dense",
+    "ExpandedInception",
+    "GlobalPool",
     "Identity",
+    "Recalibration",
     "branch",
     "decoders",
     "exits",

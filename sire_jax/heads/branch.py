@@ -10,14 +10,14 @@ from jax import Array
 
 from sire_jax import registry
 from sire_jax.backbones.blocks import Convolution, MaxPool, check_widths, scaled
-from sire_jax.backbones.branch_blocks import (
+from sire_jax.backbones.plan import OFFSETS, Plan
+from sire_jax.heads.branch_blocks import (
     AveragePool,
     Dense,
     ExpandedInception,
     GlobalPool,
     Recalibration,
 )
-from sire_jax.backbones.plan import OFFSETS, Plan
 from sire_jax.layers import uniform_fan_in
 from sire_jax.names import nearest
 

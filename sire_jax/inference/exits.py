@@ -18,7 +18,7 @@ from sire_jax.inference.cascade import filled
 from sire_jax.inference.stages import Stage, split
 from sire_jax.metrics import class_logits
 from sire_jax.networks import MAIN
-from sire_jax.runs import Runs
+from sire_jax.runs.runs import Runs
 
 PyTree = Any
 

@@ -5,7 +5,7 @@ of the network; which parameters a loss reaches it is told from the traced progr
 (``sire_jax.traced.reach``).
 """
 
-from sire_jax.updates.aggregate import (
+from sire_jax.updates.aggregators import (
     AGGREGATORS,
     IMTLG,
     MGDA,
@@ -23,7 +23,7 @@ from sire_jax.updates.multiway import multiway
 from sire_jax.updates.pairwise import pairwise
 from sire_jax.updates.rule import Losses, Updated, UpdateRule
 from sire_jax.updates.weighted import weighted
-from sire_jax.updates.weighting import (
+from sire_jax.updates.weightings import (
     FAMO,
     WEIGHTINGS,
     DynamicAverage,

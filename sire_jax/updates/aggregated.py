@@ -10,7 +10,7 @@ from jax import Array
 
 from sire_jax.objectives import weighted_sum
 from sire_jax.updates import gradients as one_by_one
-from sire_jax.updates.aggregate import Aggregator, Sum
+from sire_jax.updates.aggregators import Aggregator, Sum
 from sire_jax.updates.correction import multiply
 from sire_jax.updates.reached import Reached, scale
 from sire_jax.updates.rule import Losses

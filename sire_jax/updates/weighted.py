@@ -12,7 +12,7 @@ from sire_jax.slices import Partly, Unclear
 from sire_jax.updates import gradients
 from sire_jax.updates.reached import Reached, keep_dtypes
 from sire_jax.updates.rule import Losses, Updated, UpdateRule
-from sire_jax.updates.weighting import Fixed, GradNorm, Observed, Weighting
+from sire_jax.updates.weightings import Fixed, GradNorm, Observed, Weighting
 
 PyTree = Any
 

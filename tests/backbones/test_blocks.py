@@ -13,7 +13,7 @@ from sire_jax.backbones.blocks import Convolution, MaxPool, Residual
 from sire_jax.backbones.googlenet import Inception
 from sire_jax.backbones.plan import Plan, Planned
 from sire_jax.layers import Conv, TransposedConv
-from sire_jax.pooling import max_pool, upsample
+from sire_jax.layers.pooling import max_pool, upsample
 
 # ---- The reference: loops over the kernel, float64.
 

@@ -11,7 +11,7 @@ from sire_jax import registry, traced
 from sire_jax.backbones import BACKBONES, densenet
 from sire_jax.backbones.densenet import DenseLayers, Transition
 from sire_jax.heads.decoder import decoders
-from sire_jax.pooling import average_pool
+from sire_jax.layers.pooling import average_pool
 
 # ---- Counts that know nothing of the library, in closed form.
 

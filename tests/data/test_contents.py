@@ -15,7 +15,7 @@ from sire_jax import configuration, evaluate, experiment, train
 from sire_jax.data import contents, folders, sources
 from sire_jax.data.dataset import Dataset, Listed, Selection, Source
 from sire_jax.data.records import open_records
-from sire_jax.streamed_runs import open_runs
+from sire_jax.runs.streamed import open_runs
 
 pytestmark = pytest.mark.optax_dtypes
 

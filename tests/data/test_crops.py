@@ -10,7 +10,7 @@ from sire_jax import configuration, experiment, inspect
 from sire_jax.configuration import head, objective, prediction
 from sire_jax.data import crops
 from sire_jax.data.augmentation import RandomCrop
-from sire_jax.runs import Runs
+from sire_jax.runs.runs import Runs
 
 few = settings(max_examples=25, deadline=None)
 

@@ -6,8 +6,8 @@ import programs
 import pytest
 from disks import mounted
 
-from sire_jax import command
-from sire_jax.workdir import read_results
+from sire_jax.job import command
+from sire_jax.storage.workdir import read_results
 
 SMALL = (
     "--config.seeds=1",

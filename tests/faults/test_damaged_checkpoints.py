@@ -9,8 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from sire_jax import manifest
-from sire_jax.checkpoint import Checkpoints
+from sire_jax.storage import manifest
+from sire_jax.storage.checkpoint import Checkpoints
 
 STEPS = (10, 20, 30)
 NEWEST = 30

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from disks import mounted
 
-from sire_jax import checkpoint
-from sire_jax.checkpoint import CheckpointError, Checkpoints
+from sire_jax.storage import checkpoint
+from sire_jax.storage.checkpoint import CheckpointError, Checkpoints
 
 KILOBYTE = 2**10
 SIZE = 2**20

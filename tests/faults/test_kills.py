@@ -7,7 +7,7 @@ import numpy as np
 import programs
 import pytest
 
-from sire_jax.workdir import read_metrics, read_results
+from sire_jax.storage.workdir import read_metrics, read_results
 
 pytestmark = pytest.mark.optax_dtypes
 

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from sire_jax import compilation, configuration, experiment, registry, validation
+from sire_jax import configuration, experiment, registry, validation
 from sire_jax.backbones import BACKBONES
 from sire_jax.data.augmentation import AUGMENTATIONS
 from sire_jax.data.tasks import TASKS
 from sire_jax.fitted_prediction import PREDICTIONS
 from sire_jax.heads import HEADS
+from sire_jax.job import compilation
 from sire_jax.objectives import LOSSES_WITH_SETTINGS
 from sire_jax.optimizers import OPTIMIZERS, SCHEDULES
 from sire_jax.updates import AGGREGATORS, UPDATES, WEIGHTINGS

@@ -7,7 +7,7 @@ import time
 import programs
 import pytest
 
-from sire_jax import command
+from sire_jax.job import command
 
 OVERRIDES = (
     "--config.seeds=1",

@@ -7,8 +7,8 @@ import time
 import programs
 import pytest
 
-from sire_jax import command
-from sire_jax.checkpoint import Checkpoints
+from sire_jax.job import command
+from sire_jax.storage.checkpoint import Checkpoints
 
 pytestmark = pytest.mark.optax_dtypes
 

@@ -12,7 +12,8 @@ import pytest
 import slurm
 import standin
 
-from sire_jax import configuration, evaluate, workdir
+from sire_jax import configuration, evaluate
+from sire_jax.storage import workdir
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPT = REPOSITORY / "launch" / "slurm.sbatch"

@@ -11,7 +11,7 @@ from pathlib import Path
 import programs
 import pytest
 
-from sire_jax import command
+from sire_jax.job import command
 
 pytestmark = pytest.mark.optax_dtypes
 

@@ -17,21 +17,14 @@ from ml_collections import ConfigDict
 from planned import random_like
 
 import sire_jax
-from sire_jax import (
-    command,
-    configuration,
-    evaluate,
-    experiment,
-    groups,
-    registry,
-    untrusted,
-)
+from sire_jax import configuration, evaluate, experiment, groups, registry, untrusted
 from sire_jax.data import copies, sources
 from sire_jax.data.folders import FolderSplit
 from sire_jax.data.records import Records
 from sire_jax.groups import confusion, partition
 from sire_jax.inference import exported
-from sire_jax.workdir import Workdir, read_config, read_metrics, read_results
+from sire_jax.job import command
+from sire_jax.storage.workdir import Workdir, read_config, read_metrics, read_results
 
 QUICKSTART = f"{configuration.repository_configs()}/quickstart.py"
 

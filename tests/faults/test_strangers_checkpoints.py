@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sire_jax import manifest
-from sire_jax.checkpoint import CheckpointError, Checkpoints
+from sire_jax.storage import manifest
+from sire_jax.storage.checkpoint import CheckpointError, Checkpoints
 
 STEP = 7
 

@@ -9,16 +9,16 @@ from planned import normal, random_like, shape, shapes_of
 from sire_jax import registry, traced
 from sire_jax.backbones import resnet
 from sire_jax.backbones.blocks import Convolution, MaxPool
-from sire_jax.backbones.branch_blocks import (
+from sire_jax.backbones.plan import Plan
+from sire_jax.heads import HEADS, Combination
+from sire_jax.heads.branch import LAYERS, RELEASED, Branch, branch
+from sire_jax.heads.branch_blocks import (
     AveragePool,
     Dense,
     ExpandedInception,
     GlobalPool,
     Recalibration,
 )
-from sire_jax.backbones.plan import Plan
-from sire_jax.heads import HEADS, Combination
-from sire_jax.heads.branch import LAYERS, RELEASED, Branch, branch
 from sire_jax.heads.classifier import Classifier
 
 POOL = GlobalPool()

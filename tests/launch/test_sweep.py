@@ -13,7 +13,7 @@ import pytest
 import standin
 
 from sire_jax import configuration
-from sire_jax.workdir import Workdir
+from sire_jax.storage.workdir import Workdir
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "sweep.py"
 QUICKSTART = f"{configuration.repository_configs()}/quickstart.py"

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sire_jax import registry
 from sire_jax.updates import AGGREGATORS
-from sire_jax.updates.aggregate import (
+from sire_jax.updates.aggregators import (
     IMTLG,
     MGDA,
     AlignedMTL,

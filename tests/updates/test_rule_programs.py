@@ -28,12 +28,12 @@ from planned import shape, shapes_of
 from sire_jax import optimizers, traced
 from sire_jax.backbones.plan import Plan, Planned
 from sire_jax.backbones.preactivation import Activation, PreActivation, Stem
-from sire_jax.checkpoint import Checkpoints
 from sire_jax.heads.classifier import Classifier
 from sire_jax.networks import Network
+from sire_jax.storage.checkpoint import Checkpoints
 from sire_jax.updates import UPDATES, effective_joint, joint, multiway, pairwise
-from sire_jax.updates.aggregate import SUM, UPGrad
 from sire_jax.updates.aggregated import factors, gramians
+from sire_jax.updates.aggregators import SUM, UPGrad
 from sire_jax.updates.reached import Reached
 from sire_jax.updates.rule import Updated
 

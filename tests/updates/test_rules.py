@@ -35,9 +35,9 @@ from sire_jax.updates import (
     pairwise,
     weighted,
 )
-from sire_jax.updates.aggregate import SUM, UPGrad
+from sire_jax.updates.aggregators import SUM, UPGrad
 from sire_jax.updates.reached import Reached, scale
-from sire_jax.updates.weighting import FAMO, Uncertainty
+from sire_jax.updates.weightings import FAMO, Uncertainty
 
 # Adam of optax mixes integer steps with floats.
 mixes_dtypes = pytest.mark.optax_dtypes

@@ -12,7 +12,7 @@ from jax import lax
 
 from sire_jax import registry, traced
 from sire_jax.updates import WEIGHTINGS, Observed, joint, weighted
-from sire_jax.updates.weighting import FAMO, DynamicAverage, Fixed, GradNorm, Random, Uncertainty
+from sire_jax.updates.weightings import FAMO, DynamicAverage, Fixed, GradNorm, Random, Uncertainty
 
 KEY = jax.random.key(0)
 NAMES = ("main", "digits", "image")

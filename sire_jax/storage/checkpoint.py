@@ -26,8 +26,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from sire_jax import distributed, manifest, packing
-from sire_jax.packing import ArrayType
+from sire_jax.job import distributed
+from sire_jax.storage import manifest, packing
+from sire_jax.storage.packing import ArrayType
 
 PyTree = Any
 T = TypeVar("T")

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sire_jax import parallel
+from sire_jax.runs import parallel
 
 # Its key in checkpoints and results.
 DIVERGED = "diverged"

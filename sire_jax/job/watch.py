@@ -17,8 +17,8 @@ from typing import Any
 
 import jax
 
-from sire_jax import command
-from sire_jax.coordination import Service
+from sire_jax.job import command
+from sire_jax.job.coordination import Service
 
 SECONDS_BETWEEN_SIGNS = 1.0
 # Until the config says otherwise.

@@ -8,9 +8,9 @@ from flax import linen as nn
 from jax import Array
 
 from sire_jax.backbones.blocks import Unit, check_odd, check_widths
-from sire_jax.convolution import convolve_line
 from sire_jax.layers import BatchNorm, SqueezeExcitation, he_normal
-from sire_jax.pooling import local_mean
+from sire_jax.layers.convolution import convolve_line
+from sire_jax.layers.pooling import local_mean
 
 
 @dataclass(frozen=True)

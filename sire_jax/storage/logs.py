@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from sire_jax import distributed
-from sire_jax.workdir import Workdir, read_metrics
+from sire_jax.job import distributed
+from sire_jax.storage.workdir import Workdir, read_metrics
 
 _EVENTS = "tensorboard"
 

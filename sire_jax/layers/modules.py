@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array, lax
 
-from sire_jax.convolution import at_least_float32, convolve
+from sire_jax.layers.convolution import at_least_float32, convolve
 
 # The default of PyTorch's layers, U(-1/sqrt(fan_in), 1/sqrt(fan_in)): the pairs system comes from
 # there, and shallow networks without batch norm are sensitive to it.

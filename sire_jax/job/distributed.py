@@ -25,8 +25,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from sire_jax import __version__, command, configuration, coordination, signals
-from sire_jax.watch import SECONDS_BETWEEN_SIGNS, Watch, explain_abort
+from sire_jax import __version__, configuration
+from sire_jax.job import command, coordination, signals
+from sire_jax.job.watch import SECONDS_BETWEEN_SIGNS, Watch, explain_abort
 
 # Exchanged values wait for the slowest process, which may decode a data set meanwhile.
 _PATIENCE = 3600

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sire_jax.packing import ArrayType
+from sire_jax.storage.packing import ArrayType
 
 MANIFEST = "manifest"
 

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from sire_jax import configuration, distributed, files, untrusted
+from sire_jax import configuration, files, untrusted
 from sire_jax.data import contents
+from sire_jax.job import distributed
 
 # {metric name: a value for each run}
 Values = Mapping[str, np.ndarray]

@@ -17,11 +17,13 @@ import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sire_jax import distributed, experiment, parallel
+from sire_jax import experiment
 from sire_jax.data import stream
 from sire_jax.data.augmentation import Batch
+from sire_jax.job import distributed
 from sire_jax.metrics import Metrics
-from sire_jax.runs import Program, Runs, some
+from sire_jax.runs import parallel
+from sire_jax.runs.runs import Program, Runs, some
 from sire_jax.step import TrainState
 
 PyTree = Any

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from sire_jax import files
 from sire_jax.networks import MAIN
-from sire_jax.workdir import read_metrics
+from sire_jax.storage.workdir import read_metrics
 
 # Colours that stay apart in greys and for most colour-blind readers (Okabe and Ito, 2008).
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

@@ -1,0 +1,1 @@
+"""What programs stand on: processes, signals, statuses, progress, compiled programs."""

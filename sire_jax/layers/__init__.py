@@ -1,0 +1,23 @@
+"""Layers that are fast on a CPU, too, inside loops and under ``vmap``; and how they begin."""
+
+from sire_jax.layers.modules import (
+    BatchNorm,
+    Conv,
+    Dropout,
+    SqueezeExcitation,
+    TransposedConv,
+    batch_over,
+    he_normal,
+    uniform_fan_in,
+)
+
+__all__ = [
+    "BatchNorm",
+    "Conv",
+    "Dropout",
+    "SqueezeExcitation",
+    "TransposedConv",
+    "batch_over",
+    "he_normal",
+    "uniform_fan_in",
+]

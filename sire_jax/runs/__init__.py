@@ -1,0 +1,1 @@
+"""Several independent runs as compiled programs, over seeds, steps and devices."""
