@@ -242,7 +242,8 @@ def measure_step(options: argparse.Namespace) -> dict[str, Any]:
     import jax.numpy as jnp
     from updates import contest, say
 
-    from sire_jax import configuration, experiment
+    from sire_jax import configuration
+    from sire_jax.configuration import experiment
     from sire_jax.metrics import Average
     from sire_jax.runs import parallel
 

@@ -37,7 +37,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from sire_jax import configuration, experiment
+from sire_jax import configuration
+from sire_jax.configuration import experiment
 from sire_jax.job import distributed
 from sire_jax.runs.runs import Runs
 from sire_jax.storage.checkpoint import Checkpoints

@@ -47,7 +47,8 @@ from ml_collections import ConfigDict
 from torch import nn
 from torch.nn import functional
 
-from sire_jax import configuration, experiment, traced
+from sire_jax import configuration, traced
+from sire_jax.configuration import experiment
 from sire_jax.inspect import inspect
 from sire_jax.metrics import Average
 from sire_jax.runs import parallel

@@ -15,7 +15,8 @@ from typing import Any
 import jax
 from jax.tree_util import DictKey
 
-from sire_jax import configuration, experiment, inspect, reproduce, traced
+from sire_jax import configuration, inspect, reproduce, traced
+from sire_jax.configuration import experiment
 from sire_jax.tables import align
 
 TABLES = ("sire_3", "sire_4", "ssal_1", "ssal_2", "ssal_3")

@@ -45,7 +45,8 @@ from sire import Contender, Memory, machine, mebibytes, planned_bytes
 from updates import contest, random_data, say
 from updates_report import figures, ratios, spread
 
-from sire_jax import configuration, experiment, traced
+from sire_jax import configuration, traced
+from sire_jax.configuration import experiment
 from sire_jax.inspect import inspect
 from sire_jax.metrics import Average
 from sire_jax.prediction import Output, Prediction

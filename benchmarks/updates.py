@@ -43,7 +43,8 @@ import updates_report
 from jax import Array
 from ml_collections import ConfigDict
 
-from sire_jax import configuration, experiment, traced
+from sire_jax import configuration, traced
+from sire_jax.configuration import experiment
 from sire_jax.inspect import inspect
 from sire_jax.metrics import Average
 from sire_jax.networks import MAIN

@@ -25,7 +25,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from sire_jax import configuration, experiment, registry, tables
+from sire_jax import configuration, registry, tables
+from sire_jax.configuration import experiment
 from sire_jax.job import command
 from sire_jax.storage.workdir import Workdir, at, read_results
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from sire_jax import configuration, experiment, tables
+from sire_jax import configuration, tables
+from sire_jax.configuration import experiment
 from sire_jax.data import contents
 from sire_jax.job import command
 from sire_jax.runs import divergence

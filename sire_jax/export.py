@@ -18,8 +18,8 @@ import jax
 import numpy as np
 
 from sire_jax import objectives, tables, traced
+from sire_jax.configuration.experiment import Experiment
 from sire_jax.evaluate import kept_weights, open_run
-from sire_jax.experiment import Experiment
 from sire_jax.inference.exported import load as load
 from sire_jax.inference.exported import needed, paths, save
 from sire_jax.job import command

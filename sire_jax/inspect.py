@@ -24,7 +24,8 @@ import jax.numpy as jnp
 from jax import Array
 from ml_collections import ConfigDict
 
-from sire_jax import configuration, experiment, tables, traced
+from sire_jax import configuration, tables, traced
+from sire_jax.configuration import experiment
 from sire_jax.job import command
 from sire_jax.networks import MAIN
 

@@ -210,6 +210,22 @@ def _becomes_mapping(value: Any) -> bool:
     return hasattr(value, "to_dict")
 
 
+def flat(section: Any, prefix: str = "") -> dict[str, Any]:
+    """Returns ``{"a.b": value}`` for a section with sections in it.
+
+    Args:
+        section: The section.
+        prefix: Of all names.
+    """
+    values: dict[str, Any] = {}
+    for key, value in section.items():
+        if is_section(value):
+            values |= flat(value, f"{prefix}{key}.")
+        else:
+            values[prefix + key] = tuple(value) if isinstance(value, list) else value
+    return values
+
+
 def check_type(where: str, value: Any, default: Any) -> None:
     """Checks that a value has the type of the default: a float may be an int, a bool may not.
 

@@ -17,7 +17,8 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from sire_jax import experiment, tables, traced
+from sire_jax import tables, traced
+from sire_jax.configuration import experiment
 from sire_jax.data.dataset import Source
 from sire_jax.data.tasks import Pairs
 from sire_jax.diagnostics import gradient_flow

@@ -22,16 +22,8 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from sire_jax import (
-    __version__,
-    configuration,
-    experiment,
-    files,
-    names,
-    registry,
-    rehearsal,
-    tables,
-)
+from sire_jax import __version__, configuration, files, names, registry, rehearsal, tables
+from sire_jax.configuration import experiment
 from sire_jax.diagnostics import figures, gradient_flow
 from sire_jax.job import command
 from sire_jax.runs import divergence

@@ -16,7 +16,8 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from sire_jax import configuration, experiment, files, rehearsal, tables, traced
+from sire_jax import configuration, files, rehearsal, tables, traced
+from sire_jax.configuration import experiment
 from sire_jax.diagnostics import figures, gradient_flow
 from sire_jax.job import command, compilation, distributed, lock
 from sire_jax.job.progress import Pace, Progress, Stop, stop_on_signals

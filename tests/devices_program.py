@@ -8,7 +8,8 @@ import numpy as np
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from sire_jax import configuration, experiment
+from sire_jax import configuration
+from sire_jax.configuration import experiment
 from sire_jax.layers import BatchNorm
 from sire_jax.runs.runs import Runs
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from sire_jax import configuration, evaluate, experiment
+from sire_jax import configuration, evaluate
+from sire_jax.configuration import experiment
 from sire_jax.runs.runs import Runs
 
 CONFIGS = configuration.repository_configs()

@@ -10,16 +10,10 @@ import pytest
 from ml_collections import ConfigDict
 from planned import random_like, shape, shapes_of
 
-from sire_jax import (
-    configuration,
-    experiment,
-    objective_sections,
-    optimizers,
-    registry,
-    traced,
-    validation,
-)
+from sire_jax import configuration, optimizers, registry, traced
 from sire_jax.backbones import BACKBONES
+from sire_jax.configuration import experiment, validation
+from sire_jax.configuration import objectives as objective_sections
 from sire_jax.data.tasks import Images
 from sire_jax.networks import Network
 from sire_jax.optimizers import LinearOptimizer, WeightDecay

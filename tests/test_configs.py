@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sire_jax import configuration, experiment, inspect, reproduce, validation
+from sire_jax import configuration, inspect, reproduce
+from sire_jax.configuration import experiment, validation
 
 CONFIGS = configuration.repository_configs()
 TABLES = sorted(path.stem for path in (CONFIGS / "tables").glob("*.json"))

@@ -3,7 +3,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
-from sire_jax import configuration, experiment, validation
+from sire_jax import configuration, registry
+from sire_jax.configuration import experiment, validation
 
 QUICKSTART = str(configuration.repository_configs() / "quickstart.py")
 
@@ -53,7 +54,7 @@ def test_a_file_is_loaded_with_its_variant():
     ],
 )
 def test_an_override_sets_a_nested_key_and_nothing_else(override, value):
-    before, after = configuration.flat(_load()), configuration.flat(_load(override))
+    before, after = registry.flat(_load()), registry.flat(_load(override))
     key = override.partition("=")[0]
     assert after[key] == value
     assert type(after[key]) is type(value)
@@ -370,7 +371,7 @@ def test_described_parts_show_their_settings():
 
 def test_a_flat_config_has_a_key_for_each_value():
     config = ConfigDict({"a": 1, "b": {"c": (1, 2), "d": {"e": "x"}}, "f": {}})
-    assert configuration.flat(config) == {"a": 1, "b.c": (1, 2), "b.d.e": "x"}
+    assert registry.flat(config) == {"a": 1, "b.c": (1, 2), "b.d.e": "x"}
 
 
 def test_an_override_of_a_part_brings_its_settings_and_keeps_those_in_common():

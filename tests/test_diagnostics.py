@@ -13,7 +13,8 @@ import pytest
 from ml_collections import ConfigDict
 from planned import normal, random_like
 
-from sire_jax import configuration, experiment, train
+from sire_jax import configuration, train
+from sire_jax.configuration import experiment
 from sire_jax.data import batches
 from sire_jax.data.batches import image_range
 from sire_jax.diagnostics import gradient_flow, reconstructions

@@ -9,7 +9,8 @@ import numpy as np
 import programs
 import pytest
 
-from sire_jax import configuration, experiment, train
+from sire_jax import configuration, train
+from sire_jax.configuration import experiment
 from sire_jax.job import command, distributed, lock
 from sire_jax.job.watch import Sign, Signs
 from sire_jax.runs.runs import Runs

@@ -10,7 +10,8 @@ import numpy as np
 import programs
 import pytest
 
-from sire_jax import configuration, evaluate, experiment, reproduce, train
+from sire_jax import configuration, evaluate, reproduce, train
+from sire_jax.configuration import experiment
 from sire_jax.diagnostics import figures
 from sire_jax.runs import parallel
 from sire_jax.runs.divergence import Diverged, NonFiniteLossError, described

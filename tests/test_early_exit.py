@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sire_jax import configuration, early_exit, experiment, export, train
+from sire_jax import configuration, early_exit, export, train
+from sire_jax.configuration import experiment
 from sire_jax.diagnostics import conflict
 from sire_jax.diagnostics.trained import Trained
 from sire_jax.inference import calibration, exits, exported

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from sire_jax import configuration, experiment, objectives
-from sire_jax.configuration import augmentation, head, objective, prediction
+from sire_jax import configuration, objectives
+from sire_jax.configuration import augmentation, experiment, head, objective, prediction
 from sire_jax.data.augmentation import Flip
 from sire_jax.data.tasks import Images, Pairs
 

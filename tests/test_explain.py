@@ -273,7 +273,7 @@ def test_the_program_needs_no_data_and_says_the_names_of_the_run(
     described = json.loads((run / "data.json").read_text())
     described["classes"]["label"] = [f"class {i}" for i in range(10)]
     (run / "data.json").write_text(json.dumps(described))
-    monkeypatch.setattr("sire_jax.experiment.Experiment.load", None)
+    monkeypatch.setattr("sire_jax.configuration.experiment.Experiment.load", None)
     # Two dollar signs are a formula to who draws.
     odd = digit.rename(tmp_path / "$a$_$.png")
     arguments = [f"--workdir={run}", f"--image={odd}", f"--out={tmp_path / 'maps.png'}", "--json"]

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from planned import random_like
 
-from sire_jax import configuration, evaluate, experiment, export, traced
+from sire_jax import configuration, evaluate, export, traced
+from sire_jax.configuration import experiment
 from sire_jax.inference import exported
 from sire_jax.job import command
 

@@ -10,7 +10,8 @@ import pytest
 from flax import linen as nn
 
 import sire_jax as sj
-from sire_jax import configuration, experiment
+from sire_jax import configuration
+from sire_jax.configuration import experiment
 from sire_jax.runs.streamed import open_runs
 
 pytestmark = pytest.mark.optax_dtypes

@@ -8,8 +8,17 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from sire_jax import configuration, evaluate, experiment, groups, train
-from sire_jax.configuration import backbone, grouping, head, loss, objective, optimizer, prediction
+from sire_jax import configuration, evaluate, groups, train
+from sire_jax.configuration import (
+    backbone,
+    experiment,
+    grouping,
+    head,
+    loss,
+    objective,
+    optimizer,
+    prediction,
+)
 from sire_jax.fitted_prediction import FittedJointProbability, LinearCombination
 from sire_jax.groups import Groups, partition
 from sire_jax.prediction import JointProbability

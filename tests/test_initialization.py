@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sire_jax import configuration, experiment
+from sire_jax import configuration
+from sire_jax.configuration import experiment
 from sire_jax.layers.initialization import as_pytorch
 
 CONFIGS = configuration.repository_configs()

@@ -6,7 +6,8 @@ import pytest
 from jax.test_util import check_grads
 from ml_collections import ConfigDict
 
-from sire_jax import configuration, objective_sections, objectives
+from sire_jax import configuration, objectives
+from sire_jax.configuration import objectives as objective_sections
 from sire_jax.objectives import (
     LOSSES,
     Objective,

@@ -9,8 +9,9 @@ from branched import KEY, assert_close
 from ml_collections import ConfigDict
 from planned import normal, shape, shapes_of
 
-from sire_jax import configuration, experiment, optimizers, traced
+from sire_jax import configuration, optimizers, traced
 from sire_jax.backbones import SmallCNN
+from sire_jax.configuration import experiment
 from sire_jax.heads import Classifier
 from sire_jax.networks import Network
 from sire_jax.optimizers import WeightDecay, number_or_schedule, sgd, triangular

@@ -6,7 +6,8 @@ import numpy as np
 import programs
 import pytest
 
-from sire_jax import configuration, experiment, rehearsal, reproduce, traced, train
+from sire_jax import configuration, rehearsal, reproduce, traced, train
+from sire_jax.configuration import experiment
 from sire_jax.diagnostics import figures
 from sire_jax.rehearsal import Rehearsal, rehearse
 

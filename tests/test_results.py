@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sire_jax import configuration, experiment, groups, reproduce, tables
+from sire_jax import configuration, groups, reproduce, tables
+from sire_jax.configuration import experiment
 from sire_jax.groups import clustering
 from sire_jax.networks import MAIN
 from sire_jax.updates.reached import Reached

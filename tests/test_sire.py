@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict
 from planned import random_like
 
-from sire_jax import configuration, experiment, objective_sections, optimizers, reproduce
+from sire_jax import configuration, optimizers, reproduce
+from sire_jax.configuration import experiment
+from sire_jax.configuration import objectives as objective_sections
 from sire_jax.data.batches import image_range
 from sire_jax.step import TrainState
 

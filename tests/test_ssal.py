@@ -13,17 +13,9 @@ import pytest
 from PIL import Image
 from planned import shape, shapes_of
 
-from sire_jax import (
-    configuration,
-    experiment,
-    groups,
-    inspect,
-    registry,
-    reproduce,
-    traced,
-    validation,
-)
+from sire_jax import configuration, groups, inspect, registry, reproduce, traced
 from sire_jax.backbones import BACKBONES
+from sire_jax.configuration import experiment, validation
 from sire_jax.diagnostics import figures
 from sire_jax.networks import Network
 

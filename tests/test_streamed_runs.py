@@ -9,7 +9,8 @@ import pytest
 from ml_collections import ConfigDict
 from pictured import picture, write, write_folder
 
-from sire_jax import configuration, evaluate, experiment, train
+from sire_jax import configuration, evaluate, train
+from sire_jax.configuration import experiment
 from sire_jax.runs.runs import Runs
 from sire_jax.runs.streamed import StreamedRuns, ahead, open_runs
 from sire_jax.storage.workdir import read_metrics, read_results

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sire_jax import configuration, experiment, objectives, traced
+from sire_jax import configuration, objectives, traced
+from sire_jax.configuration import experiment
 from sire_jax.diagnostics import conflict, supervision
 from sire_jax.diagnostics.supervision import Norms, ratios
 from sire_jax.diagnostics.trained import Trained

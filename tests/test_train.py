@@ -16,7 +16,8 @@ import numpy as np
 import programs
 import pytest
 
-from sire_jax import configuration, evaluate, experiment, inspect, reproduce, train
+from sire_jax import configuration, evaluate, inspect, reproduce, train
+from sire_jax.configuration import experiment
 from sire_jax.job import command, lock
 from sire_jax.runs.runs import Runs
 from sire_jax.storage import workdir

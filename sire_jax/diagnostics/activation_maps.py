@@ -22,11 +22,11 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from sire_jax.backbones.plan import OFFSETS
+from sire_jax.configuration.experiment import Experiment
 from sire_jax.data.augmentation import Batch
 from sire_jax.diagnostics.reconstructions import pixels
 from sire_jax.diagnostics.trained import Trained
 from sire_jax.evaluate import kept_weights, open_run
-from sire_jax.experiment import Experiment
 from sire_jax.groups import Groups
 from sire_jax.inference.exits import classified
 from sire_jax.job import command

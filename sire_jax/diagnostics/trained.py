@@ -8,9 +8,9 @@ from typing import Any
 import jax
 from jax import Array
 
+from sire_jax.configuration.experiment import Experiment
 from sire_jax.data.augmentation import Batch
 from sire_jax.evaluate import kept_weights, open_run
-from sire_jax.experiment import Experiment
 from sire_jax.step import Best, TrainState
 
 PyTree = Any

@@ -10,9 +10,10 @@ import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
 
-from sire_jax import configuration, experiment, files, traced, untrusted
+from sire_jax import configuration, files, traced, untrusted
+from sire_jax.configuration import experiment
+from sire_jax.configuration.experiment import Forward
 from sire_jax.data.dataset import Source
-from sire_jax.experiment import Forward
 from sire_jax.inference.stages import cut_out
 from sire_jax.job import command
 from sire_jax.metrics import class_logits

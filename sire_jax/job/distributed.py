@@ -25,7 +25,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from sire_jax import __version__, configuration
+from sire_jax import __version__, registry
 from sire_jax.job import command, coordination, signals
 from sire_jax.job.watch import SECONDS_BETWEEN_SIGNS, Watch, explain_abort
 
@@ -191,7 +191,7 @@ def identity(config: ConfigDict) -> dict[str, str]:
     """Returns what has to be the same on all processes: config, code and libraries."""
     packages = ("jax", "jaxlib", "flax", "optax")
     return {
-        **{f"config.{k}": repr(v) for k, v in configuration.flat(config).items() if k not in _OWN},
+        **{f"config.{k}": repr(v) for k, v in registry.flat(config).items() if k not in _OWN},
         "code of sire_jax": f"{__version__} ({_code()})",
         **{package: importlib.metadata.version(package) for package in packages},
     }

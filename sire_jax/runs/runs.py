@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sire_jax import experiment
+from sire_jax.configuration import experiment
 from sire_jax.data import contents, tasks
 from sire_jax.data.augmentation import Batch
 from sire_jax.data.dataset import Dataset

@@ -17,7 +17,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sire_jax import experiment
+from sire_jax.configuration import experiment
 from sire_jax.data import stream
 from sire_jax.data.augmentation import Batch
 from sire_jax.job import distributed

@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planned import shape, shapes_of
 
-from sire_jax import configuration, experiment, inspect, registry, traced
+from sire_jax import configuration, inspect, registry, traced
 from sire_jax.backbones import BACKBONES
 from sire_jax.backbones.blocks import Convolution, MaxPool, Residual
 from sire_jax.backbones.googlenet import Inception
 from sire_jax.backbones.plan import Plan, Planned
+from sire_jax.configuration import experiment
 from sire_jax.heads import HEADS
 from sire_jax.heads.decoder import decoders
 from sire_jax.networks import Network

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sire_jax import configuration, experiment
+from sire_jax import configuration
+from sire_jax.configuration import experiment
 
 pytestmark = pytest.mark.slow  # Decodes 60,000 images.
 

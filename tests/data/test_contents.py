@@ -11,7 +11,8 @@ import pytest
 import test_streamed_runs
 from pictured import encoded, flipped, picture, prepare_set, write, write_folder
 
-from sire_jax import configuration, evaluate, experiment, train
+from sire_jax import configuration, evaluate, train
+from sire_jax.configuration import experiment
 from sire_jax.data import contents, folders, sources
 from sire_jax.data.dataset import Dataset, Listed, Selection, Source
 from sire_jax.data.records import open_records

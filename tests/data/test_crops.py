@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
-from sire_jax import configuration, experiment, inspect
-from sire_jax.configuration import head, objective, prediction
+from sire_jax import configuration, inspect
+from sire_jax.configuration import experiment, head, objective, prediction
 from sire_jax.data import crops
 from sire_jax.data.augmentation import RandomCrop
 from sire_jax.runs.runs import Runs

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from sire_jax import configuration, experiment, registry, validation
+from sire_jax import configuration, registry
 from sire_jax.backbones import BACKBONES
+from sire_jax.configuration import experiment, validation
 from sire_jax.data.augmentation import AUGMENTATIONS
 from sire_jax.data.tasks import TASKS
 from sire_jax.fitted_prediction import PREDICTIONS

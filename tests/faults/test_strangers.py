@@ -17,7 +17,8 @@ from ml_collections import ConfigDict
 from planned import random_like
 
 import sire_jax
-from sire_jax import configuration, evaluate, experiment, groups, registry, untrusted
+from sire_jax import configuration, evaluate, groups, registry, untrusted
+from sire_jax.configuration import experiment
 from sire_jax.data import copies, sources
 from sire_jax.data.folders import FolderSplit
 from sire_jax.data.records import Records

@@ -11,18 +11,10 @@ import optax
 from jax import Array
 from ml_collections import ConfigDict
 
-from sire_jax import (
-    checks,
-    objective_sections,
-    objectives,
-    optimizers,
-    prediction,
-    registry,
-    traced,
-    untrusted,
-    validation,
-)
+from sire_jax import objectives, optimizers, prediction, registry, traced, untrusted
 from sire_jax.backbones import BACKBONES
+from sire_jax.configuration import compatibility, validation
+from sire_jax.configuration import objectives as objective_sections
 from sire_jax.data import augmentation, batches, crops, records, sources, tasks
 from sire_jax.data.augmentation import AUGMENTATIONS, RandomCrop
 from sire_jax.data.dataset import Dataset, Selection, Source
@@ -287,12 +279,12 @@ def _example_batch(
     shape = (2, 2) if isinstance(task, tasks.Pairs) else (2,)
     examples = jax.ShapeDtypeStruct(shape, jnp.int32)
     found = jax.eval_shape(task.batch, arrays, examples)
-    checks.groups(groups, task.classes(config.data.classes)["label"], found)
+    compatibility.groups(groups, task.classes(config.data.classes)["label"], found)
     batch = jax.eval_shape(
         lambda a, e: batches.ready(config.data, groups, task.batch(a, e)), arrays, examples
     )
     side = config.data.crop
-    checks.crop(side, config.data.ten_crop, batch["image"].shape)
+    compatibility.crop(side, config.data.ten_crop, batch["image"].shape)
     return jax.eval_shape(lambda whole: batches.crop(whole, side), batch)
 
 
@@ -452,7 +444,7 @@ def build(config: ConfigDict) -> Experiment:
     chosen = objective_sections.create(config.objectives, parts.families, depths, units)
     chosen = objective_sections.with_ignored_groups(chosen, parts.groups)
     objectives.check(chosen, outputs, batch)
-    checks.ignored(chosen, isinstance(parts.task, tasks.Pairs))
+    compatibility.ignored(chosen, isinstance(parts.task, tasks.Pairs))
     of_outputs = branches(chosen, parts.groups)
     predictions = _section(
         config,
@@ -462,19 +454,19 @@ def build(config: ConfigDict) -> Experiment:
         groups={name: each.assignment for name, each in of_outputs.items()},
     )
     prediction.check(predictions, outputs)
-    checks.labels(predictions, chosen)
-    checks.names(predictions, outputs, chosen)
+    compatibility.labels(predictions, chosen)
+    compatibility.names(predictions, outputs, chosen)
     jax.eval_shape(lambda o, b: objectives.evaluate(chosen, o, b), dict(outputs), batch)
     classes = parts.task.classes(config.data.classes)
-    checks.widths(classes | {k: g.number for k, g in parts.groups.items()}, chosen, outputs)
-    checks.augmentations(augmentations, batch)
+    compatibility.widths(classes | {k: g.number for k, g in parts.groups.items()}, chosen, outputs)
+    compatibility.augmentations(augmentations, batch)
     if config.data.crop and not config.data.random_resized_crop:
         augmentations = {"data.crop": RandomCrop(config.data.crop), **augmentations}
-    checks.ranges(network.heads, chosen, *batches.image_range(config.data))
+    compatibility.ranges(network.heads, chosen, *batches.image_range(config.data))
     if config.data.ten_crop:
-        checks.averages(outputs, batch)
+        compatibility.averages(outputs, batch)
     if "validation" in config.evaluate_splits:
-        checks.selection(chosen, outputs, batch)
+        compatibility.selection(chosen, outputs, batch)
     optimizer = _optimizer(config, units)
     reach = find_reach(network.apply, chosen, parts.variables, batch)
     rule = registry.create(

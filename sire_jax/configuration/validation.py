@@ -6,9 +6,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from sire_jax import checks, names, objective_sections, registry
+from sire_jax import names, registry
 from sire_jax.backbones import BACKBONES
-from sire_jax.configuration import SPLITS, default
+from sire_jax.configuration import SPLITS, compatibility, default
+from sire_jax.configuration import objectives as objective_sections
 from sire_jax.data.augmentation import AUGMENTATIONS
 from sire_jax.data.dataset import Selection
 from sire_jax.data.tasks import TASKS
@@ -249,6 +250,6 @@ def _check_optimizer(section: ConfigDict) -> None:
     # Weight decay may have a section with two numbers.
     scheduled = [k for k, v in sections.items() if k != "weight_decay" or "name" in v]
     for key in scheduled:
-        checks.number_or_schedule(f"config.optimizer.{key}", section[key])
+        compatibility.number_or_schedule(f"config.optimizer.{key}", section[key])
     with registry.located("config.optimizer"):
         registry.create(OPTIMIZERS, {**section, **dict.fromkeys(scheduled, 0.0)}, "optimizer")

@@ -5,7 +5,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from sire_jax import checks, objectives, optimizers, registry
+from sire_jax import objectives, optimizers, registry
+from sire_jax.configuration import compatibility
 from sire_jax.groups.partition import NO_GROUP
 
 
@@ -50,9 +51,9 @@ def check(name: str, section: Any) -> None:
         known = {"depth": objectives.depth_weights}
         registry.check(known, section["weight"], "weight", f"{where}.weight", ("layers",))
     else:
-        checks.number_or_schedule(f"{where}.weight", section.get("weight", 1.0))
+        compatibility.number_or_schedule(f"{where}.weight", section.get("weight", 1.0))
     for i, weight in enumerate(section.get("weights", ())):
-        checks.number_or_schedule(f"{where}.weights[{i}]", weight)
+        compatibility.number_or_schedule(f"{where}.weights[{i}]", weight)
 
 
 def _check_keys(name: str, section: Any) -> None:
@@ -180,6 +181,6 @@ def _objective(
     loss = _loss(section["loss"])
     weight = optimizers.number_or_schedule(weight, f"weight of the objective '{name}'", units)
     if callable(weight):
-        checks.schedule(name, weight, units.get("run") or 1)
+        compatibility.schedule(name, weight, units.get("run") or 1)
     others = {key: section[key] for key in ("ignore", "mask", "classifies") if key in section}
     return objectives.Objective(output, section["target"], loss, weight, **others)

@@ -1,0 +1,139 @@
+"""Configs as they are kept with runs, read again, and compared."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from sire_jax import registry, untrusted
+from sire_jax.backbones import BACKBONES
+from sire_jax.configuration.defaults import default
+from sire_jax.configuration.sections import SWITCHED, described
+from sire_jax.heads import HEADS
+
+# Characters of a value in a message.
+_LONG = 100
+
+
+# Keys that change how a run is carried out, not what it computes: a run goes on under other values.
+_FREE = {
+    "devices",
+    "steps_per_call",
+    "checkpoint_every",
+    "checkpoint_steps",
+    "checkpoints_kept",
+    "compilation_cache",
+    "peer_timeout",
+    "data.workers",
+    "data.threads",
+    # What it changes would otherwise have ended the run.
+    "data.damaged",
+    "on_diverged",
+    "chance_after",
+    "gradient_flow_every",
+    "tensorboard",
+    "data.dir",
+    "data.cache",
+}
+
+
+def to_json(config: ConfigDict) -> str:
+    """Writes a resolved config as JSON."""
+    return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
+
+
+def from_json(text: str, source: str = "The config") -> ConfigDict:
+    """Reads what ``to_json`` wrote.
+
+    Args:
+        text: The JSON.
+        source: Where it comes from, for messages.
+
+    Returns:
+        The config, not yet checked.
+
+    Raises:
+        ValueError: If it is no such JSON.
+    """
+
+    def tuples(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: tuples(each) for key, each in value.items()}
+        return tuple(tuples(each) for each in value) if isinstance(value, list) else value
+
+    found = untrusted.parse_json(text, source)
+    if not isinstance(found, dict):
+        raise ValueError(f"{source} holds no config; it should be a JSON object.")
+    try:
+        return ConfigDict(tuples(found))
+    # Of keys with a dot, or that a ConfigDict keeps for itself.
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{source} holds no config: {error}") from None
+
+
+def completed(config: ConfigDict) -> ConfigDict:
+    """Returns a config with the settings that a former version did not have.
+
+    Args:
+        config: A config that was stored; it is left as it is.
+
+    Returns:
+        The same with the defaults of what is missing, which are what that version did.
+    """
+    config = config.copy_and_resolve_references()
+    config.unlock()
+    for section in _sections(config.get("heads")):
+        if section.get("name") == "decoders":
+            _complete(section, {"last": "linear"})
+    return _with_defaults(config)
+
+
+def _with_defaults(config: ConfigDict) -> ConfigDict:
+    """Returns a config with all that it leaves out, which is as its default."""
+    config, known = config.copy_and_resolve_references(), default()
+    config.unlock()
+    for section, defaults in ((config, known), (config.get("data"), known.data)):
+        _complete(section, defaults)
+    for key, (parts, what, supplied) in SWITCHED.items():
+        _complete_part(config.get(key), parts, what, supplied)
+    _complete_part(config.get("backbone"), BACKBONES, "backbone")
+    for section in _sections(config.get("heads")):
+        _complete_part(section, HEADS, "head")
+    return config
+
+
+def _sections(section: Any) -> list[ConfigDict]:
+    """Returns the sections within one, if it is one."""
+    inner = section.values() if isinstance(section, ConfigDict) else ()
+    return [each for each in inner if isinstance(each, ConfigDict)]
+
+
+def _complete(section: Any, defaults: Mapping[str, Any]) -> None:
+    if isinstance(section, ConfigDict):
+        section.update({k: v for k, v in defaults.items() if k not in section})
+
+
+def _complete_part(
+    section: Any, parts: Mapping[str, Any], what: str, supplied: Sequence[str] = ("plan",)
+) -> None:
+    name = section.get("name") if isinstance(section, ConfigDict) else None
+    if isinstance(name, str) and name in parts:
+        defaults = described(parts, name, what)
+        _complete(section, {k: v for k, v in defaults.items() if k not in supplied})
+
+
+def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
+    """Lists what two configs compute differently, a line ``key: old -> new`` each."""
+    a, b = registry.flat(_with_defaults(old)), registry.flat(_with_defaults(new))
+    keys = sorted((a.keys() | b.keys()) - _FREE)
+    absent = "(absent)"
+    changed = [key for key in keys if a.get(key, absent) != b.get(key, absent)]
+    return [
+        f"{key}: {_short(a.get(key, absent))} -> {_short(b.get(key, absent))}" for key in changed
+    ]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONG else f"{text[: _LONG - 1]}…"
