@@ -21,11 +21,10 @@ from sire_jax.data.sources import Source
 from sire_jax.data.tasks import Images
 from sire_jax.diagnostics.activation_maps import draw, titles
 from sire_jax.diagnostics.activation_maps import explain as explained_images
-from sire_jax.diagnostics.trained import Trained
-from sire_jax.evaluate import kept_weights, open_run
 from sire_jax.job import command
 from sire_jax.names import printable
 from sire_jax.runs.runs import Runs
+from sire_jax.runs.trained import Trained, kept_weights, open_run
 
 
 def read_image(path: str | Path, data: ConfigDict) -> tuple[np.ndarray, str]:

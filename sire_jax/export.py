@@ -19,13 +19,13 @@ import numpy as np
 
 from sire_jax import objectives, tables, traced
 from sire_jax.configuration.experiment import Experiment
-from sire_jax.evaluate import kept_weights, open_run
 from sire_jax.inference.exported import load as load
 from sire_jax.inference.exported import needed, paths, save
 from sire_jax.job import command
 from sire_jax.names import nearest
 from sire_jax.networks import MAIN
 from sire_jax.runs.runs import Runs
+from sire_jax.runs.trained import kept_weights, open_run
 from sire_jax.step import Best, TrainState
 
 PyTree = Any

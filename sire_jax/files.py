@@ -4,6 +4,9 @@ import os
 import tempfile
 from pathlib import Path
 
+# Where the code of the library is.
+PACKAGE = Path(__file__).parent
+
 
 def expanded(path: str | Path, before: str = "") -> Path:
     """Expands ``~``, wherever a path comes in.

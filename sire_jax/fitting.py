@@ -15,8 +15,8 @@ from sire_jax.data.augmentation import Augmentation
 from sire_jax.metrics import Average, Metrics, means
 from sire_jax.prediction import Prediction
 from sire_jax.runs.divergence import NonFiniteLossError, what_broke
-from sire_jax.runs.parallel import INITIAL, NEVER, never_broken, one_step, shuffle
-from sire_jax.step import TrainState, find_reach, make_measure, make_step
+from sire_jax.runs.parallel import NEVER, never_broken, one_step, shuffle
+from sire_jax.step import INITIAL, TrainState, find_reach, make_measure, make_step
 from sire_jax.updates import UpdateRule
 
 PyTree = Any

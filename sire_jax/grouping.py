@@ -19,12 +19,12 @@ import numpy as np
 
 from sire_jax import configuration, files, groups, tables
 from sire_jax.data import sources
-from sire_jax.evaluate import open_run
 from sire_jax.groups import Groups, coarse, make, mean_confusion
 from sire_jax.groups.clustering import CRITERIA, METHODS, check_number
 from sire_jax.inference import confusion
 from sire_jax.job import command
 from sire_jax.names import nearest
+from sire_jax.runs.trained import open_run
 from sire_jax.storage.workdir import read_config
 
 

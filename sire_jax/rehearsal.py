@@ -21,9 +21,8 @@ from sire_jax import tables, traced
 from sire_jax.configuration import experiment
 from sire_jax.data.dataset import Source
 from sire_jax.data.tasks import Pairs
-from sire_jax.diagnostics import gradient_flow
 from sire_jax.groups.partition import is_dealt
-from sire_jax.runs import parallel
+from sire_jax.runs import gradient_flow, parallel
 from sire_jax.runs.runs import Runs
 from sire_jax.runs.streamed import open_runs
 

@@ -28,6 +28,8 @@ from sire_jax.objectives import weights as weights_at
 from sire_jax.updates import Losses, UpdateRule
 
 PyTree = Any
+# Folded into a run's key, apart from its steps, which are folded in as 0, 1, … below 2**31.
+SHUFFLE, INITIAL = 2**32 - 1, 2**32 - 2
 Apply = Callable[..., Any]
 
 

@@ -24,6 +24,7 @@ from sire_jax.job.progress import Pace, Progress, Stop, stop_on_signals
 from sire_jax.metrics import Metrics
 from sire_jax.networks import MAIN
 from sire_jax.runs.divergence import DIVERGED, Diverged, NonFiniteLossError, converged, described
+from sire_jax.runs.gradient_flow import check as check_gradient_flow
 from sire_jax.runs.runs import Checkpoint, Runs
 from sire_jax.runs.streamed import open_runs
 from sire_jax.step import Best, TrainState
@@ -71,7 +72,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     with distributed.together("reading the config"):
         config = configuration.with_groups(config)
         parts = experiment.build(config)
-        gradient_flow.check(config.gradient_flow_every, parts.variables["params"])
+        check_gradient_flow(config.gradient_flow_every, parts.variables["params"])
         distributed.set_peer_timeout(config.peer_timeout)
         directory = Workdir(workdir, config)
     with contextlib.ExitStack() as held:

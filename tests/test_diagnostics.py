@@ -19,6 +19,7 @@ from sire_jax.data import batches
 from sire_jax.data.batches import image_range
 from sire_jax.diagnostics import gradient_flow, reconstructions
 from sire_jax.diagnostics.reconstructions import Reconstructed
+from sire_jax.runs.gradient_flow import convolutions, make_gradient_flow
 from sire_jax.runs.runs import Runs
 from sire_jax.step import TrainState
 from sire_jax.storage import workdir
@@ -237,7 +238,7 @@ def test_the_gradient_flow_is_that_of_each_weighted_objective():
     variables = random_like(parts.variables)
     state = TrainState.start(jax.random.key(0), variables, parts.rule)
     batch = {"image": normal(0, 6, 8, 8, 1), "label": jnp.arange(6, dtype=jnp.int32)}
-    measure = gradient_flow.make_gradient_flow(parts.network.apply, parts.objectives)
+    measure = make_gradient_flow(parts.network.apply, parts.objectives)
     weights = {"main": 1.0, "decoder_1": 0.2}
 
     @jax.jit
@@ -280,7 +281,7 @@ def test_convolutions_are_listed_shallow_to_deep():
             "output": {"kernel": shape((2, 2))},
         },
     }
-    found = gradient_flow.convolutions(params)
+    found = convolutions(params)
     assert [path[1] for path in found] == [*names, "tail_block_1"]
     assert all(path[0] == "backbone" and path[-1] == "kernel" for path in found)
 

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from sire_jax import configuration, early_exit, export, train
 from sire_jax.configuration import experiment
 from sire_jax.diagnostics import conflict
-from sire_jax.diagnostics.trained import Trained
 from sire_jax.inference import calibration, exits, exported
 from sire_jax.inference.cascade import Cascade
 from sire_jax.inference.exit_rules import (
@@ -28,6 +27,7 @@ from sire_jax.inference.exit_rules import (
 )
 from sire_jax.inference.stages import Stage, split
 from sire_jax.job import command
+from sire_jax.runs.trained import Trained
 from sire_jax.storage import workdir
 
 pytestmark = pytest.mark.optax_dtypes

@@ -18,8 +18,7 @@ from sire_jax.data import sources
 from sire_jax.data.records import open_records
 from sire_jax.data.stream import Transform, batches
 from sire_jax.diagnostics import activation_maps
-from sire_jax.diagnostics.trained import Trained
-from sire_jax.evaluate import kept_weights, open_run
+from sire_jax.runs.trained import Trained, kept_weights, open_run
 
 pytestmark = pytest.mark.optax_dtypes
 NAMES = tuple("0123456789")

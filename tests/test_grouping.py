@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from sire_jax import configuration, grouping, groups, train
 from sire_jax.data import sources
-from sire_jax.evaluate import kept_weights, open_run
 from sire_jax.groups import balanced, coarse, confusion, distances, mean_confusion, released
 from sire_jax.inference import confusion as run_confusion
 from sire_jax.job import command
+from sire_jax.runs.trained import kept_weights, open_run
 from sire_jax.storage.workdir import Workdir
 
 # Counts of the labels a to f; a row's sum is 20, but of b 40, whose rates are those of 4, 12, …

@@ -9,7 +9,7 @@ from sire_jax import configuration, objectives, traced
 from sire_jax.configuration import experiment
 from sire_jax.diagnostics import conflict, supervision
 from sire_jax.diagnostics.supervision import Norms, ratios
-from sire_jax.diagnostics.trained import Trained
+from sire_jax.runs.trained import Trained
 from sire_jax.step import make_losses
 
 CONFIGS = configuration.repository_configs()

@@ -24,8 +24,8 @@ from sire_jax.heads import HEADS
 from sire_jax.layers.initialization import as_pytorch
 from sire_jax.names import listed
 from sire_jax.networks import MAIN, Network
-from sire_jax.runs.parallel import INITIAL
 from sire_jax.step import (
+    INITIAL,
     Apply,
     Measure,
     Predict,

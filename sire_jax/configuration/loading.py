@@ -215,7 +215,7 @@ def repository_configs() -> Path:
 
     It is ``configs`` beside the package in the repository, and inside of it where it is installed.
     """
-    package = Path(__file__).resolve().parent
+    package = files.PACKAGE.resolve()
     installed = package / CONFIGS
     return installed if installed.is_dir() else package.parent / CONFIGS
 

@@ -18,8 +18,10 @@ from sire_jax.groups import partition
 from sire_jax.heads import HEADS
 from sire_jax.layers.initialization import INITIALIZATIONS
 from sire_jax.optimizers import OPTIMIZERS
-from sire_jax.runs.divergence import POLICIES
 from sire_jax.updates import AGGREGATORS, UPDATES, WEIGHTINGS
+
+# What may be done about a run that diverges: to end all, or to record it and go on with the others.
+POLICIES = ("stop", "record")
 
 
 def validate(config: ConfigDict) -> None:

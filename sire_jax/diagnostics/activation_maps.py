@@ -25,14 +25,13 @@ from sire_jax.backbones.plan import OFFSETS
 from sire_jax.configuration.experiment import Experiment
 from sire_jax.data.augmentation import Batch
 from sire_jax.diagnostics.reconstructions import pixels
-from sire_jax.diagnostics.trained import Trained
-from sire_jax.evaluate import kept_weights, open_run
 from sire_jax.groups import Groups
 from sire_jax.inference.exits import classified
 from sire_jax.job import command
 from sire_jax.networks import MAIN
 from sire_jax.prediction import JointProbability, Output
 from sire_jax.runs.runs import Runs
+from sire_jax.runs.trained import Trained, kept_weights, open_run
 
 PyTree = Any
 # (the module's name in the network, the layer's name in the module)

@@ -18,9 +18,9 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from sire_jax.diagnostics.trained import Trained
 from sire_jax.job import command
 from sire_jax.networks import MAIN
+from sire_jax.runs.trained import Trained
 from sire_jax.step import make_losses
 from sire_jax.updates import Losses, gradients
 from sire_jax.updates.aggregated import gramians

@@ -15,10 +15,10 @@ from jax import Array
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
-from sire_jax.evaluate import kept_weights, open_run
 from sire_jax.heads.decoder import Decoder
 from sire_jax.job import command
 from sire_jax.networks import MAIN
+from sire_jax.runs.trained import kept_weights, open_run
 from sire_jax.storage.workdir import titles
 
 

@@ -23,9 +23,9 @@ from matplotlib.ticker import MaxNLocator
 
 from sire_jax import objectives
 from sire_jax.backbones.plan import OFFSETS
-from sire_jax.diagnostics.trained import Trained
 from sire_jax.job import command
 from sire_jax.networks import MAIN
+from sire_jax.runs.trained import Trained
 from sire_jax.step import make_losses
 from sire_jax.storage.workdir import titles
 from sire_jax.updates import gradients

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from sire_jax.evaluate import kept_weights
 from sire_jax.inference.exits import classified
 from sire_jax.metrics import class_logits, is_label
 from sire_jax.networks import MAIN
 from sire_jax.runs.runs import Runs
+from sire_jax.runs.trained import kept_weights
 
 PyTree = Any
 

@@ -13,12 +13,12 @@ from jax import Array
 
 from sire_jax import objectives, traced
 from sire_jax.configuration.experiment import Experiment
-from sire_jax.evaluate import kept_weights, open_run
 from sire_jax.inference.cascade import filled
 from sire_jax.inference.stages import Stage, split
 from sire_jax.metrics import class_logits
 from sire_jax.networks import MAIN
 from sire_jax.runs.runs import Runs
+from sire_jax.runs.trained import kept_weights, open_run
 
 PyTree = Any
 

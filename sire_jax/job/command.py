@@ -159,4 +159,4 @@ def check_picture(path: str | Path) -> Path:
 def _raised_here(error: BaseException) -> bool:
     """Tells whether this project raised an error, for the user; others are bugs, shown whole."""
     *_, last = traceback.walk_tb(error.__traceback__)
-    return Path(last[0].f_code.co_filename).is_relative_to(Path(__file__).parent)
+    return Path(last[0].f_code.co_filename).is_relative_to(files.PACKAGE)

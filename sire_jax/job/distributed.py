@@ -25,7 +25,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from sire_jax import __version__, registry
+from sire_jax import __version__, files, registry
 from sire_jax.job import command, coordination, signals
 from sire_jax.job.watch import SECONDS_BETWEEN_SIGNS, Watch, explain_abort
 
@@ -204,7 +204,7 @@ _OWN = {"data.dir", "data.cache", "data.workers", "data.threads", "compilation_c
 def _code() -> str:
     """Returns a digest of this package's source; of configs what they say is compared."""
     digest = hashlib.sha256()
-    root = Path(__file__).parent
+    root = files.PACKAGE
     installed = set(root.glob("configs/*.py"))
     for path in sorted({*root.rglob("*.py")} - installed):
         digest.update(str(path.relative_to(root)).encode() + path.read_bytes())

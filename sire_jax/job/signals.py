@@ -123,10 +123,10 @@ def _program() -> str | None:
         return None
     if sys.argv[:1] == ["-m"]:
         # So while the program itself is not imported yet.
-        names = [word for word in sys.orig_argv if word.startswith(f"{__package__}.")]
+        names = [word for word in sys.orig_argv if word.startswith("sire_jax.")]
         return names[0].rpartition(".")[2] if names else None
     path = Path(sys.argv[0] if sys.argv else "").absolute()
-    return path.stem if Path(__file__).absolute().parent in path.parents else None
+    return path.stem if Path(__file__).absolute().parents[1] in path.parents else None
 
 
 def _leave_to_thread(number: int, frame: Any) -> None:

@@ -11,8 +11,6 @@ from sire_jax.runs import parallel
 
 # Its key in checkpoints and results.
 DIVERGED = "diverged"
-# What may be done about a run that diverges: to end all, or to record it and go on with the others.
-POLICIES = ("stop", "record")
 _KEPT = (
     "The last finite checkpoint is kept in {}; try a smaller learning rate or weight, or clip"
     " gradients (config.optimizer.clip)."

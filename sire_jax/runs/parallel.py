@@ -11,12 +11,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sire_jax.data.augmentation import Batch
 from sire_jax.metrics import Metrics, add
-from sire_jax.step import Predict, Step, TrainState
+from sire_jax.step import SHUFFLE, Predict, Step, TrainState
 
 PyTree = Any
 NEVER = jnp.iinfo(jnp.int32).max
-# Folded into a run's key, apart from its steps, which are folded in as 0, 1, … below 2**31.
-SHUFFLE, INITIAL = 2**32 - 1, 2**32 - 2
 
 
 def device_mesh(devices: int, share: str, batch_size: int, seeds: int) -> Mesh:

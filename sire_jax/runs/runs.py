@@ -12,11 +12,10 @@ from sire_jax.configuration import experiment
 from sire_jax.data import contents, tasks
 from sire_jax.data.augmentation import Batch
 from sire_jax.data.dataset import Dataset
-from sire_jax.diagnostics import gradient_flow
 from sire_jax.fitted_prediction import MOST, is_fitted
 from sire_jax.job import compilation, distributed
 from sire_jax.metrics import Average, Metrics, means
-from sire_jax.runs import parallel
+from sire_jax.runs import gradient_flow, parallel
 from sire_jax.step import Best, TrainState
 
 PyTree = Any
