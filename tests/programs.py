@@ -11,9 +11,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from sire_jax import configuration, evaluate
+from sire_jax import configuration
 from sire_jax.configuration import experiment
 from sire_jax.runs.runs import Runs
+from sire_jax.runs.trained import restore
 
 CONFIGS = configuration.repository_configs()
 QUICKSTART = f"--config={CONFIGS}/quickstart.py"
@@ -129,7 +130,7 @@ def final(workdir, *overrides, config=TINY):
     """Returns the last state of a run, as arrays of bits."""
     config = configuration.load(config.removeprefix("--config="), [*overrides])
     config.devices = 1
-    state, _ = evaluate.restore(Runs(experiment.build(config)), Path(workdir) / "checkpoints")
+    state, _ = restore(Runs(experiment.build(config)), Path(workdir) / "checkpoints")
     plain = [
         jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
         for x in jax.tree.leaves(state)

@@ -15,6 +15,7 @@ from sire_jax.configuration import experiment
 from sire_jax.diagnostics import figures
 from sire_jax.runs import parallel
 from sire_jax.runs.divergence import Diverged, NonFiniteLossError, described
+from sire_jax.runs.trained import kept_weights, open_run
 from sire_jax.storage.checkpoint import Checkpoints
 from sire_jax.storage.workdir import read_metrics
 
@@ -130,10 +131,10 @@ def test_where_one_diverges_the_other_is_as_it_is_alone(at_once, tmp_path, monke
     assert measured["diverged"] == [None, 0]
     assert np.isfinite(measured["outputs"]["main"]["loss"]["mean"])
     assert np.isfinite(figures.series(read_metrics(tmp_path / "two"), "test", "main/loss")[1]).all()
-    runs = evaluate.open_run(tmp_path / "two")
-    evaluate.kept_weights(runs, tmp_path / "two")
+    runs = open_run(tmp_path / "two")
+    kept_weights(runs, tmp_path / "two")
     with pytest.raises(ValueError, match=r"seed 1 in .* diverged after 0 steps: its weights mean"):
-        evaluate.kept_weights(runs, tmp_path / "two", used=None)
+        kept_weights(runs, tmp_path / "two", used=None)
     # Going on with more epochs is another run; with the same it is at its end.
     assert train.train(whole, str(tmp_path / "two"))["diverged"] == [None, 0]
 

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from planned import random_like
 
-from sire_jax import configuration, evaluate, export, traced
+from sire_jax import configuration, export, traced
 from sire_jax.configuration import experiment
 from sire_jax.inference import exported
 from sire_jax.job import command
+from sire_jax.runs import trained
+from sire_jax.runs.trained import kept_weights, open_run, restore
 
 pytestmark = pytest.mark.optax_dtypes
 CONFIGS = configuration.repository_configs()
@@ -21,8 +23,8 @@ CONFIGS = configuration.repository_configs()
 def run(tmp_path_factory):
     directory = tmp_path_factory.mktemp("run")
     exiting.trained(directory, seed=7, seeds=2, epochs=3)
-    runs = evaluate.open_run(directory)
-    return directory, runs, evaluate.kept_weights(runs, directory)
+    runs = open_run(directory)
+    return directory, runs, kept_weights(runs, directory)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +81,7 @@ def test_a_prediction_is_that_of_the_whole_network_bit_for_bit(run, written, who
 def test_the_weights_are_the_best_on_validation(run, written):
     _, runs, kept = run
     assert hasattr(kept, "score")
-    state, _ = evaluate.restore(runs, run[0] / "checkpoints")
+    state, _ = restore(runs, run[0] / "checkpoints")
     stored = _arrays(written[0])["params/heads_exit_5/output/kernel"]
     assert np.array_equal(stored, kept.params["heads_exit_5"]["output"]["kernel"][1])
     if kept.step[1] != state.step[1]:
@@ -158,7 +160,7 @@ def test_nothing_is_chosen_without_images_held_out(run, monkeypatch):
 
 
 def test_only_the_exported_run_may_not_have_diverged(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "diverged", lambda _: [3, None])
+    monkeypatch.setattr(trained, "diverged", lambda _: [3, None])
     export.export(run[0], "5", tmp_path / "other.npz", seed=8)
     with pytest.raises(ValueError, match=r"seed 7 in .* diverged after 3 steps"):
         export.export(run[0], "5", tmp_path / "broken.npz", seed=7)

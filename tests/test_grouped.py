@@ -22,6 +22,7 @@ from sire_jax.configuration import (
 from sire_jax.fitted_prediction import FittedJointProbability, LinearCombination
 from sire_jax.groups import Groups, partition
 from sire_jax.prediction import JointProbability
+from sire_jax.runs.trained import kept_weights, open_run
 
 pytestmark = pytest.mark.optax_dtypes
 
@@ -360,8 +361,8 @@ def trained(tmp_path_factory):
 def opened(trained):
     """The run again, what each of its seeds predicts, what is fitted to that, and its weights."""
     with jax.numpy_dtype_promotion("standard"):
-        runs = evaluate.open_run(trained[0])
-        kept = evaluate.kept_weights(runs, trained[0])
+        runs = open_run(trained[0])
+        kept = kept_weights(runs, trained[0])
         dataset, draws = runs.parts.load()
         apply = jax.jit(runs.parts.apply)
         predicted = {}
@@ -414,7 +415,7 @@ def test_going_on_with_other_groups_is_refused(trained, file, tmp_path):
     with pytest.raises(ValueError, match=r"another config:\n  data.groups.coarse.assignment: \("):
         train.train(_config(path, TRAINED), str(directory))
     with pytest.raises(ValueError, match=r"would change the run: data.groups.coarse.file: '' ->"):
-        evaluate.open_run(directory, [f"--config.data.groups.coarse.file={path}"])
+        open_run(directory, [f"--config.data.groups.coarse.file={path}"])
 
 
 def test_what_is_predicted_of_a_split_is_collected_in_order(opened):

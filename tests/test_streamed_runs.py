@@ -13,6 +13,7 @@ from sire_jax import configuration, evaluate, train
 from sire_jax.configuration import experiment
 from sire_jax.runs.runs import Runs
 from sire_jax.runs.streamed import StreamedRuns, ahead, open_runs
+from sire_jax.runs.trained import restore
 from sire_jax.storage.workdir import read_metrics, read_results
 
 pytestmark = pytest.mark.optax_dtypes
@@ -125,7 +126,7 @@ def test_a_stream_goes_on_where_it_was_interrupted_bit_for_bit(directory, tmp_pa
     resumed = train.train(interrupted, str(tmp_path / "run"))
     assert resumed["splits"] == whole["splits"]
     states = [
-        evaluate.restore(open_runs(experiment.build(config)), tmp_path / name / "checkpoints")[0]
+        restore(open_runs(experiment.build(config)), tmp_path / name / "checkpoints")[0]
         for name in ("whole", "run")
     ]
     for a, b in zip(*(jax.tree.leaves(s.params) for s in states), strict=True):

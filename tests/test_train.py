@@ -20,6 +20,7 @@ from sire_jax import configuration, evaluate, inspect, reproduce, train
 from sire_jax.configuration import experiment
 from sire_jax.job import command, lock
 from sire_jax.runs.runs import Runs
+from sire_jax.runs.trained import restore
 from sire_jax.storage import workdir
 from sire_jax.storage.checkpoint import Checkpoints
 
@@ -51,7 +52,7 @@ def _tiny(*overrides):
 
 def _final(directory, config):
     runs = Runs(experiment.build(config))
-    return evaluate.restore(runs, Path(directory) / "checkpoints")[0]
+    return restore(runs, Path(directory) / "checkpoints")[0]
 
 
 def _same(a, b):

@@ -17,6 +17,7 @@ from sire_jax.data import contents, folders, sources
 from sire_jax.data.dataset import Dataset, Listed, Selection, Source
 from sire_jax.data.records import open_records
 from sire_jax.runs.streamed import open_runs
+from sire_jax.runs.trained import open_run
 
 pytestmark = pytest.mark.optax_dtypes
 
@@ -227,7 +228,7 @@ def copied(trained, tmp_path):
 
 
 def _open(run, overrides, **settings):
-    return evaluate.open_run(run, overrides, **settings)
+    return open_run(run, overrides, **settings)
 
 
 def test_a_run_keeps_the_names_of_its_classes_for_people_to_read(trained):

@@ -12,7 +12,8 @@ import pytest
 import slurm
 import standin
 
-from sire_jax import configuration, evaluate
+from sire_jax import configuration
+from sire_jax.runs.trained import open_run, restore
 from sire_jax.storage import workdir
 
 REPOSITORY = Path(__file__).parents[2]
@@ -248,7 +249,7 @@ def _saved(path):
 
 
 def _final(path):
-    state, _ = evaluate.restore(evaluate.open_run(path), path / "checkpoints")
+    state, _ = restore(open_run(path), path / "checkpoints")
     return [np.asarray(each) for each in jax.tree.leaves((state.params, state.update_state))]
 
 

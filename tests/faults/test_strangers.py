@@ -25,6 +25,7 @@ from sire_jax.data.records import Records
 from sire_jax.groups import confusion, partition
 from sire_jax.inference import exported
 from sire_jax.job import command
+from sire_jax.runs.trained import open_run
 from sire_jax.storage.workdir import Workdir, read_config, read_metrics, read_results
 
 QUICKSTART = f"{configuration.repository_configs()}/quickstart.py"
@@ -318,7 +319,7 @@ def test_the_module_would_leave_its_mark(importable, tmp_path, monkeypatch):
     with pytest.raises(
         ValueError, match=r"config\.backbone: The backbone 'package_of_a_stranger:p"
     ):
-        evaluate.open_run(tmp_path)
+        open_run(tmp_path)
     assert (tmp_path / "executed").exists()
 
 
@@ -347,7 +348,7 @@ def test_code_that_a_stored_config_names_is_not_run(written, tmp_path, stranger,
     message = f"config.json names code of its own, config.{place.replace('.0', '')}: '{stranger}'"
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match=message) as refused:
-        evaluate.open_run(tmp_path)
+        open_run(tmp_path)
     assert str(refused.value).endswith("allow its module: SIRE_JAX_TRUST=package_of_a_stranger.")
     array = io.BytesIO()
     np.save(array, np.array(text))
@@ -364,7 +365,7 @@ def test_code_that_a_stored_config_names_is_not_run(written, tmp_path, stranger,
 def test_no_module_is_allowed_by_itself(tmp_path, name):
     (tmp_path / "config.json").write_text(json.dumps(_naming("backbone.name", name)))
     with pytest.raises(ValueError, match=f"config.backbone.name: '{name}', which would be run"):
-        evaluate.open_run(tmp_path)
+        open_run(tmp_path)
 
 
 def test_modules_are_allowed_by_the_environment(monkeypatch):
