@@ -18,6 +18,7 @@ from sire_jax.data import sources
 from sire_jax.data.records import open_records
 from sire_jax.data.stream import Transform, batches
 from sire_jax.diagnostics import activation_maps
+from sire_jax.heads import HEADS
 from sire_jax.runs.trained import Trained, kept_weights, open_run
 
 pytestmark = pytest.mark.optax_dtypes
@@ -150,9 +151,7 @@ def test_an_explanation_is_what_the_outputs_say(opened):
 
 def test_an_output_of_several_others_has_no_map(opened):
     parts = opened[0].parts
-    network = parts.network.clone(
-        heads={"both": configuration.HEADS["combination"](("main", "pooled"), 10)}
-    )
+    network = parts.network.clone(heads={"both": HEADS["combination"](("main", "pooled"), 10)})
     stripped = type("Parts", (), {"network": network})
     with pytest.raises(ValueError, match="'both' has no activation map: it is not computed from"):
         activation_maps.layer_of(stripped, "both")

@@ -8,8 +8,9 @@ from flax import linen as nn
 from jax import lax
 from jax.test_util import check_grads
 
-from sire_jax.layers import BatchNorm, Conv, Dropout, convolution, normalize, random_bits
+from sire_jax.layers import BatchNorm, Conv, Dropout, convolution
 from sire_jax.layers.convolution import convolve
+from sire_jax.layers.modules import normalize, random_bits
 from sire_jax.layers.pooling import max_pool, upsample
 
 

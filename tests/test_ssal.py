@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from PIL import Image
 from planned import shape, shapes_of
 
@@ -243,7 +244,7 @@ def digit_groups(tmp_path_factory):
 def _shrunk(variant, file):
     config = _load(variant)
     config.data.update(name="digits", shape=(8, 8, 1), images=0, mean=(), std=())
-    config.data.classes = configuration.ConfigDict({"label": 10})
+    config.data.classes = ConfigDict({"label": 10})
     config.update(batch_size=6, devices=1)
     config.augmentation.crop.padding = 2
     config.optimizer = configuration.optimizer("sgd", learning_rate=0.01)
