@@ -5,9 +5,7 @@ With ``--rehearse`` it takes some steps only, keeps nothing, and says what the w
 
 import contextlib
 import json
-import math
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,16 +17,14 @@ from ml_collections import ConfigDict
 from sire_jax import configuration, files, rehearsal, tables, traced
 from sire_jax.configuration import experiment
 from sire_jax.diagnostics import figures, gradient_flow
-from sire_jax.job import command, compilation, distributed, lock
-from sire_jax.job.progress import Pace, Progress, Stop, stop_on_signals
-from sire_jax.metrics import Metrics
-from sire_jax.networks import MAIN
-from sire_jax.runs.divergence import DIVERGED, Diverged, NonFiniteLossError, converged, described
+from sire_jax.job import command, distributed, lock
+from sire_jax.job.progress import Stop, stop_on_signals
+from sire_jax.runs.divergence import DIVERGED, NonFiniteLossError, converged, described
 from sire_jax.runs.gradient_flow import check as check_gradient_flow
-from sire_jax.runs.runs import Checkpoint, Runs
+from sire_jax.runs.runs import Runs
 from sire_jax.runs.streamed import open_runs
-from sire_jax.step import Best, TrainState
-from sire_jax.storage.checkpoint import CheckpointError, Checkpoints
+from sire_jax.runs.training import Training
+from sire_jax.storage.checkpoint import Checkpoints
 from sire_jax.storage.logs import Logs
 from sire_jax.storage.workdir import Workdir, read_results
 
@@ -109,119 +105,70 @@ def _train_in(
     distributed.say(_describe(parts, runs))
     try:
         with stop_on_signals() as stop:
-            return _train(config, parts, runs, directory, logs, checkpoints, stop)
+            return _train(runs, directory, logs, checkpoints, stop)
     finally:
         checkpoints.close()
         logs.close()
 
 
 def _train(
-    config: ConfigDict,
-    parts: experiment.Experiment,
-    runs: Runs,
-    directory: Workdir,
-    logs: Logs,
-    checkpoints: Checkpoints,
-    stop: Stop,
+    runs: Runs, directory: Workdir, logs: Logs, checkpoints: Checkpoints, stop: Stop
 ) -> dict[str, Any]:
     # ---- Start, or go on.
-    started, compiled = time.perf_counter(), compilation.counts()
-    step, (state, sums, best, spent) = _open(runs, checkpoints, directory)
-    seeds = range(config.seed, config.seed + config.seeds)
-    known = checkpoints.notes().get(DIVERGED) if step else None
-    diverged = Diverged(config.on_diverged, seeds, directory.checkpoints, known)
-    steps = runs.steps_per_epoch
-    # It was stopped before its last epoch was measured, or while.
-    unmeasured = step > 0 and step % steps == 0 and (_has_losses(runs, sums) or diverged.all())
-    before = float(spent) - started
-
-    def seconds() -> float:
-        return before + time.perf_counter()
-
-    def save() -> None:
-        tree = (state, sums, best, runs.place(np.float32(seconds())))
-        for message in _save(checkpoints, step, tree, runs, diverged):
-            progress.say(message)
-
-    logs.go_on_after(step - 1 if unmeasured else step)
-    images, silent = _images_per_step(parts), not distributed.is_main()
-    progress = Progress(config.epochs, steps, images, step, silent)
-    pace, step_seconds, stopped = Pace(config.steps_per_call), list[float](), False
-
-    def end_epoch(epoch: int) -> bool:
-        nonlocal best, sums
-        ended = _end_of_epoch(
-            config, runs, logs, progress, state, sums, best, step, epoch, stop, diverged
-        )
-        if ended is not None:
-            best, sums = ended
-        return ended is not None
+    training, steps = Training(runs, directory, logs, checkpoints, stop), runs.steps_per_epoch
+    stopped = training.unmeasured and not training.end_epoch(training.step // steps)
 
     # ---- Train.
-    if unmeasured:
-        stopped = not end_epoch(step // steps)
-    while step < config.epochs * steps and not stopped and not diverged.all():
-        epoch, first = divmod(step, steps)
-        order = runs.epoch_order(state, epoch)
-        while first < steps and not diverged.all():
-            stopped, count = distributed.agree(
-                bool(stop.signal), min(pace.steps, steps - first, _until_save(config, step))
-            )
+    while not (stopped or training.ended()):
+        epoch, first = divmod(training.step, steps)
+        order = runs.epoch_order(training.state, epoch)
+        while first < steps and not training.diverged.all():
+            stopped, count = training.agree(steps - first)
             if stopped:
                 break
-            called = time.perf_counter()
-            state, sums, broken = runs.take_steps(state, sums, order, first, count)
-            stop.unsaved = True
-            for message in diverged.note(broken):
-                progress.say(message)
-            pace.note(count, time.perf_counter() - called)
-            step_seconds.append((time.perf_counter() - called) / count)
-            first, step = first + count, step + count
-            progress.advance(count)
-            checkpoints.check()
-            if len(step_seconds) == 1:
-                progress.say(f"First step: {compilation.counts().since(compiled)}{_kept(config)}.")
-            if first < steps and _until_save(config, step) == config.checkpoint_steps:
-                save()
+            training.take(order, first, count)
+            first += count
+            if first < steps and training.is_due_within():
+                training.save()
         if first == steps:
-            stopped = not end_epoch(epoch + 1)
-        due = config.checkpoint_every and (epoch + 1) % config.checkpoint_every == 0
-        due = due or _until_save(config, step) == config.checkpoint_steps
-        ends = stopped or step == config.epochs * steps or diverged.all()
-        if ends or (due and first == steps):
-            save()
-    progress.close()
-    # Before it is said that it has been saved.
-    checkpoints.wait()
+            stopped = not training.end_epoch(epoch + 1)
+        due = first == steps and training.is_due_after(epoch + 1)
+        if due or stopped or training.ended():
+            training.save()
+    training.close()
     if stopped:
-        raise _interrupted(stop, step, directory)
+        raise _interrupted(stop, training.step, directory)
     stop.unsaved = False
 
     # ---- Measure the weights that count.
-    kept = best if best is not None else state
-    fitted = runs.fit(kept.params, kept.model_state)
-    measured = {}
-    for split in dict.fromkeys((*config.evaluate_splits, "test")):
+    kept = training.best if training.best is not None else training.state
+    fitted, measured = runs.fit(kept.params, kept.model_state), {}
+    for split in dict.fromkeys((*runs.config.evaluate_splits, "test")):
         if distributed.agree(bool(stop.signal), 1)[0]:
-            raise _interrupted(stop, step, directory)
+            raise _interrupted(stop, training.step, directory)
         measured[split] = _lists(runs.measure(kept.params, kept.model_state, split, fitted))
-    results = {
-        "step": step,
-        "seconds": round(seconds(), 2),
+    results = _results(runs, training, measured)
+    if distributed.is_main():
+        directory.write_results(results)
+        _draw(runs.config, directory.path)
+    return results
+
+
+def _results(runs: Runs, training: Training, measured: Mapping[str, Any]) -> dict[str, Any]:
+    seconds = training.step_seconds
+    return {
+        "step": training.step,
+        "seconds": round(training.seconds(), 2),
         # Of all runs together; the median leaves compilation out.
-        "step_seconds": float(np.median(step_seconds)) if step_seconds else None,
+        "step_seconds": float(np.median(seconds)) if seconds else None,
         # Of a run that diverged before its first measurement those are the initial ones.
-        "weights": "best validation accuracy" if best is not None else "last",
+        "weights": "best validation accuracy" if training.best is not None else "last",
         # For each run the steps after which a loss was not finite, if one was.
-        DIVERGED: diverged.steps,
+        DIVERGED: training.diverged.steps,
         "splits": measured,
         # Damaged ones, of this start, in training and measuring.
         "skipped_images": runs.number_skipped(),
     }
-    if distributed.is_main():
-        directory.write_results(results)
-        _draw(config, directory.path)
-    return results
 
 
 def _interrupted(stop: Stop, step: int, directory: Workdir) -> InterruptedRunError:
@@ -236,147 +183,6 @@ def _draw(config: ConfigDict, directory: Path) -> None:
     figures.curves(directory)
     if config.gradient_flow_every and gradient_flow.is_measured(directory):
         gradient_flow.draw({config.name: directory}, directory / "gradient_flow.png")
-
-
-def _open(runs: Runs, checkpoints: Checkpoints, directory: Workdir) -> tuple[int, Checkpoint]:
-    """Restores the newest checkpoint, or starts with one, which is left if a loss breaks.
-
-    Raises:
-        CheckpointError: If there were checkpoints, and none is intact.
-    """
-    step = checkpoints.latest()
-    if step is None:
-        if checkpoints.lost():
-            raise CheckpointError(
-                f"None of the checkpoints in {directory.checkpoints} is intact, and to begin again"
-                " would remove them. Mend them, or move the directory away to begin again."
-            )
-        start = runs.start()
-        checkpoints.save(0, start, notes=distributed.describe(runs.mesh))
-        return 0, start
-    restored = checkpoints.restore(runs.checkpoint_shapes())
-    distributed.say(f"Going on after step {step}.{_otherwise(checkpoints.notes(), runs)}")
-    return step, restored
-
-
-def _otherwise(saved: Mapping[str, Any], runs: Runs) -> str:
-    """Says what a run goes on with that it was not saved with."""
-    now = distributed.describe(runs.mesh)
-    changed = [f"{k} {saved[k]} -> {v}" for k, v in now.items() if saved.get(k, v) != v]
-    if not changed:
-        return ""
-    return (
-        f" Not on what it was saved on: {', '.join(changed)}. From here on its numbers are those of"
-        " an uninterrupted run up to rounding, no longer bit for bit."
-    )
-
-
-def _has_losses(runs: Runs, sums: Metrics) -> bool:
-    """Tells whether there are losses of steps that have not been recorded."""
-    return not np.isnan(runs.averages(sums)["total/loss"]).all()
-
-
-def _until_save(config: ConfigDict, step: int) -> int:
-    """Returns how many steps there are until the next further checkpoint."""
-    every = config.checkpoint_steps
-    return every - step % every if every else sys.maxsize
-
-
-def _kept(config: ConfigDict) -> str:
-    return f" (kept in {config.compilation_cache})" if compilation.kept() else ""
-
-
-def _images_per_step(parts: experiment.Experiment) -> int:
-    """Counts the images of a step over all runs; a pair has two."""
-    two_examples = parts.batch["image"].shape[:-3]
-    return math.prod(two_examples) // 2 * parts.config.batch_size * parts.config.seeds
-
-
-def _end_of_epoch(
-    config: ConfigDict,
-    runs: Runs,
-    logs: Logs,
-    progress: Progress,
-    state: TrainState,
-    sums: Metrics,
-    best: Best | None,
-    step: int,
-    epoch: int,
-    stop: Stop,
-    diverged: Diverged,
-) -> tuple[Best | None, Metrics] | None:
-    """Records the losses of the epoch's steps and, where due, measures.
-
-    Returns:
-        The best weights and sums of nothing; ``None`` if somebody asked to stop before all was
-        measured, which is then done anew after the next start.
-    """
-    losses, accuracy = runs.averages(sums), runs.parts.accuracy()
-    logs.record(step, epoch, "steps", losses)
-    last = epoch == config.epochs
-    shown = {name: each for name, each in losses.items() if name != "total/loss"}
-    if last or (config.evaluate_every and epoch % config.evaluate_every == 0):
-        for split in config.evaluate_splits:
-            if distributed.agree(bool(stop.signal), 1)[0]:
-                return None
-            found = runs.measure(state.params, state.model_state, split)
-            logs.record(step, epoch, split, found)
-            shown |= {f"{split} {k}": v for k, v in found.items() if k == accuracy}
-            if split == "validation" and best is not None and accuracy is not None:
-                loss = found[accuracy.replace("/top_1", "/loss")]
-                best = runs.better(best, diverged.scores(found[accuracy], loss), state)
-            _report_chance(config, runs, progress, epoch, split, found)
-    every = config.gradient_flow_every
-    if every and (last or epoch % every == 0):
-        logs.record(step, epoch, gradient_flow.SPLIT, runs.gradients(state, epoch - 1))
-    kept = {k: np.asarray(converged(list(each), diverged.steps)) for k, each in shown.items()}
-    progress.report(step, kept)
-    for message in runs.newly_skipped():
-        progress.say(f"Skipped: {message}")
-    return best, runs.no_metrics()
-
-
-def _report_chance(
-    config: ConfigDict,
-    runs: Runs,
-    progress: Progress,
-    epoch: int,
-    split: str,
-    found: Mapping[str, np.ndarray],
-) -> None:
-    """Says, at the first measurement after enough epochs and at the end, which runs guess."""
-    every, after = config.evaluate_every, min(config.chance_after, config.epochs)
-    first = epoch >= after > epoch - max(every, 1)
-    if not after or not (first or epoch == config.epochs):
-        return
-    metric = runs.parts.accuracy()
-    if split == "train" or metric is None:
-        return
-    chance = 1 / max(runs.parts.outputs[MAIN].shape[-1], 2)
-    # Three standard errors of an accuracy at chance level.
-    error = math.sqrt(chance * (1 - chance) / runs.examples[split].shape[1])
-    accuracy = found[metric]
-    stuck = np.flatnonzero(accuracy <= chance + 3 * error)
-    if len(stuck):
-        seeds = ", ".join(str(config.seed + i) for i in stuck)
-        auxiliary = [name for name, o in runs.parts.objectives.items() if o.output != MAIN]
-        advice = f" or smaller weights of {', '.join(auxiliary)}" if auxiliary else ""
-        progress.say(
-            f"At chance level after {epoch} epoch{'s' * (epoch > 1)}: the runs with the seeds"
-            f" {seeds}, whose {split} accuracy of the main output is"
-            f" {accuracy[stuck].mean():.4f} (guessing: {chance:.4f}). Training may not"
-            f" converge; try a smaller learning rate{advice}."
-        )
-
-
-def _save(
-    checkpoints: Checkpoints, step: int, tree: Checkpoint, runs: Runs, diverged: Diverged
-) -> list[str]:
-    """Saves a checkpoint, if it may be kept; returns what is to be said of its parameters."""
-    said = diverged.check(runs.finite(tree[0]), step)
-    notes = {**distributed.describe(runs.mesh), DIVERGED: diverged.steps}
-    checkpoints.save(step, tree, notes=notes)
-    return said
 
 
 def _lists(values: Mapping[str, np.ndarray]) -> dict[str, list[float]]:

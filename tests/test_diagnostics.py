@@ -19,8 +19,10 @@ from sire_jax.data import batches
 from sire_jax.data.batches import image_range
 from sire_jax.diagnostics import gradient_flow, reconstructions
 from sire_jax.diagnostics.reconstructions import Reconstructed
+from sire_jax.job.progress import Progress
 from sire_jax.runs.gradient_flow import convolutions, make_gradient_flow
 from sire_jax.runs.runs import Runs
+from sire_jax.runs.training import chance_messages
 from sire_jax.step import TrainState
 from sire_jax.storage import workdir
 
@@ -55,7 +57,7 @@ def trained(tmp_path_factory):
     config = _config(epochs=4)
     with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
         said = []
-        patch.setattr(train.Progress, "say", lambda self, message: said.append(message))
+        patch.setattr(Progress, "say", lambda self, message: said.append(message))
         results = train.train(config, str(directory))
     return directory, config, results, said
 
@@ -290,7 +292,6 @@ def test_convolutions_are_listed_shallow_to_deep():
 
 
 def _said(accuracy, epoch=10, split="test", images=600, classes=10, seed=0, **settings):
-    said = []
     defaults = {"chance_after": 10, "evaluate_every": 1, "epochs": 20, "seed": seed}
     config = SimpleNamespace(**defaults | settings)
     outputs = {"main": jax.ShapeDtypeStruct((2, classes), jnp.float32)}
@@ -303,11 +304,9 @@ def _said(accuracy, epoch=10, split="test", images=600, classes=10, seed=0, **se
             outputs=outputs, objectives=objectives, accuracy=lambda: "main/top_1"
         ),
         examples={split: np.zeros((len(accuracy), images))},
+        config=config,
     )
-    found = {"main/top_1": np.asarray(accuracy)}
-    progress = SimpleNamespace(say=said.append)
-    train._report_chance(config, runs, progress, epoch, split, found)
-    return said
+    return chance_messages(runs, epoch, split, {"main/top_1": np.asarray(accuracy)})
 
 
 def test_runs_at_chance_level_are_named():
@@ -342,7 +341,7 @@ def test_it_is_said_again_at_the_end_and_in_short_runs():
 
 def test_a_run_that_does_not_learn_says_so(tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr(train.Progress, "say", lambda self, message: said.append(message))
+    monkeypatch.setattr(Progress, "say", lambda self, message: said.append(message))
     config = _config(seeds=2, seed=3, gradient_flow_every=0, epochs=1)
     config.optimizer.learning_rate = 0.0
     config.heads.decoder.stages = ()
