@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from sire_jax import configuration, objectives
+from sire_jax import configuration
 from sire_jax.configuration import augmentation, experiment, head, objective, prediction
 from sire_jax.data.augmentation import Flip
 from sire_jax.data.tasks import Images, Pairs
+from sire_jax.losses import LOSSES, binary_cross_entropy, cross_entropy
 
 CONFIGS = configuration.repository_configs()
 
@@ -50,8 +51,8 @@ def test_the_parts_are_those_of_the_config():
     assert {k: x.shape for k, x in parts.outputs.items()} == {"main": (2, 1), "digits": (2, 2, 10)}
     found = {k: (o.output, o.target, o.loss, o.weight) for k, o in parts.objectives.items()}
     assert found == {
-        "main": ("main", "label", objectives.binary_cross_entropy, 1.0),
-        "digits": ("digits", "digits", objectives.cross_entropy, 10.0),
+        "main": ("main", "label", binary_cross_entropy, 1.0),
+        "digits": ("digits", "digits", cross_entropy, 10.0),
     }
     assert set(parts.predictions) == {"order"}
     # Pairs of a batch are scaled to [0, 1].
@@ -341,14 +342,14 @@ def test_every_row_of_the_table_builds(row, released):
     convolutional = row in ("conv", "conv_bn", "conv_augment")
     assert config.batch_size == (1000 if released and convolutional else 100)
     main = "binary_squared_error" if row == "dense_mse" else "binary_cross_entropy"
-    assert parts.objectives["main"].loss is objectives.LOSSES[main]
+    assert parts.objectives["main"].loss is LOSSES[main]
     assert parts.objectives["main"].weight == 1
     assert set(config.augmentation) == ({"swap"} if row == "conv_augment" else set())
     assert set(parts.objectives) == {"main", *(["digits"] if row in WEIGHTS else [])}
     assert set(parts.predictions) == ({"order"} if row in WEIGHTS else set())
     if row in WEIGHTS:
         loss = "negative_probability" if released else "cross_entropy"
-        assert parts.objectives["digits"].loss is objectives.LOSSES[loss]
+        assert parts.objectives["digits"].loss is LOSSES[loss]
         assert parts.objectives["digits"].weight == WEIGHTS[row]
         assert parts.outputs["digits"].shape == (2, 2, 10)
     if row in ("residual", "resless"):

@@ -8,16 +8,17 @@ from ml_collections import ConfigDict
 
 from sire_jax import configuration, objectives
 from sire_jax.configuration import objectives as objective_sections
-from sire_jax.objectives import (
+from sire_jax.losses import (
     LOSSES,
-    Objective,
     SmoothedCrossEntropy,
     binary_cross_entropy,
     binary_squared_error,
+    classifies,
     cross_entropy,
     mean_squared_error,
     negative_probability,
 )
+from sire_jax.objectives import Objective
 
 LOG = np.log
 # Softmax of these: 1/6, 2/6, 3/6 and 1/2, 1/4, 1/4.
@@ -200,10 +201,10 @@ def test_an_impossible_smoothing_is_refused(smoothing):
 
 
 def test_losses_that_classify():
-    found = {name for name, loss in LOSSES.items() if objectives.classifies(loss)}
+    found = {name for name, loss in LOSSES.items() if classifies(loss)}
     assert found == {"cross_entropy", "negative_probability"}
-    assert objectives.classifies(SmoothedCrossEntropy(0.2))
-    assert not objectives.classifies(lambda logits, labels: logits.sum(-1))
+    assert classifies(SmoothedCrossEntropy(0.2))
+    assert not classifies(lambda logits, labels: logits.sum(-1))
 
 
 def _created(loss):

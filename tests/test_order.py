@@ -11,7 +11,7 @@ ORDER = """
 names tables files metrics
 registry
 job untrusted layers
-traced slices jaxprs networks objectives prediction fitted_prediction optimizers
+traced slices jaxprs networks losses objectives prediction fitted_prediction optimizers
 backbones heads groups updates data
 step
 configuration

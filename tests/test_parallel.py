@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sire_jax.losses import cross_entropy
 from sire_jax.metrics import Average
-from sire_jax.objectives import Objective, cross_entropy
+from sire_jax.objectives import Objective
 from sire_jax.runs import parallel
 from sire_jax.runs.parallel import NEVER
 from sire_jax.step import TrainState, make_predict

@@ -14,15 +14,15 @@ from flax.core import freeze
 from sire_jax import optimizers
 from sire_jax.heads import Classifier
 from sire_jax.layers import BatchNorm
-from sire_jax.metrics import means
-from sire_jax.networks import Network
-from sire_jax.objectives import (
-    Objective,
+from sire_jax.losses import (
     binary_cross_entropy,
     cross_entropy,
     mean_squared_error,
     negative_probability,
 )
+from sire_jax.metrics import means
+from sire_jax.networks import Network
+from sire_jax.objectives import Objective
 from sire_jax.prediction import JointProbability, Output
 from sire_jax.step import Shared, TrainState, find_reach, make_measure, make_step
 from sire_jax.updates import UPDATES, joint, multiway

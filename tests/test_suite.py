@@ -26,7 +26,6 @@ THROUGH_OTHERS = {
     "job.coordination": "test_distributed.py",
     "job.signals": "faults/test_starts.py",
     "jaxprs": "test_traced.py",
-    "layers.modules": "test_layers.py",
     "names": "test_configuration.py",
     "updates.steps": "updates/test_rules.py",
 }

@@ -6,6 +6,7 @@ import pytest
 from jax import lax
 
 from sire_jax import objectives, optimizers, traced
+from sire_jax.losses import mean_squared_error
 from sire_jax.updates import UPDATES, joint
 
 A = np.asarray([1.0, -2.0], np.float32)
@@ -147,7 +148,7 @@ def test_a_rule_runs_in_a_loop_over_steps():
 
 
 def test_scheduled_weights_change_the_step():
-    squared = objectives.mean_squared_error
+    squared = mean_squared_error
     chosen = {
         "first": objectives.Objective("x", "y", squared, optax.linear_schedule(1.0, 0.0, 2)),
         "second": objectives.Objective("x", "y", squared, 0.5),

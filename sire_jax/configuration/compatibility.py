@@ -10,6 +10,7 @@ import optax
 
 from sire_jax import objectives, optimizers, registry
 from sire_jax.groups import Groups
+from sire_jax.losses import classifies
 from sire_jax.metrics import is_classification
 from sire_jax.names import nearest
 from sire_jax.networks import MAIN
@@ -37,7 +38,7 @@ def widths(
     for name, objective in chosen.items():
         width = outputs[objective.output].shape[-1]
         known = classes.get(objective.target, width)
-        if objectives.classifies(objective.loss) and width != known:
+        if classifies(objective.loss) and width != known:
             raise ValueError(
                 f"The objective '{name}' compares '{objective.output}', which has {width} logits,"
                 f" with '{objective.target}', which has {known} classes."

@@ -8,6 +8,7 @@ from typing import Any
 from sire_jax import objectives, optimizers, registry
 from sire_jax.configuration import compatibility
 from sire_jax.groups.partition import NO_GROUP
+from sire_jax.losses import LOSSES, LOSSES_WITH_SETTINGS, Loss
 
 
 def depths(heads: Mapping[str, Any], plan: Any) -> dict[str, int]:
@@ -43,10 +44,10 @@ def check(name: str, section: Any) -> None:
     where = f"config.objectives.{name}"
     _check_keys(name, section)
     if registry.is_section(section["loss"]):
-        with_settings = objectives.LOSSES_WITH_SETTINGS
+        with_settings = LOSSES_WITH_SETTINGS
         registry.check(with_settings, section["loss"], "loss", f"{where}.loss")
     else:
-        registry.choose(objectives.LOSSES, section["loss"], "loss", f"{where}.loss")
+        registry.choose(LOSSES, section["loss"], "loss", f"{where}.loss")
     if _is_by_depth(section.get("weight")):
         known = {"depth": objectives.depth_weights}
         registry.check(known, section["weight"], "weight", f"{where}.weight", ("layers",))
@@ -168,11 +169,11 @@ def with_ignored_groups(
     return {**chosen, **changed}
 
 
-def _loss(chosen: Any) -> objectives.Loss:
+def _loss(chosen: Any) -> Loss:
     """Makes a loss from its name, or from a section if it has settings."""
     if registry.is_section(chosen):
-        return registry.create(objectives.LOSSES_WITH_SETTINGS, chosen, "loss")
-    return registry.choose(objectives.LOSSES, chosen, "loss")
+        return registry.create(LOSSES_WITH_SETTINGS, chosen, "loss")
+    return registry.choose(LOSSES, chosen, "loss")
 
 
 def _objective(
