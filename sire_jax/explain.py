@@ -123,7 +123,7 @@ def _batch(run: Runs, pixels: np.ndarray) -> Any:
     labels = {kind: np.zeros(1, np.int32) for kind in run.config.data.classes}
     arrays = run.parts.task.prepare(Source(pixels[None], labels))
     placed = {key: jnp.asarray(values) for key, values in arrays.items()}
-    return run.parts.lookup_central(placed, jnp.zeros(1, jnp.int32))["image"]
+    return run.parts.lookup(placed, jnp.zeros(1, jnp.int32), "central")["image"]
 
 
 def report(found: Mapping[str, Any]) -> str:

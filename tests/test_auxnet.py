@@ -17,6 +17,7 @@ from sire_jax.configuration import objectives as objective_sections
 from sire_jax.data.tasks import Images
 from sire_jax.networks import Network
 from sire_jax.optimizers import LinearOptimizer, WeightDecay
+from sire_jax.runs.loading import load_data
 from sire_jax.step import TrainState
 from sire_jax.updates import UPDATES
 
@@ -327,7 +328,7 @@ def test_exits_need_a_plan():
 
 
 def _batch(parts):
-    dataset, (draw,) = parts.load()
+    dataset, (draw,) = load_data(parts)
     arrays = jax.tree.map(jnp.asarray, parts.task.prepare(dataset.train))
     return parts.lookup(arrays, jnp.asarray(draw.train[:8]))
 

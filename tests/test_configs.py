@@ -10,6 +10,7 @@ import pytest
 
 from sire_jax import configuration, inspect, reproduce
 from sire_jax.configuration import experiment, validation
+from sire_jax.runs.loading import load_data
 
 CONFIGS = configuration.repository_configs()
 TABLES = sorted(path.stem for path in (CONFIGS / "tables").glob("*.json"))
@@ -61,7 +62,7 @@ LARGE = ("residual", "resless")
 @pytest.mark.parametrize("variant", STEPPED)
 def test_a_step_of_a_pairs_config_has_finite_losses_and_changes_every_parameter(variant):
     parts = experiment.build(_shrunk(variant))
-    dataset, (draw,) = parts.load()
+    dataset, (draw,) = load_data(parts)
     arrays = jax.tree.map(jnp.asarray, parts.task.prepare(dataset.train))
     batch = parts.lookup(arrays, jnp.asarray(draw.train[:4]))
     before = parts.initial_state(0)

@@ -21,6 +21,7 @@ from sire_jax.diagnostics import gradient_flow, reconstructions
 from sire_jax.diagnostics.reconstructions import Reconstructed
 from sire_jax.job.progress import Progress
 from sire_jax.runs.gradient_flow import convolutions, make_gradient_flow
+from sire_jax.runs.loading import load_data
 from sire_jax.runs.runs import Runs
 from sire_jax.runs.training import chance_messages
 from sire_jax.step import TrainState
@@ -148,7 +149,7 @@ def test_reconstructions_of_a_trained_run(trained, tmp_path, capsys, monkeypatch
     assert picture.read_bytes()[:4] == b"\x89PNG"
     assert str(picture) in capsys.readouterr().out
     ((images, found, classified),) = seen
-    dataset = experiment.build(config).load()[0]
+    dataset = load_data(experiment.build(config))[0]
     np.testing.assert_allclose(images, dataset.test.image / 255, atol=1e-6)
     assert set(found) == {"decoder_1", "decoder_2"}
     for name, each in found.items():
@@ -347,7 +348,7 @@ def test_a_run_that_does_not_learn_says_so(tmp_path, monkeypatch):
     config.heads.decoder.stages = ()
     results = train.train(config, str(Path(tmp_path) / "run"))
     accuracy = np.array(results["splits"]["test"]["main/top_1"])
-    images = len(experiment.build(config).load()[1][0].test)
+    images = len(load_data(experiment.build(config))[1][0].test)
     stuck = [3 + i for i, a in enumerate(accuracy) if a <= 0.1 + 3 * np.sqrt(0.09 / images)]
     # Parameters never move, and batch statistics hardly: it guesses.
     assert stuck

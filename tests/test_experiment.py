@@ -10,6 +10,7 @@ from sire_jax.configuration import augmentation, experiment, head, objective, pr
 from sire_jax.data.augmentation import Flip
 from sire_jax.data.tasks import Images, Pairs
 from sire_jax.losses import LOSSES, binary_cross_entropy, cross_entropy
+from sire_jax.runs.loading import load_data
 
 CONFIGS = configuration.repository_configs()
 
@@ -219,9 +220,8 @@ def auxiliary():
 
 
 def _load(parts, changes):
-    return experiment.Experiment(
-        **{**vars(parts), "config": _changed(parts.config, changes)}
-    ).load()
+    changed = {**vars(parts), "config": _changed(parts.config, changes)}
+    return load_data(experiment.Experiment(**changed))
 
 
 def test_the_data_of_every_run_are_drawn_from_its_seed(auxiliary):
@@ -262,7 +262,7 @@ NARROW = {"backbone.classes": 4, "heads.exit_1.classes": 4}
 def test_a_run_on_drawn_classes_has_their_images():
     parts = experiment.build(_digits({**DRAWN, **NARROW, "data.images": 480}))
     assert {k: x.shape for k, x in parts.outputs.items()} == {"main": (2, 4), "exit_1": (2, 4)}
-    dataset, (draw,) = parts.load()
+    dataset, (draw,) = load_data(parts)
     assert dataset.classes == {"label": 4}
     assert len(draw.train) == len(dataset.train.image) == 480
     other = _load(parts, {"data.draw_seed": 7, "data.images": 0})[0]
@@ -284,18 +284,18 @@ def test_a_set_that_is_not_prepared_is_refused(auxiliary, tmp_path):
 def test_more_pairs_than_the_data_have_are_refused():
     parts = experiment.build(_quickstart({"data.task.train": 700}))
     with pytest.raises(ValueError, match="need 1400 images; the data set has 1198"):
-        parts.load()
+        load_data(parts)
 
 
 def test_a_whole_set_may_be_a_batch_and_validation_examples_be_measured():
     changes = {"data.task.validation": 20, "evaluate_splits": ("validation",), "batch_size": 500}
-    _, draws = experiment.build(_quickstart(changes)).load()
+    _, draws = load_data(experiment.build(_quickstart(changes)))
     assert [len(part) for part in draws[0]] == [500, 20, 250]
 
 
 def test_measuring_a_test_without_examples_is_refused():
     with pytest.raises(ValueError, match="test"):
-        experiment.build(_quickstart({"data.task.test": 0})).load()
+        load_data(experiment.build(_quickstart({"data.task.test": 0})))
 
 
 def test_an_initial_state_depends_on_the_seed(auxiliary):

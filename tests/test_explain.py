@@ -70,7 +70,7 @@ def workdir(tmp_path_factory):
 def opened(workdir):
     run = open_run(workdir)
     variables = Trained.first(kept_weights(run, workdir))
-    images = run.parts.lookup_central(run.arrays, run.examples["test"][0][:5])["image"]
+    images = run.parts.lookup(run.arrays, run.examples["test"][0][:5], "central")["image"]
     return run, variables, images
 
 
@@ -271,7 +271,8 @@ def test_the_program_needs_no_data_and_says_the_names_of_the_run(
     described = json.loads((run / "data.json").read_text())
     described["classes"]["label"] = [f"class {i}" for i in range(10)]
     (run / "data.json").write_text(json.dumps(described))
-    monkeypatch.setattr("sire_jax.configuration.experiment.Experiment.load", None)
+    monkeypatch.setattr("sire_jax.runs.loading.load_data", None)
+    monkeypatch.setattr("sire_jax.runs.runs.load_data", None)
     # Two dollar signs are a formula to who draws.
     odd = digit.rename(tmp_path / "$a$_$.png")
     arguments = [f"--workdir={run}", f"--image={odd}", f"--out={tmp_path / 'maps.png'}", "--json"]

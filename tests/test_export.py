@@ -13,6 +13,7 @@ from sire_jax.configuration import experiment
 from sire_jax.inference import exported
 from sire_jax.job import command
 from sire_jax.runs import trained
+from sire_jax.runs.loading import load_data
 from sire_jax.runs.trained import kept_weights, open_run, restore
 
 pytestmark = pytest.mark.optax_dtypes
@@ -53,7 +54,7 @@ def whole(run):
 
 
 def _images(runs, number=23):
-    return runs.parts.load()[0].test.image[:number]
+    return load_data(runs.parts)[0].test.image[:number]
 
 
 def _arrays(path):

@@ -22,6 +22,7 @@ from sire_jax.configuration import (
 from sire_jax.fitted_prediction import FittedJointProbability, LinearCombination
 from sire_jax.groups import Groups, partition
 from sire_jax.prediction import JointProbability
+from sire_jax.runs.loading import ignored, load_data
 from sire_jax.runs.trained import kept_weights, open_run
 
 pytestmark = pytest.mark.optax_dtypes
@@ -174,7 +175,7 @@ def test_labels_that_are_ignored_are_ignored_by_their_groups_too(file):
     ignoring = objective("main", "label", "cross_entropy", ignore=255)
     parts = experiment.build(_config(file, {"objectives.main": ignoring}))
     assert {name: o.ignore for name, o in parts.objectives.items()} == {"main": 255, "branch": -1}
-    assert parts._ignored() == {"label": {255}, "coarse": {-1}}
+    assert ignored(parts) == {"label": {255}, "coarse": {-1}}
     own = objective("branch", "coarse", "cross_entropy", ignore=255)
     with pytest.raises(ValueError, match=r"'branch' on groups ignores 255; the group of .* is -1"):
         experiment.build(_config(file, {"objectives.branch": own}))
@@ -294,7 +295,7 @@ def test_what_is_no_section_of_groups_is_refused(file, section):
 def test_groups_of_other_labels_than_the_datas_are_refused(file, grouped, message):
     parts = experiment.build(_config(file, {"data.groups.coarse": _described(grouped)}))
     with pytest.raises(ValueError, match=message):
-        parts.load()
+        load_data(parts)
 
 
 def test_groups_may_be_of_drawn_classes(file):
@@ -302,7 +303,7 @@ def test_groups_may_be_of_drawn_classes(file):
     four = Groups(("2", "4", "5", "7"), (0, 1, 0, 2))
     changes = {"data.draw_classes": 4, "data.classes.label": 4, "backbone.classes": 4}
     parts = experiment.build(_config(file, {**changes, "data.groups.coarse": _described(four)}))
-    dataset, _ = parts.load()
+    dataset, _ = load_data(parts)
     assert dataset.names["label"] == four.classes
     with pytest.raises(ValueError, match=r"coarse groups 10 labels, but there are 4"):
         experiment.build(_config(file, changes))
@@ -313,9 +314,9 @@ def test_fitting_to_validation_examples_needs_some(file):
     parts = experiment.build(_config(file, {"predictions.fitted": rule}))
     message = r"'fitted' is fitted to validation examples, and there are none; hold some out with"
     with pytest.raises(ValueError, match=message):
-        parts.load()
+        load_data(parts)
     rule.split = "train"
-    experiment.build(_config(file, {"predictions.fitted": rule})).load()
+    load_data(experiment.build(_config(file, {"predictions.fitted": rule})))
 
 
 # ---- A whole run.
@@ -363,7 +364,7 @@ def opened(trained):
     with jax.numpy_dtype_promotion("standard"):
         runs = open_run(trained[0])
         kept = kept_weights(runs, trained[0])
-        dataset, draws = runs.parts.load()
+        dataset, draws = load_data(runs.parts)
         apply = jax.jit(runs.parts.apply)
         predicted = {}
         for split in ("train", "validation", "test"):

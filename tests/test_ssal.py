@@ -19,6 +19,7 @@ from sire_jax.backbones import BACKBONES
 from sire_jax.configuration import experiment, validation
 from sire_jax.diagnostics import figures
 from sire_jax.networks import Network
+from sire_jax.runs.loading import load_data
 
 CONFIGS = configuration.repository_configs()
 TABLES = ("ssal_1", "ssal_2", "ssal_3")
@@ -266,7 +267,7 @@ def _shrunk(variant, file):
 @pytest.mark.optax_dtypes
 def test_a_step_has_finite_losses_and_changes_every_parameter_that_is_reached(digit_groups):
     parts = experiment.build(_shrunk("wrn28_10,1", digit_groups))
-    dataset, (draw,) = parts.load()
+    dataset, (draw,) = load_data(parts)
     arrays = jax.tree.map(jnp.asarray, parts.task.prepare(dataset.train))
     batch = parts.lookup(arrays, jnp.asarray(draw.train[:6]))
     before = parts.initial_state(0)

@@ -9,6 +9,7 @@ from sire_jax import configuration, objectives, traced
 from sire_jax.configuration import experiment
 from sire_jax.diagnostics import conflict, supervision
 from sire_jax.diagnostics.supervision import Norms, ratios
+from sire_jax.runs.loading import load_data
 from sire_jax.runs.trained import Trained
 from sire_jax.step import make_losses
 
@@ -40,9 +41,9 @@ def _config(variant, **overrides):
 def trained():
     with pytest.warns(UserWarning, match="are many"):
         parts = experiment.build(_config("56-3"))
-    dataset, (draw,) = parts.load()
+    dataset, (draw,) = load_data(parts)
     arrays = jax.tree.map(jnp.asarray, parts.task.prepare(dataset.train))
-    batch = parts.lookup_cropped(arrays, jnp.asarray(draw.train[:6]))
+    batch = parts.lookup(arrays, jnp.asarray(draw.train[:6]), "measured")
     state = parts.initial_state(0)
     return Trained(parts, state.step, state.params, state.model_state, batch)
 

@@ -1,6 +1,6 @@
 """From a config to the parts of a run: everything is made and checked here, nothing is compiled."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +15,13 @@ from sire_jax import objectives, optimizers, prediction, registry, traced, untru
 from sire_jax.backbones import BACKBONES
 from sire_jax.configuration import compatibility, validation
 from sire_jax.configuration import objectives as objective_sections
-from sire_jax.data import augmentation, batches, crops, records, sources, tasks
+from sire_jax.data import augmentation, batches, crops, tasks
 from sire_jax.data.augmentation import AUGMENTATIONS, RandomCrop
-from sire_jax.data.dataset import Dataset, Selection, Source
+from sire_jax.data.dataset import Source
 from sire_jax.fitted_prediction import PREDICTIONS, is_fitted
-from sire_jax.groups.partition import Groups, check_names, from_section
+from sire_jax.groups.partition import Groups, from_section
 from sire_jax.heads import HEADS
 from sire_jax.layers.initialization import as_pytorch
-from sire_jax.names import listed
 from sire_jax.networks import MAIN, Network
 from sire_jax.step import (
     INITIAL,
@@ -40,6 +39,7 @@ from sire_jax.step import (
 from sire_jax.updates import AGGREGATORS, UPDATES, WEIGHTINGS, UpdateRule, weighted
 
 PyTree = Any
+_CROPS = ("none", "central", "measured")
 
 
 @dataclass(frozen=True)
@@ -70,30 +70,31 @@ class Forward:
         """Returns the names of the outputs: the main one, then the heads (a config sorts them)."""
         return [MAIN, *self.network.heads]
 
-    def ready(self, batch: Mapping[str, Array]) -> dict[str, Array]:
-        """Makes a batch of the task's, with scaled images; ``augment`` crops them."""
-        return batches.ready(self.config.data, self.groups, batch)
+    def ready(self, batch: Mapping[str, Array], crop: str = "none") -> dict[str, Array]:
+        """Makes a batch of the task's ready for the network: scaled images, groups of labels.
 
-    def ready_cropped(self, batch: Mapping[str, Array]) -> dict[str, Array]:
-        """Makes a batch for ``measure``, with the central crop or all ten, ``[b, 10, …]``."""
+        Args:
+            batch: The batch, with images as the source has them.
+            crop: ``"none"``, as ``augment`` takes crops; ``"central"``, ``[b, …]``; or
+                ``"measured"``, the central one or, where the config says so, all ten,
+                ``[b, 10, …]``.
+
+        Returns:
+            The batch.
+
+        Raises:
+            ValueError: If there is no such crop.
+        """
         data = self.config.data
-        return batches.crop(self.ready(batch), data.crop, data.ten_crop)
+        registry.choose(dict.fromkeys(_CROPS), crop, "crop")
+        batch = batches.ready(data, self.groups, batch)
+        if crop == "none":
+            return batch
+        return batches.crop(batch, data.crop, crop == "measured" and data.ten_crop)
 
-    def ready_central(self, batch: Mapping[str, Array]) -> dict[str, Array]:
-        """Makes a batch as the network sees it, with the central crop, ``[b, …]``."""
-        return batches.crop(self.ready(batch), self.config.data.crop)
-
-    def lookup(self, arrays: tasks.Arrays, examples: Array) -> dict[str, Array]:
-        """Makes a batch of examples (see ``tasks``), with scaled images."""
-        return self.ready(self.task.batch(arrays, examples))
-
-    def lookup_cropped(self, arrays: tasks.Arrays, examples: Array) -> dict[str, Array]:
-        """Makes a batch of examples for ``measure``."""
-        return self.ready_cropped(self.task.batch(arrays, examples))
-
-    def lookup_central(self, arrays: tasks.Arrays, examples: Array) -> dict[str, Array]:
-        """Makes a batch of examples as the network sees it."""
-        return self.ready_central(self.task.batch(arrays, examples))
+    def lookup(self, arrays: tasks.Arrays, examples: Array, crop: str = "none") -> dict[str, Array]:
+        """Makes a batch of examples (see ``tasks``), as ``ready`` does."""
+        return self.ready(self.task.batch(arrays, examples), crop)
 
     def apply(self, variables: PyTree, image: Array, aux: bool = True) -> dict[str, Array]:
         """Applies the network, in evaluation, to images that are neither scaled nor cropped."""
@@ -159,7 +160,7 @@ class Experiment(Forward):
         return make_step(self.network.apply, self.objectives, self.rule, self.augment, shared)
 
     def measure(self) -> Measure:
-        """Returns the measurement of a batch that ``lookup_cropped`` made."""
+        """Returns the measurement of a batch with the crop ``"measured"``."""
         return make_measure(self._measured(), self.objectives, self.predictions)
 
     def predict(self) -> Predict:
@@ -170,98 +171,6 @@ class Experiment(Forward):
     def _measured(self) -> Apply:
         apply = self.network.apply
         return crops.averaged(apply) if self.config.data.ten_crop else apply
-
-    def _decoded(self) -> Dataset[Source]:
-        data = self.config.data
-        dataset = sources.load(
-            data.name,
-            data.dir,
-            data.cache,
-            Selection.of(data),
-            data.resize,
-            data.shape[-1],
-            data.threads,
-            data.damaged,
-            data.classes.to_dict(),
-            self._ignored(),
-        )
-        for split, source in (("training", dataset.train), ("test", dataset.test)):
-            if source.image.shape[1:] != tuple(data.shape):
-                raise ValueError(
-                    f"config.data.shape is {tuple(data.shape)}, but the {split} images of"
-                    f" {data.name} are {source.image.shape[1:]}."
-                )
-        return dataset
-
-    def _streamed(self) -> Dataset[records.Records]:
-        data = self.config.data
-        return records.open_records(
-            data.name,
-            data.dir,
-            data.cache,
-            Selection.of(data),
-            data.shape[-1],
-            data.classes.to_dict(),
-            self._ignored(),
-        )
-
-    def _ignored(self) -> dict[str, set[int]]:
-        """Returns the labels, by kind, that are none and that objectives leave out."""
-        ignored: dict[str, set[int]] = {}
-        for objective in self.objectives.values():
-            if objective.ignore is not None:
-                ignored.setdefault(objective.target, set()).add(objective.ignore)
-        return ignored
-
-    def load(self) -> tuple[Dataset[Any], list[tasks.Draw]]:
-        """Loads the data, or opens those that are streamed, and draws the examples of every run.
-
-        Raises:
-            ValueError: If the data are not what the config says, or too few.
-            FileNotFoundError: If the data set is not prepared.
-        """
-        data = self.config.data
-        dataset = self._streamed() if data.feed == "stream" else self._decoded()
-        drawn, skipped = data.draw_classes > 0, len(dataset.skipped)
-        without = f", without damaged ones ({skipped} with those of the test)" * (skipped > 0)
-        if data.images not in (0, len(dataset.train)):
-            raise ValueError(
-                f"config.data.images is {data.images}, but {data.name} has"
-                f" {len(dataset.train)} training images{' of these classes' * drawn}{without}; set"
-                f" --config.data.images={len(dataset.train)}."
-            )
-        for kind, classes in data.classes.items():
-            if dataset.classes.get(kind) != classes:
-                raise ValueError(
-                    f"config.data.classes.{kind} is {classes}, but {data.name} has"
-                    f" {dict(dataset.classes)}{_named(dataset.names.get(kind, ()))}."
-                )
-        for name, groups in self.groups.items():
-            check_names(f"config.data.groups.{name}", groups, dataset.names["label"])
-        seeds = range(self.config.seed, self.config.seed + self.config.seeds)
-        draws = [self.task.draw(dataset, seed) for seed in seeds]
-        if len(draws[0].train) < self.config.batch_size:
-            raise ValueError(
-                f"config.batch_size is {self.config.batch_size}, but there are only"
-                f" {len(draws[0].train)} training examples."
-            )
-        for split in (*self.config.evaluate_splits, "test"):
-            if not len(getattr(draws[0], split)):
-                raise ValueError(
-                    f"There are no {split} examples to measure; give config.data.task some (the"
-                    " validation examples are validation_per_class or validation)."
-                )
-        for name, rule in self.predictions.items():
-            if is_fitted(rule) and not len(getattr(draws[0], rule.split)):
-                raise ValueError(
-                    f"The prediction '{name}' is fitted to {rule.split} examples, and there"
-                    " are none; hold some out with --config.data.task.validation_per_class=50."
-                )
-        return dataset, draws
-
-
-def _named(names: Sequence[str]) -> str:
-    return f" ({listed(names)})" if names else ""
 
 
 def _example_batch(

@@ -86,7 +86,7 @@ def reconstruct(
         raise ValueError(
             f"The test images are numbered 0 to {number - 1}; {list(chosen)} are asked for."
         )
-    batch = runs.look("test", list(chosen), parts.ready_cropped)
+    batch = runs.look("test", list(chosen), "measured")
     image = np.asarray(batch["image"])
     first = jax.tree.map(lambda x: x[0], {"params": kept.params, **kept.model_state})
     outputs = jax.jit(parts.network.apply)(first, image)

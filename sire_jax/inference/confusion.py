@@ -67,7 +67,7 @@ def of_run(runs: Runs, workdir: str | Path, split: str) -> np.ndarray:
         return none.at[rows, predicted].add(mask, mode="drop")
 
     kept = kept_weights(runs, workdir, used=None)
-    total = runs.totals(measure, runs.parts.ready_central)
+    total = runs.totals(measure, "central")
     each = total(kept.params, kept.model_state, {}, split)
     return np.asarray(each, np.float64).sum(0)
 

@@ -16,6 +16,7 @@ from sire_jax.fitted_prediction import MOST, is_fitted
 from sire_jax.job import compilation, distributed
 from sire_jax.metrics import Average, Metrics, means
 from sire_jax.runs import gradient_flow, parallel
+from sire_jax.runs.loading import load_data
 from sire_jax.step import Best, TrainState
 
 PyTree = Any
@@ -58,7 +59,7 @@ class Runs:
 
     def _load(self) -> None:
         with distributed.together("loading the data"):
-            dataset, draws = self.parts.load()
+            dataset, draws = load_data(self.parts)
         self._describe(dataset)
         # What is wrong with damaged images that were left out, until it is said.
         self._skipped, self._unsaid = len(dataset.skipped), list(dataset.skipped)
@@ -115,7 +116,7 @@ class Runs:
         self._finite = Program(jax.jit(_finite, out_shardings=self.everywhere))
         self._means = Program(jax.jit(means, out_shardings=self.everywhere))
         self._steps: Any = self._step_program()
-        self._measure = self.totals(parts.measure(), parts.ready_cropped)
+        self._measure = self.totals(parts.measure(), "measured")
         self._predict = self._prediction_program()
         self._best = Program(
             jax.jit(jax.vmap(Best.update), donate_argnums=0, out_shardings=self.of_runs)
@@ -124,11 +125,11 @@ class Runs:
 
     # ---- Programs over the examples; those of a stream are in ``streamed_runs``.
 
-    def _lookup(self, ready: Callable[[Batch], Batch]) -> Callable[[PyTree, jax.Array], Batch]:
+    def _lookup(self, crop: str = "none") -> Callable[[PyTree, jax.Array], Batch]:
         """Returns the function that makes the batch of examples, each device a part of it."""
 
         def lookup(arrays: tasks.Arrays, examples: jax.Array) -> Batch:
-            return parallel.split_batch(ready(self.parts.task.batch(arrays, examples)), self.mesh)
+            return parallel.split_batch(self.parts.lookup(arrays, examples, crop), self.mesh)
 
         return lookup
 
@@ -147,12 +148,12 @@ class Runs:
 
             def own(arrays: tasks.Arrays, examples: jax.Array) -> Batch:
                 part = parallel.own_part(examples, "data")
-                return self.parts.ready(self.parts.task.batch(arrays, part))
+                return self.parts.lookup(arrays, part)
 
             steps = parallel.over_steps(self.parts.step("data"), own)
             runs = parallel.over_seeds(steps, (2, 4, 5), at_once)
             return Program(parallel.pmapped(runs, self.mesh, 6, donated=(0, 1)))
-        steps = parallel.over_steps(self.parts.step(), self._lookup(self.parts.ready))
+        steps = parallel.over_steps(self.parts.step(), self._lookup())
         places = (self.of_runs, self.of_runs, self.everywhere)
         return self.program(steps, (2, 4, 5), places, donate_argnums=(0, 1))
 
@@ -160,20 +161,20 @@ class Runs:
         return parallel.shuffle(key, epoch, examples, self.config.batch_size)
 
     def totals(
-        self, measure: Callable[..., PyTree], ready: Callable[[Batch], Batch]
+        self, measure: Callable[..., PyTree], crop: str
     ) -> Callable[[PyTree, PyTree, Mapping[str, PyTree], str], PyTree]:
         """Makes the program that measures a split.
 
         Args:
             measure: Measures a batch; a function ``(params, model_state, batch, mask, fitted)`` to
                 sums over the examples that the mask counts.
-            ready: Makes a batch as the network sees it of one as the task has it.
+            crop: Which crops of the images are measured; see ``Forward.ready``.
 
         Returns:
             A function ``(params, model_state, fitted, split)`` to the sums, for each run.
         """
         size, devices = self.config.evaluate_batch_size, self._sharing_a_batch()
-        batches = parallel.over_batches(measure, self._lookup(ready), size, devices)
+        batches = parallel.over_batches(measure, self._lookup(crop), size, devices)
         program = self.program(batches, (3,))
 
         def run(params: PyTree, model_state: PyTree, fitted: PyTree, split: str) -> PyTree:
@@ -186,7 +187,7 @@ class Runs:
 
     def _prediction_program(self) -> Callable[[PyTree, PyTree, str, int], Any]:
         size, devices = self.config.evaluate_batch_size, self._sharing_a_batch()
-        lookup = self._lookup(self.parts.ready_cropped)
+        lookup = self._lookup("measured")
         program = self.program(
             parallel.collected(self.parts.predict(), lookup, size, devices), (2,)
         )
@@ -198,7 +199,7 @@ class Runs:
         return run
 
     def _gradient_program(self) -> Callable[[TrainState, int], Metrics]:
-        lookup, flow = self._lookup(self.parts.ready), self._flow()
+        lookup, flow = self._lookup(), self._flow()
         program = self.program(
             lambda state, arrays, order: flow(state, lookup(arrays, order[0])), (1,)
         )
@@ -331,17 +332,16 @@ class Runs:
         self,
         split: str,
         chosen: int | Sequence[int],
-        ready: Callable[[Batch], Batch] | None = None,
+        crop: str = "central",
     ) -> Batch:
         """Returns examples of a split of the first run, to look at.
 
         Args:
             split: ``"train"``, ``"validation"`` or ``"test"``.
             chosen: How many, the first ones, all if there are fewer; or their numbers.
-            ready: Makes the batch; with the central crops by default.
+            crop: Which crops of the images; see ``Forward.ready``.
         """
-        batch = self.parts.task.batch(self.arrays, self.examples[split][0][some(chosen)])
-        return (ready or self.parts.ready_central)(batch)
+        return self.parts.lookup(self.arrays, self.examples[split][0][some(chosen)], crop)
 
 
 def _finite(trees: PyTree) -> jax.Array:

@@ -23,6 +23,7 @@ from sire_jax.data.augmentation import Batch
 from sire_jax.job import distributed
 from sire_jax.metrics import Metrics
 from sire_jax.runs import parallel
+from sire_jax.runs.loading import load_data
 from sire_jax.runs.runs import Program, Runs, some
 from sire_jax.step import TrainState
 
@@ -67,7 +68,7 @@ class StreamedRuns(Runs):
     def _load(self) -> None:
         data = self.config.data
         with distributed.together("opening the data"):
-            dataset, (draw,) = self.parts.load()
+            dataset, (draw,) = load_data(self.parts)
         self._describe(dataset)
         self._records = {"train": dataset.train, "validation": dataset.train, "test": dataset.test}
         self.examples = {split: np.asarray(each)[None] for split, each in draw._asdict().items()}
@@ -191,14 +192,14 @@ class StreamedRuns(Runs):
         return self._steps.memory(state, sums, broken, batch)
 
     def totals(
-        self, measure: Callable[..., PyTree], ready: Callable[[Batch], Batch]
+        self, measure: Callable[..., PyTree], crop: str
     ) -> Callable[[PyTree, PyTree, Mapping[str, PyTree], str], PyTree]:
         """Makes the program that measures a split; see ``Runs.totals``."""
 
         def one(params: PyTree, model_state: PyTree, fitted: PyTree, batch: Batch) -> PyTree:
             batch = dict(batch)
             mask = batch.pop("intact").astype(jnp.float32)
-            return measure(params, model_state, ready(batch), mask, fitted)
+            return measure(params, model_state, self.parts.ready(batch, crop), mask, fitted)
 
         program = self.program(one, (3,))
 
@@ -235,7 +236,7 @@ class StreamedRuns(Runs):
         def one(params: PyTree, model_state: PyTree, batch: Batch) -> Any:
             batch = dict(batch)
             mask = batch.pop("intact")
-            return predict(params, model_state, self.parts.ready_cropped(batch)), mask
+            return predict(params, model_state, self.parts.ready(batch, "measured")), mask
 
         program = self.program(one, (2,))
 
@@ -274,12 +275,12 @@ class StreamedRuns(Runs):
         self,
         split: str,
         chosen: int | Sequence[int],
-        ready: Callable[[Batch], Batch] | None = None,
+        crop: str = "central",
     ) -> Batch:
         """Returns examples of a split, to look at; see ``Runs.look``."""
         batches = self._batches(split, self.examples[split][:, some(chosen)], self._still)
         batch = jax.device_put(dict(next(without_mask(batches))))
-        return (ready or self.parts.ready_central)(batch)
+        return self.parts.ready(batch, crop)
 
 
 @jax.jit

@@ -8,6 +8,7 @@ import pytest
 
 from sire_jax import configuration
 from sire_jax.configuration import experiment
+from sire_jax.runs.loading import load_data
 
 pytestmark = pytest.mark.slow  # Decodes 60,000 images.
 
@@ -27,7 +28,7 @@ def cifar(tmp_path_factory):
             "--config.seeds=2",
         ],
     )
-    return config, *experiment.build(config).load()
+    return config, *load_data(experiment.build(config))
 
 
 def test_cifar_100_is_split_into_45000_5000_and_10000(cifar):
@@ -68,4 +69,4 @@ def test_a_config_that_says_another_number_of_images_is_refused(cifar):
     config, _, _ = cifar
     wrong = configuration.override(config, ["--config.data.images=60000"])
     with pytest.raises(ValueError, match=r"data\.images is 60000, but .* has 50000 training"):
-        experiment.build(wrong).load()
+        load_data(experiment.build(wrong))

@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from sire_jax import configuration, inspect
 from sire_jax.configuration import experiment, head, objective, prediction
 from sire_jax.data import crops
 from sire_jax.data.augmentation import RandomCrop
+from sire_jax.runs.loading import load_data
 from sire_jax.runs.runs import Runs
 
 few = settings(max_examples=25, deadline=None)
@@ -109,7 +112,7 @@ def _config(**data):
 
 
 def _digits(parts, number):
-    dataset, _ = parts.load()
+    dataset, _ = load_data(parts)
     arrays = jax.tree.map(jnp.asarray, parts.task.prepare(dataset.test))
     return arrays, jnp.arange(number), dataset.test
 
@@ -134,7 +137,7 @@ def test_training_sees_random_crops_and_evaluation_the_central_one():
     arrays, examples, source = _digits(parts, 40)
     batch = parts.lookup(arrays, examples)
     assert batch["image"].shape == (40, 8, 8, 1)
-    central = parts.lookup_cropped(arrays, examples)
+    central = parts.lookup(arrays, examples, "measured")
     assert np.allclose(central["image"], source.image[:40, 1:6, 1:6] / 255)
     assert np.array_equal(central["label"], batch["label"])
     seen = parts.augment(jax.random.key(0), batch)["image"]
@@ -176,7 +179,7 @@ def test_ten_crops_are_the_mean_of_ten_evaluations():
     state = runs.initial()
     found = runs.measure(state.params, state.model_state, "test")
 
-    dataset, _ = parts.load()
+    dataset, _ = load_data(parts)
     variables = jax.tree.map(lambda x: x[0], {"params": state.params, **state.model_state})
     apply = jax.jit(parts.network.apply)
     image, label = dataset.test.image.astype(np.float32) / 255, dataset.test.labels["label"]
@@ -215,7 +218,10 @@ def test_a_crop_of_the_whole_image_is_the_image():
     parts = experiment.build(_config(crop=8))
     arrays, examples, _ = _digits(parts, 3)
     batch = parts.lookup(arrays, examples)
-    for same in (parts.lookup_cropped(arrays, examples), parts.augment(jax.random.key(0), batch)):
+    for same in (
+        parts.lookup(arrays, examples, "measured"),
+        parts.augment(jax.random.key(0), batch),
+    ):
         assert np.array_equal(same["image"], batch["image"])
 
 
@@ -235,8 +241,8 @@ def test_without_crops_the_programs_are_those_without_the_setting():
     parts = experiment.build(_config(crop=0))
     arrays, examples, _ = _digits(parts, 4)
     training, measuring = (
-        str(jax.make_jaxpr(lookup)(arrays, examples))
-        for lookup in (parts.lookup, parts.lookup_cropped)
+        str(jax.make_jaxpr(partial(parts.lookup, crop=crop))(arrays, examples))
+        for crop in ("none", "measured")
     )
     assert training == measuring
     batch = parts.lookup(arrays, examples)
