@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from sire_jax import configuration, files, rehearsal, reproduce, tables
+from sire_jax import configuration, files, paper_tables, rehearsal, reproduce, tables
 from sire_jax.rehearsal import Rehearsal
 
 RESULTS = Path("docs/results")
@@ -64,13 +64,13 @@ def runs(names: list[str]) -> Iterator[Run]:
     """
     first: dict[str, str] = {}
     for name in names:
-        configs = reproduce.find_configs(name)
-        table = reproduce.load_table(name, configs)
+        configs = paper_tables.find_configs(name)
+        table = paper_tables.load_table(name, configs)
         for row in table["rows"]:
-            config = reproduce.row_config(table, row, configs, "", [])
+            config = paper_tables.row_config(table, row, configs, "", [])
             config.name = ""
             digest = hashlib.sha256(config.to_json(sort_keys=True).encode()).hexdigest()[:16]
-            called = reproduce.identity(row)
+            called = paper_tables.identity(row)
             yield Run(name, called, first.setdefault(digest, f"{name}/{called}"), digest)
 
 
@@ -84,9 +84,9 @@ def rehearse(run: Run, overrides: list[str]) -> Row:
     Returns:
         What it has shown, losses with five digits; with the digest of its config, and the machine.
     """
-    configs = reproduce.find_configs(run.table)
-    table = reproduce.load_table(run.table, configs)
-    chosen = reproduce.choose_rows(table, [run.row])
+    configs = paper_tables.find_configs(run.table)
+    table = paper_tables.load_table(run.table, configs)
+    chosen = paper_tables.choose_rows(table, [run.row])
     with tempfile.TemporaryDirectory() as workdir:
         found = reproduce.rehearse(
             table, chosen, workdir, configs, overrides=overrides, steps=STEPS
@@ -198,7 +198,7 @@ def _contents(all_runs: list[Run]) -> dict[str, Any]:
     """Returns the titles of tables, and which run each of their rows is."""
     found: dict[str, Any] = {}
     for run in all_runs:
-        title = reproduce.load_table(run.table, reproduce.find_configs(run.table))["title"]
+        title = paper_tables.load_table(run.table, paper_tables.find_configs(run.table))["title"]
         found.setdefault(run.table, {"title": title, "rows": {}})["rows"][run.row] = run.same
     return found
 

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from jax.tree_util import DictKey
 
-from sire_jax import configuration, inspect, reproduce, traced
+from sire_jax import configuration, inspect, paper_tables, traced
 from sire_jax.configuration import experiment
 from sire_jax.tables import align
 
@@ -49,9 +49,9 @@ def as_keras_counts(parts: experiment.Experiment) -> int:
 
 def build(name: str, row: Mapping[str, Any], variant: str) -> experiment.Experiment:
     """Builds the network of a row of a table, or of another variant of its config."""
-    configs = reproduce.find_configs(name)
-    table = reproduce.load_table(name, configs)
-    config = reproduce.row_config(table, {**row, "variant": variant}, configs, "", [])
+    configs = paper_tables.find_configs(name)
+    table = paper_tables.load_table(name, configs)
+    config = paper_tables.row_config(table, {**row, "variant": variant}, configs, "", [])
     return experiment.build(configuration.with_groups(config, dealt=True))
 
 
@@ -65,8 +65,8 @@ def count(name: str) -> dict[str, dict[str, int]]:
         For each way of counting numbers of parameters by what the rows are called.
     """
     found: dict[str, dict[str, int]] = {name: {}}
-    for row in reproduce.load_table(name, reproduce.find_configs(name))["rows"]:
-        identity = reproduce.identity(row)
+    for row in paper_tables.load_table(name, paper_tables.find_configs(name))["rows"]:
+        identity = paper_tables.identity(row)
         parts = build(name, row, row.get("counted", row["variant"]))
         found[name][identity] = parts.size()
         if "counted" in row:

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from rehearsals import write
 
-from sire_jax import reproduce
+from sire_jax import paper_tables, reproduce
 from sire_jax.tables import align
 
 TABLE, STEPS, BATCH = "sire_readings", 60, 32
@@ -111,8 +111,8 @@ def main() -> None:
     found: dict[str, Any] = json.loads(options.json.read_text()) if options.json.exists() else {}
     recorded = found.setdefault("rows", {})
     found.update(steps=STEPS, batch_size=BATCH)
-    configs = reproduce.find_configs(TABLE)
-    table = reproduce.load_table(TABLE, configs)
+    configs = paper_tables.find_configs(TABLE)
+    table = paper_tables.load_table(TABLE, configs)
     for width, weight, reading in product(options.widths, options.lambdas, READINGS):
         called = name(reading, weight, width)
         if called in recorded:
@@ -124,7 +124,7 @@ def main() -> None:
         ]
         row = f"{reading}_{weight}"
         with tempfile.TemporaryDirectory() as workdir:
-            chosen = reproduce.choose_rows(table, [row])
+            chosen = paper_tables.choose_rows(table, [row])
             told = reproduce.rehearse(table, chosen, workdir, configs, "", given, STEPS)[row]
         recorded[called] = {"machine": reproduce.machine(), **asdict(told)}
         write(found, options.json)

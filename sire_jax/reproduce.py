@@ -22,84 +22,25 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from sire_jax import __version__, configuration, files, names, registry, rehearsal, tables
+from sire_jax import (
+    __version__,
+    configuration,
+    files,
+    names,
+    paper_tables,
+    registry,
+    rehearsal,
+)
 from sire_jax.configuration import experiment
 from sire_jax.diagnostics import figures, gradient_flow
 from sire_jax.job import command
-from sire_jax.runs import divergence
-from sire_jax.runs.divergence import DIVERGED, NonFiniteLossError
+from sire_jax.runs.divergence import NonFiniteLossError
 from sire_jax.storage.workdir import check_writable, read_config, read_results
 from sire_jax.train import InterruptedRunError, train
 
-Table = dict[str, Any]
-_TABLES = "tables"
-
-
-def find_configs(name: str) -> Path:
-    """Returns the directory of the configs that has a table; that of the shipped ones if none has.
-
-    Args:
-        name: The table.
-    """
-    table = configuration.find(configuration.CONFIGS / _TABLES / f"{name}.json")
-    return table.parent.parent if table else configuration.repository_configs()
-
-
-def load_table(name: str, configs: Path) -> Table:
-    """Reads a table.
-
-    Args:
-        name: Such as ``pairs_1``.
-        configs: The directory of the configs.
-
-    Returns:
-        What ``tables/NAME.json`` holds.
-
-    Raises:
-        ValueError: If there is no such table.
-    """
-    known = {path.stem: path for path in (configs / _TABLES).glob("*.json")}
-    return json.loads(registry.choose(known, name, "table").read_text())
-
-
-def identity(row: Mapping[str, Any]) -> str:
-    """Returns what a row is called on the command line and in the workdir."""
-    return row.get("id", row["variant"])
-
-
-def choose_rows(table: Table, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Picks rows by their names, all if no name is given.
-
-    Raises:
-        ValueError: If there is no such row.
-    """
-    known = {identity(row): row for row in table["rows"]}
-    return [registry.choose(known, name, "row") for name in names] or table["rows"]
-
-
-def row_config(
-    table: Table, row: Mapping[str, Any], configs: Path, option: str, overrides: Sequence[str]
-) -> ConfigDict:
-    """Loads the config of a row.
-
-    Args:
-        table: The table.
-        row: One of its rows.
-        configs: The directory of the configs.
-        option: One of the table's options, or "".
-        overrides: ``--config.a.b=value`` each, after those of the row.
-
-    Returns:
-        The config.
-    """
-    variant = f"{row['variant']},{option}" if option else row["variant"]
-    # A row that diverges is a result, too.
-    given = ["--config.on_diverged=record", *row.get("overrides", []), *overrides]
-    return configuration.load(f"{configs / table['config']}:{variant}", given)
-
 
 def load_rows(
-    table: Table,
+    table: paper_tables.Table,
     rows: Sequence[Mapping[str, Any]],
     configs: Path,
     option: str,
@@ -125,8 +66,10 @@ def load_rows(
         raise ValueError(f"The table has no option '{option}'.{hint}")
     found = {}
     for row in rows:
-        with registry.located(f"The row '{identity(row)}'"):
-            found[identity(row)] = row_config(table, row, configs, option, overrides)
+        with registry.located(f"The row '{paper_tables.identity(row)}'"):
+            found[paper_tables.identity(row)] = paper_tables.row_config(
+                table, row, configs, option, overrides
+            )
     return found
 
 
@@ -136,7 +79,7 @@ def _build(name: str, config: ConfigDict, rehearsed: bool = False) -> experiment
 
 
 def rehearse(
-    table: Table,
+    table: paper_tables.Table,
     rows: Sequence[Mapping[str, Any]],
     workdir: str | Path,
     configs: Path,
@@ -170,7 +113,7 @@ def rehearse(
 
     def note(name: str, shown: rehearsal.Rehearsal) -> None:
         found[name] = shown
-        text = f"{title}\n\n{_note(overrides)}{rehearsal.markdown(found)}\n"
+        text = f"{title}\n\n{paper_tables.note(overrides)}{rehearsal.markdown(found)}\n"
         files.replace(workdir / "rehearsal.md", text)
         details = {
             "title": title,
@@ -200,127 +143,8 @@ def _draw_rehearsals(found: Mapping[str, rehearsal.Rehearsal], path: Path) -> No
     figures.losses(totals, path, "weighted sum of the losses")
 
 
-Figure = dict[str, Any]
-
-
-def compare(
-    row: Mapping[str, Any],
-    table: Table,
-    results: Mapping[str, Any],
-    parameters: int = 0,
-    reference: tuple[Mapping[str, Any], Mapping[str, Any]] | None = None,
-) -> dict[str, Any]:
-    """Puts a row's figures beside the paper's.
-
-    Args:
-        row: The row of the table.
-        table: The table. A column is a metric of a split, ``{"split", "metric"}``, in percent if it
-            has ``"percent": true``, as an error in percent with ``"error_percent": true``;
-            ``{"parameters": true}``, in millions; or ``{"relative_time": ID}``, the time of a
-            training step over that of the row ID (the paper's: of the whole training). It may have
-            a ``"format"`` of its numbers.
-        results: Final measurements of the row's run.
-        parameters: The row's number of parameters.
-        reference: The row that times are relative to and its measurements, if it has been trained.
-
-    Returns:
-        ``{"name", "variant", "diverged"}``, the steps after which each run did, and for each column
-        ``{"paper", "ours", "difference", "deviations", "runs"}``: of the runs that did not diverge,
-        if there are any, means with standard deviations, the difference of the means, and that in
-        the paper's standard deviations (``None`` where the paper has no figure, or no deviation
-        above 0).
-    """
-    diverged = results.get(DIVERGED, [])
-    line: dict[str, Any] = {"name": row["name"], "variant": identity(row), DIVERGED: diverged}
-    for column, kind in table["columns"].items():
-        if "relative_time" in kind:
-            line[column] = _relative_time(row, results, reference)
-        elif "parameters" in kind:
-            line[column] = _figure(row.get(column), [parameters / 1e6])
-        else:
-            # A row without decoders has no errors of theirs.
-            runs = results["splits"][kind["split"]].get(kind["metric"])
-            runs = None if runs is None else divergence.converged(runs, diverged)
-            if runs is not None and kind.get("error_percent"):
-                runs = [100 * (1 - each) for each in runs]
-            elif runs is not None and kind.get("percent"):
-                runs = [100 * each for each in runs]
-            line[column] = _figure(row.get(column), runs)
-    return {**line, "seconds": results["seconds"]}
-
-
-def _relative_time(
-    row: Mapping[str, Any],
-    results: Mapping[str, Any],
-    reference: tuple[Mapping[str, Any], Mapping[str, Any]] | None,
-) -> Figure:
-    if reference is None:
-        return _figure(None, None)
-    paper = row["minutes"] / reference[0]["minutes"] if "minutes" in row else None
-    ours, theirs = results.get("step_seconds"), reference[1].get("step_seconds")
-    return _figure(paper, [ours / theirs] if ours and theirs else None)
-
-
-def _figure(paper: Any, runs: list[float] | None) -> Figure:
-    """Compares the paper's mean, or mean and deviation, with our runs."""
-    if paper is not None and not isinstance(paper, list):
-        paper = [paper, None]
-    if runs is None:
-        return dict.fromkeys(("ours", "difference", "deviations", "runs")) | {"paper": paper}
-    mean, deviation = tables.spread(runs)
-    difference = None if paper is None else mean - paper[0]
-    return {
-        "paper": paper,
-        "ours": [mean, deviation],
-        "difference": difference,
-        "deviations": difference / paper[1] if paper and paper[1] else None,
-        "runs": runs,
-    }
-
-
-def markdown(lines: Sequence[Mapping[str, Any]], table: Table) -> str:
-    """Writes the compared rows as a Markdown table."""
-    columns = table["columns"]
-    has_paper = {column: any(line[column]["paper"] for line in lines) for column in columns}
-    heads = ["row"]
-    for column in columns:
-        heads += [f"{column}, paper", "ours", "difference"] if has_paper[column] else [column]
-    rows = [[*heads, "seconds"]]
-    for line in lines:
-        cells = [
-            cell
-            for column, kind in columns.items()
-            for cell in _cells(line[column], has_paper[column], kind.get("format", ".3f"))
-        ]
-        name = line["name"] + divergence.described(line.get(DIVERGED, []))
-        rows.append([name, *cells, f"{line['seconds']:.0f}"])
-    return tables.align(rows)
-
-
-def _cells(figure: Figure, has_paper: bool, form: str) -> list[str]:
-    several = figure["runs"] is not None and len(figure["runs"]) > 1
-    ours = _number(figure["ours"] if several else (figure["ours"] or [None])[:1], form)
-    if not has_paper:
-        return [ours]
-    if figure["difference"] is None:
-        return [_number(figure["paper"], form), ours, ""]
-    far = "" if figure["deviations"] is None else f" ({figure['deviations']:+.1f} sd)"
-    return [_number(figure["paper"], form), ours, f"{figure['difference']:+{form}}{far}"]
-
-
-def _note(overrides: Sequence[str]) -> str:
-    """Says what makes a table another one than the paper's."""
-    given = [each for each in overrides if not each.startswith("--config.data.dir=")]
-    return f"Overrides: {' '.join(given)}\n\n" if given else ""
-
-
-def _number(value: Sequence[float | None] | None, form: str) -> str:
-    """Writes a mean, with its deviation if there is one."""
-    return " ± ".join(f"{each:{form}}" for each in value or [] if each is not None)
-
-
 def reproduce(
-    table: Table,
+    table: paper_tables.Table,
     rows: Sequence[Mapping[str, Any]],
     workdir: str | Path,
     configs: Path,
@@ -359,24 +183,26 @@ def reproduce(
     counts = any("parameters" in kind for kind in table["columns"].values())
     reference = None
     for row in table["rows"]:
-        directory = workdir / identity(row)
-        config = row_configs.get(identity(row))
+        directory = workdir / paper_tables.identity(row)
+        config = row_configs.get(paper_tables.identity(row))
         if config is None:
-            config = row_config(table, row, configs, option, overrides)
+            config = paper_tables.row_config(table, row, configs, option, overrides)
         results = _trained(config, directory)
         if results is None and row not in rows:
             continue
         drawn[row["name"]] = directory, row.get("curve", table["curves"]["metric"])
         results = results or train(config, str(directory))
-        if identity(row) in references:
+        if paper_tables.identity(row) in references:
             reference = row, results
         parameters = 0
         if counts:
             counted = {**row, "variant": row.get("counted", row["variant"])}
-            chosen = row_config(table, counted, configs, option, overrides)
+            chosen = paper_tables.row_config(table, counted, configs, option, overrides)
             parameters = experiment.build(chosen).size()
-        lines.append(compare(row, table, results, parameters, reference))
-        (workdir / "table.md").write_text(_note(overrides) + markdown(lines, table) + "\n")
+        lines.append(paper_tables.compare(row, table, results, parameters, reference))
+        (workdir / "table.md").write_text(
+            paper_tables.note(overrides) + paper_tables.markdown(lines, table) + "\n"
+        )
         details = {
             "title": table["title"],
             "option": option,
@@ -433,7 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--workdir", help="where the runs are kept; runs/TABLE by default")
     rehearsal.add_option(parser)
     known, overrides = parser.parse_known_args(arguments)
-    configs = find_configs(known.table)
+    configs = paper_tables.find_configs(known.table)
     if known.seeds is not None:
         overrides.append(f"--config.seeds={known.seeds}")
     rehearsed = "rehearsal" * (known.rehearse is not None)
@@ -442,8 +268,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         known.workdir = Path("runs") / "-".join(parts)
     started = time.perf_counter()
     with command.readable_errors(NonFiniteLossError, goes_on=True):
-        table = load_table(known.table, configs)
-        rows = choose_rows(table, [name for name in known.rows.split(",") if name])
+        table = paper_tables.load_table(known.table, configs)
+        rows = paper_tables.choose_rows(table, [name for name in known.rows.split(",") if name])
         if rehearsed:
             told = (known.workdir, configs, known.option, overrides, known.rehearse)
             print(f"\n{rehearsal.markdown(rehearse(table, rows, *told))}")
@@ -454,7 +280,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except InterruptedRunError as stopped:
             print(stopped, flush=True)
             sys.exit(stopped.status)
-    print(f"\n{table['title']}\n\n{_note(overrides)}{markdown(lines, table)}\n")
+    print(
+        f"\n{table['title']}\n\n{paper_tables.note(overrides)}{paper_tables.markdown(lines, table)}\n"
+    )
     seconds = time.perf_counter() - started
     drawn = files.expanded(known.workdir) / "table.png"
     print(f"{seconds:.0f} s; curves: {drawn}, and in each row's directory")

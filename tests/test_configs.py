@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sire_jax import configuration, inspect, reproduce
+from sire_jax import configuration, inspect, paper_tables, reproduce
 from sire_jax.configuration import experiment, validation
 from sire_jax.runs.loading import load_data
 
@@ -85,10 +85,10 @@ def test_parameters_of_the_pairs_configs(variant, parameters):
 
 @pytest.mark.parametrize("name", TABLES)
 def test_every_row_of_a_table_has_a_config(name):
-    table = reproduce.load_table(name, CONFIGS)
+    table = paper_tables.load_table(name, CONFIGS)
     for row in table["rows"]:
         for option in ("", *table["options"]):
-            config = reproduce.row_config(table, row, CONFIGS, option, [])
+            config = paper_tables.row_config(table, row, CONFIGS, option, [])
             validation.validate(config)
             assert config.epochs == row.get("epochs", config.epochs)
             assert {kind["split"] for kind in table["columns"].values() if "split" in kind} <= {
@@ -176,15 +176,15 @@ def test_groups_of_the_current_directory_come_before_shipped_ones(elsewhere):
 
 
 def test_tables_are_found_here_and_among_the_shipped_ones(elsewhere):
-    assert reproduce.find_configs("quickstart") == CONFIGS
+    assert paper_tables.find_configs("quickstart") == CONFIGS
     own = elsewhere / "configs" / "tables" / "quickstart.json"
     own.parent.mkdir(parents=True)
     own.write_text((CONFIGS / "tables" / "quickstart.json").read_text())
-    configs = reproduce.find_configs("quickstart")
+    configs = paper_tables.find_configs("quickstart")
     assert configs.resolve() == elsewhere / "configs"
     # Of a table of one's own, too, the config may be a shipped one.
-    table = reproduce.load_table("quickstart", configs)
-    config = reproduce.row_config(table, table["rows"][0], configs, "", [])
+    table = paper_tables.load_table("quickstart", configs)
+    config = paper_tables.row_config(table, table["rows"][0], configs, "", [])
     assert config.name == "quickstart/main_only"
 
 

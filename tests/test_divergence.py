@@ -10,7 +10,7 @@ import numpy as np
 import programs
 import pytest
 
-from sire_jax import configuration, evaluate, reproduce, train
+from sire_jax import configuration, evaluate, paper_tables, train
 from sire_jax.configuration import experiment
 from sire_jax.diagnostics import figures
 from sire_jax.runs import parallel
@@ -163,15 +163,15 @@ TABLE = {
 def test_a_row_is_of_the_runs_that_did_not_diverge_and_of_all_where_all_did(
     diverged, top_1, runs, name
 ):
-    line = reproduce.compare(
+    line = paper_tables.compare(
         {"name": "row", "variant": "row", "error": 99.0}, TABLE, _results(diverged, top_1)
     )
     assert line["error"]["runs"] == pytest.approx(runs)
-    assert f"| {name} " in reproduce.markdown([line], TABLE)
+    assert f"| {name} " in paper_tables.markdown([line], TABLE)
 
 
 def test_a_table_records_what_diverges():
-    table = reproduce.load_table("sire_2", CONFIGS)
-    config = reproduce.row_config(table, table["rows"][3], CONFIGS, "", [])
+    table = paper_tables.load_table("sire_2", CONFIGS)
+    config = paper_tables.row_config(table, table["rows"][3], CONFIGS, "", [])
     assert config.on_diverged == "record"
     assert configuration.load(f"{CONFIGS}/sire.py").on_diverged == "stop"

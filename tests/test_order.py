@@ -18,7 +18,7 @@ configuration
 storage
 runs
 fitting inference diagnostics
-train evaluate inspect reproduce rehearsal export explain grouping early_exit
+train evaluate inspect paper_tables reproduce rehearsal export explain grouping early_exit
 """
 FLOORS = {name: i for i, line in enumerate(ORDER.split("\n")) for name in line.split()}
 

@@ -6,7 +6,7 @@ import numpy as np
 import programs
 import pytest
 
-from sire_jax import configuration, rehearsal, reproduce, traced, train
+from sire_jax import configuration, paper_tables, rehearsal, reproduce, traced, train
 from sire_jax.configuration import experiment
 from sire_jax.diagnostics import figures
 from sire_jax.rehearsal import Rehearsal, rehearse
@@ -178,11 +178,11 @@ def test_the_main_loss_of_one_run_has_a_panel_of_its_own(tmp_path, monkeypatch):
 
 @pytest.mark.slow  # It compiles a network of its own.
 def test_a_table_is_rehearsed_row_by_row_once_all_are_built(tmp_path, capsys):
-    table = reproduce.load_table("quickstart", CONFIGS)
+    table = paper_tables.load_table("quickstart", CONFIGS)
     overrides = [f"--config.{each}" for each in SMALL]
     given = (table, table["rows"][1:], tmp_path, CONFIGS, "", overrides)
     found = reproduce.rehearse(*given, steps=2)
-    name = reproduce.identity(table["rows"][1])
+    name = paper_tables.identity(table["rows"][1])
     assert list(found) == [name]
     assert f"1/1  {name}: " in capsys.readouterr().out
     written = json.loads((tmp_path / "rehearsal.json").read_text())
@@ -193,7 +193,7 @@ def test_a_table_is_rehearsed_row_by_row_once_all_are_built(tmp_path, capsys):
 
 @pytest.mark.parametrize("work", [reproduce.rehearse, reproduce.reproduce])
 def test_a_mistake_in_the_last_row_is_found_before_the_first_is_begun(work, tmp_path):
-    table = reproduce.load_table("quickstart", CONFIGS)
+    table = paper_tables.load_table("quickstart", CONFIGS)
     wrong = {**table["rows"][0], "id": "wrong", "overrides": ["--config.batch_size=1000"]}
     rows = [*table["rows"], wrong]
     with pytest.raises(ValueError, match=r"The row 'wrong': config.batch_size is 1000, but there"):

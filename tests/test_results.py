@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sire_jax import configuration, groups, reproduce, tables
+from sire_jax import configuration, groups, paper_tables, reproduce, tables
 from sire_jax.configuration import experiment
 from sire_jax.groups import clustering
 from sire_jax.networks import MAIN
@@ -100,8 +100,8 @@ def test_what_became_of_readings_is_what_was_recorded(place, batch):
 )
 def test_a_table_is_what_reproduce_wrote(page, heading, recorded, table):
     lines = json.loads((RESULTS / recorded).read_text())["rows"]
-    about = reproduce.load_table(table, configuration.repository_configs())
-    written = reproduce.markdown(lines, about).splitlines()
+    about = paper_tables.load_table(table, configuration.repository_configs())
+    written = paper_tables.markdown(lines, about).splitlines()
     expected = [[cell.strip() for cell in line.strip("|").split("|")] for line in written]
     (found,) = _tables(page, heading)
     # A row that was not run stands on the page alone.
@@ -808,8 +808,8 @@ def test_sizes_of_what_table_4_trains_are_what_was_counted():
 
 
 def _rows(name):
-    table = reproduce.load_table(name, configuration.repository_configs())
-    return [{**row, "id": reproduce.identity(row)} for row in table["rows"]]
+    table = paper_tables.load_table(name, configuration.repository_configs())
+    return [{**row, "id": paper_tables.identity(row)} for row in table["rows"]]
 
 
 # Of each row of the page the table and the row; after "+" what it adds to the one above.
@@ -876,8 +876,8 @@ def test_costs_of_exits_are_what_was_counted():
 )
 def test_what_was_counted_is_what_the_code_makes(benchmark, monkeypatch, table, row):
     counting, recorded = benchmark("sizes"), _recorded("sizes.json")
-    loaded = reproduce.load_table(table, configuration.repository_configs())
-    one = {**loaded, "rows": reproduce.choose_rows(loaded, [row])}
+    loaded = paper_tables.load_table(table, configuration.repository_configs())
+    one = {**loaded, "rows": paper_tables.choose_rows(loaded, [row])}
     monkeypatch.setattr(reproduce, "load_table", lambda *_: one)
     for name, counted in counting.count(table).items():
         assert counted == {row: recorded[name][row]}

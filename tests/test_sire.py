@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict
 from planned import random_like
 
-from sire_jax import configuration, optimizers, reproduce
+from sire_jax import configuration, optimizers, paper_tables
 from sire_jax.configuration import experiment
 from sire_jax.configuration import objectives as objective_sections
 from sire_jax.data.batches import image_range
@@ -196,7 +196,7 @@ def test_each_decoder_has_lambda_or_a_weight_of_its_own():
 
 
 def test_the_last_of_two_overrides_of_a_tuple_counts():
-    # As of a row of a table, then of the command line (reproduce.row_config).
+    # As of a row of a table, then of the command line (paper_tables.row_config).
     config = _load("cnn", "heads.decoder.stages=(1, 2)", "heads.decoder.stages=(3,)")
     assert config.heads.decoder.stages == (3,)
 
@@ -412,7 +412,7 @@ def _results(seconds, *accuracies):
 
 def test_errors_in_percent_parameters_in_millions_and_times_beside_the_base():
     base = _results(50.0, 0.5)
-    line = reproduce.compare(ROW, TABLE, _results(120.0, 0.7, 0.8), 14_072_944, (BASE, base))
+    line = paper_tables.compare(ROW, TABLE, _results(120.0, 0.7, 0.8), 14_072_944, (BASE, base))
     error = line["error"]
     assert error["paper"] == [26.15, None]
     np.testing.assert_allclose(error["runs"], [30.0, 20.0])
@@ -431,9 +431,9 @@ def test_errors_in_percent_parameters_in_millions_and_times_beside_the_base():
     assert line["time"]["difference"] == pytest.approx(0.7)
     assert (line["name"], line["variant"], line["seconds"]) == ("Ours", "ours", 120.0)
     # The base itself: once its own time.
-    own = reproduce.compare(BASE, TABLE, base, 7_939_492, (BASE, base))["time"]
+    own = paper_tables.compare(BASE, TABLE, base, 7_939_492, (BASE, base))["time"]
     assert (own["paper"][0], own["ours"][0], own["difference"]) == (1.0, 1.0, 0.0)
-    written = reproduce.markdown([line], TABLE)
+    written = paper_tables.markdown([line], TABLE)
     cells = [cell.strip() for cell in written.splitlines()[-1].strip("| ").split("|")]
     assert cells == [
         "Ours",
@@ -448,32 +448,32 @@ def test_errors_in_percent_parameters_in_millions_and_times_beside_the_base():
 
 
 def test_without_the_base_there_is_no_relative_time():
-    line = reproduce.compare(ROW, TABLE, _results(120.0, 0.7), 14_072_944)
+    line = paper_tables.compare(ROW, TABLE, _results(120.0, 0.7), 14_072_944)
     assert line["time"]["runs"] is None
     assert line["time"]["ours"] is None
     assert line["time"]["difference"] is None
-    cells = reproduce.markdown([line], TABLE).splitlines()[-1].split("|")
+    cells = paper_tables.markdown([line], TABLE).splitlines()[-1].split("|")
     assert [cell.strip() for cell in cells[-4:-1]] == ["", "", "120"]
 
 
 def test_the_errors_of_decoders_have_a_column():
     results = _results(120.0, 0.7)
     results["splits"]["test"]["decoder_1/loss"] = [3e-6]
-    written = reproduce.markdown([reproduce.compare(ROW, TABLE, results)], TABLE)
+    written = paper_tables.markdown([paper_tables.compare(ROW, TABLE, results)], TABLE)
     assert written.splitlines()[-1].split("|")[-3].strip() == "3.0e-06"
 
 
 def test_a_row_without_the_papers_minutes_still_has_a_time():
     row = {key: value for key, value in ROW.items() if key != "minutes"}
     reference = (BASE, _results(60.0, 0.5))
-    line = reproduce.compare(row, TABLE, _results(120.0, 0.7), 1, reference)
+    line = paper_tables.compare(row, TABLE, _results(120.0, 0.7), 1, reference)
     assert (line["time"]["paper"], line["time"]["ours"][0]) == (None, 2.0)
 
 
 def test_rows_of_the_tables_change_what_they_say_alone():
-    table = reproduce.load_table("sire_1", CONFIGS)
-    rows = {reproduce.identity(row): row for row in table["rows"]}
-    loaded = {k: reproduce.row_config(table, row, CONFIGS, "", []) for k, row in rows.items()}
+    table = paper_tables.load_table("sire_1", CONFIGS)
+    rows = {paper_tables.identity(row): row for row in table["rows"]}
+    loaded = {k: paper_tables.row_config(table, row, CONFIGS, "", []) for k, row in rows.items()}
     parts = {
         k: (
             len(c.heads.decoder.stages) > 0,
@@ -500,9 +500,9 @@ def test_rows_of_the_tables_change_what_they_say_alone():
             "heads.decoder.skips",
             "heads.decoder.stages",
         }, name
-    table = reproduce.load_table("sire_2", CONFIGS)
+    table = paper_tables.load_table("sire_2", CONFIGS)
     found = [
-        reproduce.row_config(table, row, CONFIGS, "", []).objectives.decoder.weight
+        paper_tables.row_config(table, row, CONFIGS, "", []).objectives.decoder.weight
         for row in table["rows"]
     ]
     assert found[1:] == [0.1, 0.2, 0.5, 1.0]
@@ -510,7 +510,7 @@ def test_rows_of_the_tables_change_what_they_say_alone():
 
 def test_the_printed_times_relative_to_the_base():
     for number, base in ((1, "base"), (3, "base"), (4, "cnn_base")):
-        table = reproduce.load_table(f"sire_{number}", CONFIGS)
+        table = paper_tables.load_table(f"sire_{number}", CONFIGS)
         assert table["columns"]["relative_time"]["relative_time"] == base
-        assert reproduce.identity(table["rows"][0]) == base
+        assert paper_tables.identity(table["rows"][0]) == base
         assert all(row["minutes"] > 0 for row in table["rows"])

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 from planned import shape, shapes_of
 
-from sire_jax import configuration, groups, inspect, registry, reproduce, traced
+from sire_jax import configuration, groups, inspect, paper_tables, registry, reproduce, traced
 from sire_jax.backbones import BACKBONES
 from sire_jax.configuration import experiment, validation
 from sire_jax.diagnostics import figures
@@ -118,7 +118,7 @@ _PARTS = {
 
 @pytest.mark.parametrize("name", TABLES)
 def test_the_printed_sizes_are_those_of_a_count_as_keras_has_it(name):
-    table = reproduce.load_table(name, CONFIGS)
+    table = paper_tables.load_table(name, CONFIGS)
     for row in table["rows"]:
         # Of three branches Table 3 prints the size that Table 1 has for one.
         if (name, row["id"]) == ("ssal_3", "wrn28_10"):
@@ -311,14 +311,14 @@ def test_a_sweep_is_drawn_with_a_panel_for_each_column(tmp_path):
 
 
 def test_a_table_of_a_sweep_is_reproduced_with_its_picture(tmp_path, monkeypatch):
-    table = reproduce.load_table("ssal_figure_2", CONFIGS)
+    table = paper_tables.load_table("ssal_figure_2", CONFIGS)
     measured = {"joint/top_1": [0.5, 0.7], "branch_1/top_1": [0.25, 0.25]}
     results = {"splits": {"test": measured}, "seconds": 1.0}
     drawn = []
     monkeypatch.setattr(reproduce, "train", lambda config, directory: results)
     monkeypatch.setattr(figures, "compare", lambda *given: None)
     monkeypatch.setattr(figures, "sweep", lambda points, about, path: drawn.append(list(points)))
-    rows = reproduce.choose_rows(table, ["join_2", "split_20"])
+    rows = paper_tables.choose_rows(table, ["join_2", "split_20"])
     lines = reproduce.reproduce(table, rows, tmp_path, CONFIGS)
     assert [line["joint"]["ours"][0] for line in lines] == pytest.approx([60, 60])
     assert drawn[-1] == [

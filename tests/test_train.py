@@ -16,7 +16,7 @@ import numpy as np
 import programs
 import pytest
 
-from sire_jax import configuration, evaluate, inspect, reproduce, train
+from sire_jax import configuration, evaluate, inspect, paper_tables, reproduce, train
 from sire_jax.configuration import experiment
 from sire_jax.job import command, lock
 from sire_jax.runs.runs import Runs
@@ -365,17 +365,17 @@ def test_reproduce_writes_the_table_and_trains_a_row_once(tmp_path, capsys):
 
 
 def test_reproduce_puts_the_papers_figures_beside_ours():
-    table = reproduce.load_table("pairs_1", CONFIGS)
-    (row,) = reproduce.choose_rows(table, ["aux_10"])
+    table = paper_tables.load_table("pairs_1", CONFIGS)
+    (row,) = paper_tables.choose_rows(table, ["aux_10"])
     splits = {"train": {"main/top_1": [1.0, 0.98]}, "test": {"main/top_1": [0.95, 0.97]}}
-    line = reproduce.compare(row, table, {"splits": splits, "seconds": 3.0})
+    line = paper_tables.compare(row, table, {"splits": splits, "seconds": 3.0})
     assert line["test_acc"]["paper"] == [0.962, 0.008]
     assert line["test_acc"]["ours"] == pytest.approx([0.96, 0.01414], abs=1e-5)
     assert line["test_acc"]["deviations"] == pytest.approx(-0.25)
-    row = " ".join(reproduce.markdown([line], table).splitlines()[2].split())
+    row = " ".join(paper_tables.markdown([line], table).splitlines()[2].split())
     assert "0.962 ± 0.008 | 0.960 ± 0.014 | -0.002 (-0.3 sd)" in row
     with pytest.raises(ValueError, match=r"no row 'aux_1'.*Did you mean"):
-        reproduce.choose_rows(table, ["aux_1"])
+        paper_tables.choose_rows(table, ["aux_1"])
 
 
 def _program(*arguments, **options):
