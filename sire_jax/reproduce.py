@@ -280,9 +280,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except InterruptedRunError as stopped:
             print(stopped, flush=True)
             sys.exit(stopped.status)
-    print(
-        f"\n{table['title']}\n\n{paper_tables.note(overrides)}{paper_tables.markdown(lines, table)}\n"
-    )
+    written = paper_tables.note(overrides) + paper_tables.markdown(lines, table)
+    print(f"\n{table['title']}\n\n{written}\n")
     seconds = time.perf_counter() - started
     drawn = files.expanded(known.workdir) / "table.png"
     print(f"{seconds:.0f} s; curves: {drawn}, and in each row's directory")
