@@ -49,7 +49,8 @@ from sire_jax.inspect import inspect
 from sire_jax.metrics import Average
 from sire_jax.networks import MAIN
 from sire_jax.runs import parallel
-from sire_jax.step import TrainState, make_step
+from sire_jax.state import TrainState
+from sire_jax.step import make_step
 from sire_jax.updates import AGGREGATORS, UPDATES, Losses, Updated, UpdateRule
 from sire_jax.updates.reached import Reached
 from sire_jax.updates.steps import Steps

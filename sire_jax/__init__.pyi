@@ -27,7 +27,7 @@ from .objectives import depth_weights as depth_weights
 from .prediction import DigitOrder as DigitOrder
 from .prediction import JointProbability as JointProbability
 from .prediction import Output as Output
-from .step import TrainState as TrainState
+from .state import TrainState as TrainState
 from .step import find_reach as find_reach
 from .step import make_losses as make_losses
 from .step import make_measure as make_measure

@@ -26,7 +26,7 @@ from sire_jax.names import nearest
 from sire_jax.networks import MAIN
 from sire_jax.runs.runs import Runs
 from sire_jax.runs.trained import kept_weights, open_run
-from sire_jax.step import Best, TrainState
+from sire_jax.state import Best, TrainState
 
 PyTree = Any
 # In place of an output's name: the best on validation images.

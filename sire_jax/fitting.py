@@ -16,7 +16,8 @@ from sire_jax.metrics import Average, Metrics, means
 from sire_jax.prediction import Prediction
 from sire_jax.runs.divergence import NonFiniteLossError, what_broke
 from sire_jax.runs.parallel import NEVER, never_broken, one_step, shuffle
-from sire_jax.step import INITIAL, TrainState, find_reach, make_measure, make_step
+from sire_jax.state import INITIAL, TrainState
+from sire_jax.step import find_reach, make_measure, make_step
 from sire_jax.updates import UpdateRule
 
 PyTree = Any

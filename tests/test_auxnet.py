@@ -18,7 +18,7 @@ from sire_jax.data.tasks import Images
 from sire_jax.networks import Network
 from sire_jax.optimizers import LinearOptimizer, WeightDecay
 from sire_jax.runs.loading import load_data
-from sire_jax.step import TrainState
+from sire_jax.state import TrainState
 from sire_jax.updates import UPDATES
 
 CONFIGS = configuration.repository_configs()

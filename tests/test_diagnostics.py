@@ -24,7 +24,7 @@ from sire_jax.runs.gradient_flow import convolutions, make_gradient_flow
 from sire_jax.runs.loading import load_data
 from sire_jax.runs.runs import Runs
 from sire_jax.runs.training import chance_messages
-from sire_jax.step import TrainState
+from sire_jax.state import TrainState
 from sire_jax.storage import workdir
 
 pytestmark = pytest.mark.optax_dtypes

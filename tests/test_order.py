@@ -13,7 +13,7 @@ registry
 job untrusted layers
 traced slices jaxprs networks losses objectives prediction fitted_prediction optimizers
 backbones heads groups updates data
-step
+state step
 configuration
 storage
 runs

@@ -12,7 +12,8 @@ from sire_jax.metrics import Average
 from sire_jax.objectives import Objective
 from sire_jax.runs import parallel
 from sire_jax.runs.parallel import NEVER
-from sire_jax.step import TrainState, make_predict
+from sire_jax.state import TrainState
+from sire_jax.step import make_predict
 
 # Each new size is a compilation.
 few = settings(max_examples=12, deadline=None)

@@ -13,7 +13,7 @@ from sire_jax import configuration, optimizers, paper_tables
 from sire_jax.configuration import experiment
 from sire_jax.configuration import objectives as objective_sections
 from sire_jax.data.batches import image_range
-from sire_jax.step import TrainState
+from sire_jax.state import TrainState
 
 CONFIGS = configuration.repository_configs()
 

@@ -23,14 +23,13 @@ from sire_jax.groups.partition import Groups, from_section
 from sire_jax.heads import HEADS
 from sire_jax.layers.initialization import as_pytorch
 from sire_jax.networks import MAIN, Network
+from sire_jax.state import INITIAL, TrainState
 from sire_jax.step import (
-    INITIAL,
     Apply,
     Measure,
     Predict,
     Shared,
     Step,
-    TrainState,
     find_reach,
     make_measure,
     make_predict,

@@ -10,7 +10,8 @@ from jax import Array
 from sire_jax import objectives
 from sire_jax.data.augmentation import Augmentation, Batch
 from sire_jax.metrics import Average, Metrics
-from sire_jax.step import Apply, TrainState, make_losses
+from sire_jax.state import TrainState
+from sire_jax.step import Apply, make_losses
 
 SPLIT = "gradients"
 TOTAL = "total"

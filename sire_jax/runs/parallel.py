@@ -11,7 +11,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sire_jax.data.augmentation import Batch
 from sire_jax.metrics import Metrics, add
-from sire_jax.step import SHUFFLE, Predict, Step, TrainState
+from sire_jax.state import SHUFFLE, TrainState
+from sire_jax.step import Predict, Step
 
 PyTree = Any
 NEVER = jnp.iinfo(jnp.int32).max

@@ -17,7 +17,7 @@ from sire_jax.job import compilation, distributed
 from sire_jax.metrics import Average, Metrics, means
 from sire_jax.runs import gradient_flow, parallel
 from sire_jax.runs.loading import load_data
-from sire_jax.step import Best, TrainState
+from sire_jax.state import Best, TrainState
 
 PyTree = Any
 # The state of all runs, sums of the epoch's metrics, the best weights, the seconds spent.

@@ -25,7 +25,7 @@ from sire_jax.metrics import Metrics
 from sire_jax.runs import parallel
 from sire_jax.runs.loading import load_data
 from sire_jax.runs.runs import Program, Runs, some
-from sire_jax.step import TrainState
+from sire_jax.state import TrainState
 
 PyTree = Any
 # A batch of the host, and what places it.

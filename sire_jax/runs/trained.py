@@ -17,7 +17,7 @@ from sire_jax.data.augmentation import Batch
 from sire_jax.runs.divergence import DIVERGED
 from sire_jax.runs.runs import Runs, UnloadedRuns
 from sire_jax.runs.streamed import open_runs
-from sire_jax.step import Best, TrainState
+from sire_jax.state import Best, TrainState
 from sire_jax.storage.checkpoint import Checkpoints
 from sire_jax.storage.workdir import CHECKPOINTS, at, read_config
 
