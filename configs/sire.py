@@ -157,7 +157,7 @@ def get_config(variant: str = "cnn") -> ConfigDict:
                 "convolutional_classifier", endpoints=(endpoint,), classes=classes
             )
             config.objectives[f"auxiliary_{i}"] = objective(
-                f"auxiliary_{i}", "label", "cross_entropy", _AUXILIARY_WEIGHT
+                f"auxiliary_{i}", "label", "cross_entropy", share * _AUXILIARY_WEIGHT
             )
 
     # Section 4.1, after DeVries and Taylor (2017), whose batch size it is.

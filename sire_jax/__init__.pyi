@@ -10,7 +10,6 @@ from . import metrics as metrics
 from . import optimizers as optimizers
 from . import traced as traced
 from . import updates as updates
-from .divergence import NonFiniteLossError as NonFiniteLossError
 from .fitted_prediction import FittedJointProbability as FittedJointProbability
 from .fitted_prediction import LinearCombination as LinearCombination
 from .fitting import fit as fit
@@ -27,6 +26,7 @@ from .objectives import depth_weights as depth_weights
 from .prediction import DigitOrder as DigitOrder
 from .prediction import JointProbability as JointProbability
 from .prediction import Output as Output
+from .runs.divergence import NonFiniteLossError as NonFiniteLossError
 from .state import TrainState as TrainState
 from .step import find_reach as find_reach
 from .step import make_losses as make_losses

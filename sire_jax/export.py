@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sire_jax import objectives, tables, traced
+from sire_jax import configuration, objectives, tables, traced, untrusted
 from sire_jax.configuration.experiment import Experiment
 from sire_jax.inference.exported import load as load
 from sire_jax.inference.exported import needed, paths, save
@@ -27,6 +27,7 @@ from sire_jax.networks import MAIN
 from sire_jax.runs.runs import Runs
 from sire_jax.runs.trained import kept_weights, open_run
 from sire_jax.state import Best, TrainState
+from sire_jax.storage.workdir import is_own
 
 PyTree = Any
 # In place of an output's name: the best on validation images.
@@ -164,6 +165,8 @@ def export(
     values = paths({"params": kept.params, **kept.model_state})
     stored = {key: np.asarray(values[key][run]) for key in needed(parts, output)}
     save(path, config, output, stored)
+    if is_own(workdir):
+        untrusted.remember(config, configuration.to_json(config))
     image = jax.ShapeDtypeStruct((1, *parts.batch["image"].shape[1:]), parts.batch["image"].dtype)
     sets = [{output}, set(parts.outputs)]
     costs = traced.multiply_adds_together(parts.apply, sets, parts.variables, image)

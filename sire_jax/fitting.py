@@ -1,5 +1,6 @@
 """A run in memory: the loop over epochs and batches that a notebook would write."""
 
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,11 +11,13 @@ from flax import linen as nn
 from jax import Array
 from tqdm import tqdm
 
-from sire_jax import objectives as objectives_
 from sire_jax.data.augmentation import Augmentation
-from sire_jax.metrics import Average, Metrics, means
+from sire_jax.fitted_prediction import is_fitted
+from sire_jax.metrics import Average, Metrics, is_label, means
+from sire_jax.objectives import Objectives, accurate
 from sire_jax.prediction import Prediction
-from sire_jax.runs.divergence import NonFiniteLossError, what_broke
+from sire_jax.prediction import check as check_predictions
+from sire_jax.runs.divergence import NonFiniteLossError, first_broken, what_broke
 from sire_jax.runs.parallel import NEVER, never_broken, one_step, shuffle
 from sire_jax.state import INITIAL, TrainState
 from sire_jax.step import find_reach, make_measure, make_step
@@ -28,7 +31,7 @@ History = dict[str, dict[str, np.ndarray]]
 
 def fit(
     network: nn.Module,
-    objectives: objectives_.Objectives,
+    objectives: Objectives,
     rule: UpdateRule | Callable[[Mapping[str, PyTree]], UpdateRule],
     train: Batch,
     test: Batch | None = None,
@@ -42,8 +45,9 @@ def fit(
 ) -> tuple[TrainState, History]:
     """Trains a network on arrays in memory, and measures it after every epoch.
 
-    The numbers are those of a run of the same parts and seed from a config. What is left over of an
-    epoch's examples after the last full batch waits for another epoch.
+    The numbers are those of a run of the same parts and seed from a config whose images are on the
+    device, and whose initial values are those of its modules. What is left over of an epoch's
+    examples after the last full batch waits for another epoch. Each call compiles anew.
 
     >>> from functools import partial
     >>> import optax, sire_jax as sj
@@ -72,9 +76,11 @@ def fit(
         epochs: How often all training examples are seen, at least 1.
         batch_size: Examples in a batch, in 1..n.
         seed: Of the initial parameters, the order of the examples, dropout and augmentation.
-        augment: Changes a batch under a random key; nothing by default.
-        predictions: Prediction rules by name that are measured, too; none that is fitted.
-        evaluate_batch_size: Examples measured at once.
+        augment: Changes a batch under a random key, such as ``data.augmentation.Flip()``; nothing
+            by default.
+        predictions: Prediction rules by name that are measured on ``test``, too; none that is
+            fitted.
+        evaluate_batch_size: Examples measured at once, at least 1.
 
     Returns:
         The state after the last step, and the history: for ``"train"`` and ``"test"`` each metric
@@ -82,35 +88,41 @@ def fit(
         the epoch, as they were taken.
 
     Raises:
-        ValueError: If a number is out of range, arrays differ in length, or the objectives don't
-            fit the outputs and the batch (``find_reach``).
-        NonFiniteLossError: If a loss is not finite.
+        ValueError: If a number is out of range, arrays differ in length, labels are outside of
+            their classes, or objectives or predictions don't fit the outputs and the batch.
+        NonFiniteLossError: If a loss or a parameter is not finite.
     """
-    examples = _check(train, test, epochs, batch_size)
+    examples = _check_numbers(train, test, epochs, batch_size, evaluate_batch_size)
     train, test = jax.device_put((dict(train), dict(test or {})))
     key = jax.random.key(seed)
     variables = jax.jit(network.init)(jax.random.fold_in(key, INITIAL), train["image"][:1])
     if not isinstance(rule, UpdateRule):
-        rule = rule(find_reach(network.apply, objectives, variables, _chosen(train, slice(1))))
+        rule = _made(rule, find_reach(network.apply, objectives, variables, _some(train, slice(1))))
+    measure = jax.jit(make_measure(network.apply, objectives, predictions))
+    outputs = jax.eval_shape(network.apply, variables, train["image"][:1])
+    _check_predictions(predictions or {}, outputs, objectives)
+    for what, batch in {"train": train, "test": test}.items():
+        if batch:
+            jax.eval_shape(measure, *_parted(variables), batch)
+            _check_labels(what, batch, objectives, outputs)
     step = one_step(make_step(network.apply, objectives, rule, augment))
 
-    def take(state: TrainState, sums: Metrics, broken: Any, batch: Batch, chosen: Array) -> Any:
-        return step(state, sums, broken, _chosen(batch, chosen))
+    def take(state: TrainState, sums: Metrics, broken: Any, arrays: Batch, chosen: Array) -> Any:
+        return step(state, sums, broken, _some(arrays, chosen))
 
-    take = jax.jit(take, donate_argnums=(0, 1, 2))
+    program = jax.jit(take, donate_argnums=(0, 1, 2))
     order = jax.jit(shuffle, static_argnums=3)
-    measure = jax.jit(make_measure(network.apply, objectives, predictions))
-    state = TrainState.start(key, variables, rule)
+    # Copied, as the state is donated: an optimizer's may hold the parameters themselves.
+    state = jax.tree.map(jnp.copy, TrainState.start(key, variables, rule))
     rows: dict[str, list[dict[str, Array]]] = {"train": [], "test": []}
-    # None: a bar on a terminal, nothing elsewhere.
-    with tqdm(total=epochs * (examples // batch_size), unit="step", disable=None) as bar:
+    with tqdm(total=epochs * (examples // batch_size), unit="step", disable=_is_silent()) as bar:
         for epoch in range(epochs):
             sums = _nothing(objectives)
             broken = never_broken(sums)
             for chosen in order(state.key, epoch, jnp.arange(examples), batch_size):
-                state, sums, broken = take(state, sums, broken, train, chosen)
+                state, sums, broken = program(state, sums, broken, train, chosen)
                 bar.update()
-            _check_finite(broken, seed)
+            _check_finite(broken, state, seed)
             rows["train"].append(means(sums))
             if test:
                 measured = _measured(measure, state, test, evaluate_batch_size)
@@ -119,13 +131,16 @@ def fit(
     return state, {split: _columns(each) for split, each in rows.items() if each}
 
 
-def _check(train: Batch, test: Batch | None, epochs: int, batch_size: int) -> int:
+def _check_numbers(
+    train: Batch, test: Batch | None, epochs: int, batch_size: int, evaluate_batch_size: int
+) -> int:
     """Checks the arguments of ``fit``; returns the number of training examples."""
     examples = _examples("train", train)
     if test is not None:
         _examples("test", test)
-    if epochs < 1:
-        raise ValueError(f"epochs is {epochs}; it should be at least 1.")
+    for name, value in (("epochs", epochs), ("evaluate_batch_size", evaluate_batch_size)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it should be at least 1.")
     if not 1 <= batch_size <= examples:
         raise ValueError(
             f"batch_size is {batch_size}; it should be in 1..{examples}, the number of examples."
@@ -134,48 +149,115 @@ def _check(train: Batch, test: Batch | None, epochs: int, batch_size: int) -> in
 
 
 def _examples(what: str, batch: Batch) -> int:
-    lengths = {name: np.shape(values)[:1] for name, values in batch.items()}
-    if "image" not in lengths:
+    if not isinstance(batch, Mapping):
         raise ValueError(
-            f"{what} has {', '.join(sorted(lengths)) or 'nothing'}; it should have the inputs of"
-            " the network as 'image', and targets."
+            f"{what} is a {type(batch).__name__}; it should be a mapping of arrays, such as"
+            " digits.train.batch()."
         )
-    if len(set(lengths.values())) > 1 or not all(lengths["image"]):
-        shapes = ", ".join(f"{name} {list(np.shape(values))}" for name, values in batch.items())
+    if "image" not in batch:
+        raise ValueError(
+            f"{what} has {', '.join(sorted(batch)) or 'nothing'}; it should have the inputs of the"
+            " network as 'image', and targets."
+        )
+    lengths = {np.shape(values)[:1] for values in jax.tree.leaves(dict(batch))}
+    if len(lengths) > 1 or not all(lengths) or (0,) in lengths:
+        shapes = ", ".join(
+            f"{name} {[list(np.shape(x)) for x in jax.tree.leaves(values)]}"
+            for name, values in batch.items()
+        )
         raise ValueError(
             f"{what} has arrays of {shapes}; all should have the same number of examples first."
         )
-    return int(lengths["image"][0])
+    return int(lengths.pop()[0])
 
 
-def _chosen(batch: Batch, examples: Any) -> dict[str, Array]:
-    return {name: values[examples] for name, values in batch.items()}
+def _made(rule: Any, reach: Mapping[str, PyTree]) -> UpdateRule:
+    """Makes an update rule of what objectives reach."""
+    made = rule(reach) if callable(rule) else None
+    if not isinstance(made, UpdateRule):
+        raise ValueError(
+            f"The rule is a {type(rule).__name__}; it should be an update rule, or make one of what"
+            " each objective reaches: functools.partial(sj.joint, optax.adam(1e-3))."
+        )
+    return made
 
 
-def _nothing(objectives: objectives_.Objectives) -> Metrics:
+def _parted(variables: Mapping[str, PyTree]) -> tuple[PyTree, PyTree]:
+    return variables["params"], {k: each for k, each in variables.items() if k != "params"}
+
+
+def _check_predictions(
+    predictions: Mapping[str, Prediction], outputs: Mapping[str, Any], objectives: Objectives
+) -> None:
+    for name, predict in predictions.items():
+        if name in (*outputs, *objectives):
+            raise ValueError(f"The prediction '{name}' has the name of an output or objective.")
+        if is_fitted(predict):
+            raise ValueError(
+                f"The prediction '{name}' is fitted to a trained network: call its fit with the"
+                " outputs (make_predict) of images that were held out."
+            )
+    check_predictions(predictions, outputs)
+
+
+def _check_labels(
+    what: str, batch: Batch, objectives: Objectives, outputs: Mapping[str, Any]
+) -> None:
+    """Checks, as values are known, that labels that count are classes."""
+    for name in accurate(objectives, outputs, _some(batch, slice(1))):
+        objective = objectives[name]
+        # One logit is a choice of two.
+        classes = max(outputs[objective.output].shape[-1], 2)
+        labels, counts = batch[objective.target], objective.counts(batch)
+        outside = ~np.asarray(is_label(jnp.asarray(labels), classes))
+        if counts is not None:
+            counted = np.asarray(counts) > 0
+            outside &= counted.reshape(*counted.shape, *(1,) * (outside.ndim - counted.ndim))
+        if outside.any():
+            first = tuple(int(i) for i in np.argwhere(outside)[0])
+            raise ValueError(
+                f"{what} has {outside.sum()} labels '{objective.target}' outside of the {classes}"
+                f" classes 0..{classes - 1} of the output '{objective.output}': the first is"
+                f" {np.asarray(labels)[first]} at index {first[0]}."
+            )
+
+
+def _is_silent() -> bool:
+    """Tells whether there is nobody to look at a bar: neither a terminal nor a notebook."""
+    return not (sys.stderr.isatty() or "ipykernel" in sys.modules)
+
+
+def _some(batch: Batch, examples: Any) -> dict[str, Any]:
+    return jax.tree.map(lambda values: values[examples], dict(batch))
+
+
+def _nothing(objectives: Objectives) -> Metrics:
     zeros = {f"{name}/loss": jnp.zeros(2) for name in (*objectives, "total")}
     return {name: Average(*each) for name, each in zeros.items()}
 
 
-def _check_finite(broken: Mapping[str, Array], seed: int) -> None:
+def _check_finite(broken: Mapping[str, Array], state: TrainState, seed: int) -> None:
     """Refuses to go on with what no later step can mend."""
     steps = {name: int(step) for name, step in broken.items()}
-    name = min(steps, key=lambda name: (steps[name], name == "total/loss"))
+    name, advice = first_broken(steps), "Try a smaller learning rate or weight, or"
+    advice += " optax.clip_by_global_norm ahead of the optimizer."
     if steps[name] != NEVER:
+        raise NonFiniteLossError(f"{what_broke(name, steps[name], seed)} {advice}")
+    # Losses are taken before an update.
+    if not all(bool(jnp.isfinite(each).all()) for each in jax.tree.leaves(state.params)):
         raise NonFiniteLossError(
-            f"{what_broke(name, steps[name], seed)} Try a smaller learning rate or weight, or"
-            " optax.clip_by_global_norm ahead of the optimizer."
+            f"The parameters are not finite after {int(state.step)} steps. {advice}"
         )
 
 
 def _measured(measure: Any, state: TrainState, test: Batch, size: int) -> Metrics:
     """Measures all examples in batches of one size; what fills up the last one counts nothing."""
-    total = len(test["image"])
+    total = len(jax.tree.leaves(test)[0])
     size = min(size, total)
     sums: list[Metrics] = []
     for start in range(0, total, size):
         indices = np.arange(start, start + size)
-        batch = _chosen(test, np.minimum(indices, total - 1))
+        batch = _some(test, np.minimum(indices, total - 1))
         sums.append(measure(state.params, state.model_state, batch, jnp.asarray(indices < total)))
     return jax.tree.map(lambda *each: sum(each[1:], each[0]), *sums)
 

@@ -20,6 +20,8 @@ import numpy as np
 from sire_jax import configuration, files, groups, tables
 from sire_jax.data import sources
 from sire_jax.groups import Groups, coarse, make, mean_confusion
+from sire_jax.groups import balanced as balanced
+from sire_jax.groups import distances as distances
 from sire_jax.groups.clustering import CRITERIA, METHODS, check_number
 from sire_jax.inference import confusion
 from sire_jax.job import command

@@ -6,12 +6,10 @@
 
 import argparse
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -22,6 +20,7 @@ from sire_jax.configuration import experiment
 from sire_jax.data.dataset import Source
 from sire_jax.data.tasks import Pairs
 from sire_jax.groups.partition import is_dealt
+from sire_jax.job.memory import available
 from sire_jax.runs import gradient_flow, parallel
 from sire_jax.runs.runs import Runs
 from sire_jax.runs.streamed import open_runs
@@ -130,8 +129,8 @@ def rehearse(
         parts: The parts of the run.
         steps: How many, at least 2; fewer if a loss is not finite. 0: 20, or as many, but at least
             two, as begin within a minute.
-        memory: Bytes that a step may take; by default what the accelerator has, or the machine has
-            free.
+        memory: Bytes that a step may take; by default what is free, of the accelerator or of the
+            machine.
         note: Is called with what they have shown so far, every ``NOTED`` seconds.
 
     Returns:
@@ -209,7 +208,7 @@ def _take(
     state, began = runs.initial(), time.perf_counter()
     found.memory = runs.planned_memory(state)
     # What compiling took is not free any more.
-    free = _memory() if memory is None else memory
+    free = available() if memory is None else memory
     if found.memory is not None and found.memory > free:
         found.refused = _too_big(found.memory, free)
         return
@@ -244,19 +243,6 @@ def _take(
 def _record(found: Rehearsal, losses: Mapping[str, float]) -> None:
     for name, loss in losses.items():
         found.losses.setdefault(name.removesuffix("/loss"), []).append(loss)
-
-
-def _memory() -> int:
-    """Returns the bytes that the accelerator has, or those that the machine has free."""
-    told = jax.devices()[0].memory_stats() or {}
-    if "bytes_limit" in told:
-        return int(told["bytes_limit"])
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        fields = dict(line.split(":", 1) for line in lines)
-        return 1024 * int(fields["MemAvailable"].split()[0])
-    except (OSError, KeyError, ValueError):  # Not on Linux.
-        return int(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
 def _too_big(needed: int, free: int) -> str:

@@ -147,8 +147,8 @@ def remember(config: "ConfigDict", text: str) -> None:
     """Remembers that this user trains by a config, if it names parts of one's own.
 
     Args:
-        config: The config, which the user has given.
-        text: As it is written into the workdir.
+        config: The config, which the user has given, or which is that of a remembered one.
+        text: As it is written.
     """
     if not has_names(config):
         return
@@ -165,7 +165,12 @@ def _place(text: str) -> Path:
     return files.expanded(_TRAINED) / hashlib.sha256(text.encode()).hexdigest()
 
 
-def _is_remembered(text: str) -> bool:
+def is_remembered(text: str) -> bool:
+    """Tells whether this user has trained by a config.
+
+    Args:
+        text: As it is stored.
+    """
     try:
         return _place(text).is_file()
     except OSError:
@@ -183,7 +188,7 @@ def check_names(config: "ConfigDict", text: str, source: str | Path) -> None:
     Raises:
         ValueError: If it has such a name; the message says how to allow it.
     """
-    if _is_remembered(text):
+    if is_remembered(text):
         return
     for path, name in _names(config, "config"):
         _check_allowed(name.partition(":")[0], f"{source} names code of its own, {path}: {name!r},")

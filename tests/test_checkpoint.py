@@ -621,7 +621,7 @@ jax.config.update("jax_num_cpu_devices", 2)
 process, port, directory, alone = int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4]
 jax.distributed.initialize(f"localhost:{port}", 2, process)
 from jax.sharding import NamedSharding, PartitionSpec
-from sire_jax import checkpoint
+from sire_jax.storage import checkpoint
 from sire_jax.storage.checkpoint import Checkpoints
 
 mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))

@@ -179,7 +179,7 @@ def test_processes_that_disagree_on_the_config_are_refused_with_the_difference(t
 def test_processes_that_disagree_on_the_code_are_refused(tmp_path):
     # Another version of one file on the host of process 1.
     program = (
-        "import sys; from sire_jax import distributed, train;"
+        "import sys; from sire_jax import train; from sire_jax.job import distributed;"
         "import jax; code = distributed._code;"
         "distributed._code = lambda: code() if jax.process_index() == 0 else 'abcdef012345';"
         "train.main(sys.argv[1:])"
@@ -219,7 +219,7 @@ def test_data_that_one_host_does_not_have_end_all_with_its_message(tmp_path):
 def test_what_one_process_can_not_do_ends_all(tmp_path):
     (tmp_path / "failing.py").write_text(
         "import sys, jax\n"
-        "from sire_jax import command, distributed\n"
+        "from sire_jax.job import command, distributed\n"
         "distributed.start()\n"
         "with distributed.ended_together(), command.readable_errors(distributed.PeerError):\n"
         "    with distributed.together('opening the data'):\n"
@@ -250,7 +250,7 @@ def test_a_workdir_that_another_program_has_is_refused_to_all(tmp_path):
 def test_one_that_ends_with_an_explained_error_ends_all_with_its_status(tmp_path):
     (tmp_path / "failing.py").write_text(
         "import sys, time, jax\n"
-        "from sire_jax import distributed\n"
+        "from sire_jax.job import distributed\n"
         "distributed.start()\n"
         "with distributed.ended_together():\n"
         "    if jax.process_index() == 1:\n"

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import sire_jax as sj
 
@@ -14,14 +15,19 @@ import sire_jax as sj
 first = [name for name in ("jax", "flax", "optax") if name in sys.modules]
 for name in sj.__all__:
     getattr(sj, name)
-print(json.dumps([first, [name for name in {NOT_NEEDED} if name in sys.modules]]))
+needless = [name for name in {NOT_NEEDED} if name in sys.modules]
+files = [each.__file__ for name, each in sys.modules.items() if name.startswith("sire_jax.")]
+print(json.dumps([first, needless, files]))
 """
 
 
 def test_the_face_imports_no_more_than_it_needs():
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == [[], []]
+    first, needless, files = json.loads(done.stdout)
+    assert first == needless == []
+    # Not those of another installation.
+    assert {Path(each).is_relative_to(Path(sj.__file__).parent) for each in files} == {True}
 
 
 def test_the_face_has_the_sentence_and_rooms_have_their_parts():

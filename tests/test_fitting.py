@@ -1,5 +1,6 @@
 """A run in memory: the same numbers as from a config, and what can't be right refused."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -109,6 +110,28 @@ def test_a_run_that_diverges_says_which_loss_and_when():
         _fit(partial(sj.joint, optax.sgd(1e30)))
 
 
+def test_a_last_step_that_breaks_the_parameters_is_noticed():
+    train = {**_examples(10), "image": _examples(10)["image"] * 0 + 1}
+    with pytest.raises(sj.NonFiniteLossError, match="parameters are not finite after 1 steps"):
+        _fit(partial(sj.joint, optax.scale(np.inf)), train, epochs=1)
+
+
+def test_labels_outside_of_their_classes_are_refused_unless_they_do_not_count():
+    train = _examples(20)
+    train["label"][7] = 3
+    message = r"train has 1 labels 'label' outside of the 3 classes 0\.\.2 .* is 3 at index 7\."
+    with pytest.raises(ValueError, match=message):
+        _fit(train=train)
+    ignoring = {k: replace(each, ignore=3) for k, each in OBJECTIVES.items()}
+    rule = partial(sj.joint, optax.adam(1e-2))
+    sj.fit(_network(), ignoring, rule, train, epochs=1, batch_size=10)
+
+
+def test_an_optimizer_may_hold_the_parameters_themselves():
+    state, _ = _fit(partial(sj.joint, optax.contrib.prodigy()), epochs=1)
+    assert int(state.step) == 4
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -118,9 +141,19 @@ def test_a_run_that_diverges_says_which_loss_and_when():
         ({"train": {"label": np.zeros(3)}}, "train has label; it should have the inputs"),
         (
             {"test": {"image": np.zeros((3, 2)), "label": np.zeros(4)}},
-            r"test has arrays of image \[3, 2\], label \[4\]; all should have the same number",
+            r"test has arrays of image \[\[3, 2\]\], label \[\[4\]\]; all should have the same",
         ),
-        ({"test": {"image": np.zeros((0, 2))}}, r"test has arrays of image \[0, 2\]; all should"),
+        ({"test": {"image": np.zeros((0, 2))}}, r"test has arrays of image \[\[0, 2\]\]; all"),
+        ({"train": [1]}, r"train is a list; it should be a mapping of arrays, such as"),
+        ({"evaluate_batch_size": 0}, "evaluate_batch_size is 0; it should be at least 1"),
+        ({"rule": optax.adam(1e-3)}, r"The rule is a GradientTransformation.*functools\.partial"),
+        ({"test": {"image": _examples(3)["image"]}}, "'label', which"),
+        ({"predictions": {"main": sj.Output("main")}}, "'main' has the name of an output"),
+        ({"predictions": {"p": sj.Output("mian")}}, "'p' uses the output 'mian', which does not"),
+        (
+            {"predictions": {"p": sj.FittedJointProbability({"exit": range(3)})}},
+            r"'p' is fitted to a trained network: call its fit",
+        ),
     ],
 )
 def test_what_can_not_be_fitted_is_refused(settings, message):

@@ -17,7 +17,7 @@ from sire_jax.job import lock
 HOLD = """
 import sys, time
 from pathlib import Path
-from sire_jax import lock
+from sire_jax.job import lock
 with lock.held(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)

@@ -24,17 +24,31 @@ FLOORS = {name: i for i, line in enumerate(ORDER.split("\n")) for name in line.s
 
 
 def _imported(path):
-    """Yields the rooms and modules of the package that a file imports at its top."""
-    for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.ImportFrom) and node.module == "sire_jax":
-            yield from (alias.name for alias in node.names if alias.name in FLOORS)
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sire_jax."):
-            yield node.module.split(".")[1]
+    """Yields the rooms and modules of the package that a file imports, wherever it does."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        yield from (name.split(".")[1] for name in names if name.startswith("sire_jax."))
 
 
 def test_no_room_imports_a_later_one():
     for path in PACKAGE.rglob("*.py"):
         room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        if room != "__init__":
-            later = {name for name in _imported(path) if FLOORS[name] > FLOORS[room]}
-            assert not later, f"{path.relative_to(PACKAGE)} imports {', '.join(later)}"
+        if room == "__init__":
+            continue
+        assert room in FLOORS, f"{room} has no place in ORDER"
+        later = {name for name in _imported(path) if FLOORS.get(name, 0) > FLOORS[room]}
+        assert not later, f"{path.relative_to(PACKAGE)} imports {', '.join(later)}"
+
+
+def test_what_the_faces_name_is_there():
+    for stub in PACKAGE.rglob("*.pyi"):
+        for node in ast.parse(stub.read_text()).body:
+            if isinstance(node, ast.ImportFrom):
+                for alias in node.names:
+                    place = stub.parent / (node.module or alias.name).replace(".", "/")
+                    assert place.with_suffix(".py").exists() or place.is_dir(), alias.name

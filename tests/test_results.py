@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sire_jax import configuration, groups, paper_tables, reproduce, tables
+from sire_jax import configuration, groups, paper_tables, tables
 from sire_jax.configuration import experiment
 from sire_jax.groups import clustering
 from sire_jax.networks import MAIN
@@ -878,6 +878,6 @@ def test_what_was_counted_is_what_the_code_makes(benchmark, monkeypatch, table, 
     counting, recorded = benchmark("sizes"), _recorded("sizes.json")
     loaded = paper_tables.load_table(table, configuration.repository_configs())
     one = {**loaded, "rows": paper_tables.choose_rows(loaded, [row])}
-    monkeypatch.setattr(reproduce, "load_table", lambda *_: one)
+    monkeypatch.setattr(paper_tables, "load_table", lambda *_: one)
     for name, counted in counting.count(table).items():
         assert counted == {row: recorded[name][row]}

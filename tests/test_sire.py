@@ -51,6 +51,8 @@ def test_readings_of_the_losses_and_of_batch_norm():
     shipped = _load("cnn")
     assert (shipped.objectives.main.weight, shipped.objectives.decoder.weight) == (1.0, 0.2)
     assert shipped.backbone.decoder_norm
+    objectives = _load("googlenet,equation_1").objectives
+    assert objectives.auxiliary_1.weight == pytest.approx(0.003)
     # Of a stream, what the network sees of an image.
     config = _load("vgg16_imagenet,equation_1,summed")
     assert config.objectives.main.weight == 0.001

@@ -22,6 +22,7 @@ from sire_jax.fitted_prediction import PREDICTIONS, is_fitted
 from sire_jax.groups.partition import Groups, from_section
 from sire_jax.heads import HEADS
 from sire_jax.layers.initialization import as_pytorch
+from sire_jax.names import nearest
 from sire_jax.networks import MAIN, Network
 from sire_jax.state import INITIAL, TrainState
 from sire_jax.step import (
@@ -85,7 +86,8 @@ class Forward:
             ValueError: If there is no such crop.
         """
         data = self.config.data
-        registry.choose(dict.fromkeys(_CROPS), crop, "crop")
+        if crop not in _CROPS:
+            raise ValueError(f"There is no crop '{crop}'.{nearest(crop, _CROPS)}")
         batch = batches.ready(data, self.groups, batch)
         if crop == "none":
             return batch

@@ -1,6 +1,5 @@
 """Data: sources of images, tasks that say what an example is, augmentation, the on-device feed."""
 
-from sire_jax.data.dataset import Dataset, Source, stratified
-from sire_jax.data.sources import load
+import lazy_loader
 
-__all__ = ["Dataset", "Source", "load", "stratified"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

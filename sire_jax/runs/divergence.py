@@ -59,14 +59,13 @@ class Diverged:
                 total only if that is alone.
         """
         first = {name: np.asarray(each) for name, each in broken.items()}
-        ordered = sorted(first, key=lambda name: (first[name].min(), name == "total/loss"))
-        if self._stops and first[ordered[0]].min() != parallel.NEVER:
-            name = ordered[0]
+        name = first_broken({name: int(each.min()) for name, each in first.items()})
+        if self._stops and first[name].min() != parallel.NEVER:
             what = what_broke(name, first[name].min(), self._seeds[int(first[name].argmin())])
             raise NonFiniteLossError(f"{what} {_KEPT.format(self._checkpoints)}")
         said = []
         for run, seed in enumerate(self._seeds):
-            name = min(ordered, key=lambda name: (first[name][run], name == "total/loss"))
+            name = first_broken({name: int(each[run]) for name, each in first.items()})
             at = int(first[name][run])
             if at != parallel.NEVER and self.steps[run] is None:
                 self.steps[run] = at
@@ -143,6 +142,16 @@ def described(steps: Sequence[int | None]) -> str:
         return ""
     those = f"{len(broken)} of {len(steps)} runs " * (len(steps) > 1)
     return f" ({those}diverged after {', '.join(map(str, broken))} steps)"
+
+
+def first_broken(steps: Mapping[str, int]) -> str:
+    """Returns the loss that was the first not to be finite; the total only if that is alone.
+
+    Args:
+        steps: For each loss the step at which it was not finite, ``parallel.NEVER`` if it always
+            was.
+    """
+    return min(steps, key=lambda name: (steps[name], name == "total/loss"))
 
 
 def what_broke(name: str, step: int, seed: int) -> str:

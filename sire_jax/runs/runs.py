@@ -123,7 +123,7 @@ class Runs:
         )
         self._gradients = self._gradient_program()
 
-    # ---- Programs over the examples; those of a stream are in ``streamed_runs``.
+    # ---- Programs over the examples; those of a stream are in ``runs.streamed``.
 
     def _lookup(self, crop: str = "none") -> Callable[[PyTree, jax.Array], Batch]:
         """Returns the function that makes the batch of examples, each device a part of it."""

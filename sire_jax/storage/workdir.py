@@ -240,6 +240,15 @@ def read_config(path: str | Path, building: bool = True) -> ConfigDict:
     return config
 
 
+def is_own(path: str | Path) -> bool:
+    """Tells whether this user has trained the run in a directory (``untrusted.remember``).
+
+    Args:
+        path: The directory.
+    """
+    return untrusted.is_remembered(untrusted.read_text(at(path) / "config.json"))
+
+
 def titles(paths: Sequence[str]) -> dict[str, str]:
     """Names runs by their directory, or by the whole path where names repeat.
 

@@ -60,7 +60,7 @@ def test_all_that_are_left_say_the_same_reason(tmp_path):
 # Lives, with its signs of life, but its main thread does not come to the next step.
 STUCK = """
 import sys, time
-from sire_jax import distributed
+from sire_jax.job import distributed
 
 distributed.start()
 stuck = int(sys.argv[1])

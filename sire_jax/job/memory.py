@@ -1,0 +1,44 @@
+"""How much memory is left for what is not there yet."""
+
+import os
+from pathlib import Path
+
+import jax
+
+# Of a container or of a job of Slurm: what it may take and what it takes, in versions 2 and 1.
+_GROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+    ),
+)
+
+
+def available() -> int:
+    """Returns the bytes that arrays may take: those that are free, and those of arrays already.
+
+    Those of the accelerator, or of the machine, within what the job may take.
+    """
+    device = jax.devices()[0]
+    told = device.memory_stats() or {}
+    held = sum(each.nbytes for each in jax.live_arrays(device.platform))
+    if "bytes_limit" in told:
+        return int(told["bytes_limit"]) - int(told.get("bytes_in_use", held)) + held
+    return min(_of_machine(), *(_of_group(*group) for group in _GROUPS)) + held
+
+
+def _of_machine() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        fields = dict(line.split(":", 1) for line in lines)
+        return 1024 * int(fields["MemAvailable"].split()[0])
+    except (OSError, KeyError, ValueError):  # Not on Linux.
+        return int(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+
+
+def _of_group(limit: str, usage: str) -> int:
+    try:
+        return int(Path(limit).read_text()) - int(Path(usage).read_text())
+    except (OSError, ValueError):  # There is none, or no limit: "max".
+        return 2**62
