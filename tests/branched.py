@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -101,6 +102,4 @@ def run(rule, steps=1, start=None, given=None, losses=losses, model_state=None):
 
 
 def assert_close(found, expected, rtol=1e-5, atol=1e-6):
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
+    chex.assert_trees_all_close(found, expected, rtol=rtol, atol=atol)

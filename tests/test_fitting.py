@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import partial
 
+import chex
 import jax
 import numpy as np
 import optax
@@ -89,8 +90,8 @@ def test_the_numbers_are_those_of_a_run_of_the_same_seed():
     train = parts.lookup(runs.arrays, runs.examples["train"][0])
     settings = {"epochs": 2, "batch_size": parts.config.batch_size, "augment": parts.augment}
     found, _ = sj.fit(parts.network, parts.objectives, parts.rule, train, seed=5, **settings)
-    for a, b in zip(jax.tree.leaves(found.params), jax.tree.leaves(state.params), strict=True):
-        np.testing.assert_allclose(a, b[0], rtol=1e-5, atol=1e-7)
+    expected = jax.tree.map(lambda values: values[0], state.params)
+    chex.assert_trees_all_close(found.params, expected, rtol=1e-5, atol=1e-7)
 
 
 def test_a_rule_that_is_made_already_gives_the_same():
@@ -101,7 +102,7 @@ def test_a_rule_that_is_made_already_gives_the_same():
         _fit(rule, train, epochs=1)[0].params
         for rule in (sj.joint(optax.sgd(0.1), reach), partial(sj.joint, optax.sgd(0.1)))
     ]
-    jax.tree.map(np.testing.assert_array_equal, *given)
+    chex.assert_trees_all_equal(*given)
 
 
 def test_a_run_that_diverges_says_which_loss_and_when():

@@ -1,5 +1,6 @@
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,9 +46,7 @@ def _with_gradients(function, x, kernel, padding, stride, images_last):
 
 
 def _assert_trees_equal(a, b, tolerance=1e-3):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for left, right in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_allclose(left, right, rtol=1e-6, atol=tolerance)
+    chex.assert_trees_all_close(a, b, rtol=1e-6, atol=tolerance)
 
 
 # batch, height, width, channels, features, kernel, padding, stride
@@ -300,9 +299,8 @@ def test_normalizations_gradients_equal_those_of_a_plain_formula(axis, epsilon):
     run = jax.jit(jax.grad(total, (1, 2, 3), has_aux=True), static_argnums=0)
     ours = run(lambda *a: normalize(*a)[0], x, scale, bias)
     theirs = run(_plain_normalize, x, scale, bias)
-    for left, right in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        np.testing.assert_allclose(left, right, rtol=1e-4, atol=2e-5)
-        assert float(jnp.abs(right).max()) > 0.1
+    chex.assert_trees_all_close(ours, theirs, rtol=1e-4, atol=2e-5)
+    assert all(float(jnp.abs(each).max()) > 0.1 for each in jax.tree.leaves(theirs))
 
 
 @pytest.mark.parametrize("axis", [0, -1])

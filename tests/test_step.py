@@ -2,6 +2,7 @@
 
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -91,8 +92,7 @@ def test_ignored_labels_are_left_out_of_the_step_and_of_what_is_measured(away):
     state, step = _start(network, objectives, ignored)
     new, metrics = step(state, ignored)
     expected, expected_metrics = _start(network, plain, part)[1](state, part)
-    for a, b in zip(jax.tree.leaves(new.params), jax.tree.leaves(expected.params), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+    chex.assert_trees_all_close(new.params, expected.params, rtol=1e-5, atol=1e-7)
     assert float(metrics["main/loss"].count) == 3
     np.testing.assert_allclose(
         means(metrics)["main/loss"], means(expected_metrics)["main/loss"], rtol=1e-5
@@ -521,7 +521,7 @@ def test_frozen_variables_are_as_good_as_others():
         state = TrainState.start(jax.random.key(1), each, rule)
         step = make_step(network.apply, objectives, rule)
         states.append(jax.lax.fori_loop(0, 2, lambda _, s, step=step: step(s, batch)[0], state))
-    jax.tree.map(np.testing.assert_array_equal, states[0].params, states[1].params)
+    chex.assert_trees_all_equal(states[0].params, states[1].params)
 
 
 def test_inputs_may_be_a_tree_of_arrays():
@@ -558,9 +558,9 @@ def test_what_a_network_sows_does_not_grow(name):
     few = {"image": batch["image"][:2], "label": batch["label"][:2]}
     state, step = _start(network, objectives, few, UPDATES[name], optimizers.sgd(0.1))
     assert set(state.model_state) == {"batch_stats", "losses", "seen"}
+    step = jax.jit(chex.assert_max_traces(step, n=1))
     for _ in range(10):
         state, _ = step(state, batch)
-    assert step._cache_size() == 1
     assert float(state.model_state["losses"]["backbone"]["sum"]) == 1
     mean = jax.tree.leaves(state.model_state["batch_stats"])[0]
     assert np.isfinite(mean).all()

@@ -11,6 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import chex
 import jax
 import numpy as np
 import programs
@@ -259,8 +260,7 @@ def test_two_devices_compute_the_gradient_of_one(tmp_path):
         state, sums, _ = runs.take_steps(state, runs.no_metrics(), order, 0, 1)
         # Adam's first moment is a tenth of the first gradient.
         states.append((jax.device_get(state.update_state), jax.device_get(sums)))
-    for a, b in zip(*map(jax.tree.leaves, states), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(*states, rtol=1e-4, atol=1e-6)
 
 
 def test_a_loss_that_is_not_finite_halts_and_keeps_the_finite_checkpoint(tmp_path):

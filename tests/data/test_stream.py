@@ -6,6 +6,7 @@ import threading
 import time
 from pathlib import Path
 
+import chex
 import numpy as np
 import pytest
 from pictured import encoded, picture, prepare_set, write, write_folder
@@ -45,10 +46,8 @@ def _stack(stream):
 
 
 def _assert_equal(a, b):
-    assert a.keys() == b.keys()
-    for key in a:
-        assert a[key].dtype == b[key].dtype
-        assert np.array_equal(a[key], b[key])
+    chex.assert_trees_all_equal_dtypes(a, b)
+    chex.assert_trees_all_equal(a, b)
 
 
 @pytest.mark.parametrize("name", ["folder:pets", "tfds:small"])

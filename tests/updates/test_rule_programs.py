@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -346,4 +347,4 @@ def test_states_are_restored_from_a_checkpoint(tmp_path):
     restored = checkpoints.restore(jax.tree.map(jnp.zeros_like, states))
     checkpoints.close()
     assert jax.tree.structure(restored) == jax.tree.structure(states)
-    jax.tree.map(np.testing.assert_array_equal, restored, states)
+    chex.assert_trees_all_equal(restored, states)

@@ -1,5 +1,6 @@
 """Update rules by hand, on a network unlike the papers'."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -573,10 +574,10 @@ def test_parameters_and_states_keep_their_dtypes(rule, dtype):
 )
 def test_ten_steps_are_one_program(rule, settings, dtype):
     made, params = _made(rule, **settings), _start(dtype)
-    step, state = jax.jit(_update(made)), ({}, made.init(params))
+    step = jax.jit(chex.assert_max_traces(_update(made), n=1))
+    state = {}, made.init(params)
     for _ in range(10):
         params, *state = step(params, *state)
-    assert step._cache_size() == 1
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(params))
     assert float(jnp.abs(params["first"] - 1).max()) > 0
 

@@ -1,6 +1,7 @@
 import functools
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -280,7 +281,7 @@ def test_an_absent_loss_is_as_if_the_step_were_of_the_others(name):
     other = ([0.8, 7.0, 2.0], [0.7, 9.0, 1.9], [1.5, 3.0, 0.7], [True, False, True])
     before = _factors(name, [step] * 4)
     found, expected = (_after(name, [*[step] * 4, rest]) for rest in (absent, other))
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    chex.assert_trees_all_equal(found, expected)
     factors = {key: float(value) for key, value in found[1].items()}
     assert factors["digits"] == pytest.approx(before["digits"], rel=0.3)
     if name != "uncertainty":
@@ -391,11 +392,11 @@ def test_a_step_that_is_not_finite_is_not_seen(name):
     before = update(np.float32(-1), ones, rule.init(_params()))
     for number in (math.nan, math.inf):
         after = update(np.float32(number), ones, before)
-        jax.tree.map(np.testing.assert_array_equal, after["weighting"], before["weighting"])
+        chex.assert_trees_all_equal(after["weighting"], before["weighting"])
     # Of a loss that is absent nothing is seen, whatever it is.
     absent = np.asarray([1, 0], np.float32)
     seen = [update(np.float32(number), absent, before)["weighting"] for number in (-2, -3)]
-    jax.tree.map(np.testing.assert_array_equal, *seen)
+    chex.assert_trees_all_equal(*seen)
     later = update(np.float32(-1), ones, before)["weighting"]
     assert any(
         (a != b).any()
