@@ -94,6 +94,10 @@ def class_logits(logits: Array) -> Array:
 def top_k(logits: Array, labels: Array, k: int) -> Array:
     """Tells for each example whether the label is among the k largest logits.
 
+    >>> logits, labels = jnp.array([[3.0, 2.0, 1.0], [3.0, 2.0, 1.0]]), jnp.array([1, 2])
+    >>> top_k(logits, labels, k=2)
+    Array([ True, False], dtype=bool)
+
     Args:
         logits: ``[b, …, classes]``.
         labels: ``[b, …]``, integers; one outside of [0, classes) is never among them.

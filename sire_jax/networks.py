@@ -17,11 +17,17 @@ MAIN = "main"
 class Network(nn.Module):
     """A backbone with heads, which returns one flat mapping of named outputs.
 
-    Any Flax module that maps ``(image, train=…)`` to ``(logits, endpoints)`` is a backbone::
+    Any Flax module that maps ``(image, train=…)`` to ``(logits, endpoints)`` is a backbone.
 
-        network = Network(MyCNN(), {"exit_1": Classifier(endpoints=("block_1",), classes=10)})
-        variables = network.init(key, image)
-        outputs = network.apply(variables, image)  # {"main": [b, 10], "exit_1": [b, 10]}
+    >>> import jax.numpy as jnp, sire_jax as sj
+    >>> exit_1 = sj.heads.Classifier(endpoints=("block_1",), classes=10)
+    >>> network = Network(sj.backbones.SmallCNN(classes=10), {"exit_1": exit_1})
+    >>> image = jnp.zeros((2, 8, 8, 1))
+    >>> variables = network.init(jax.random.key(0), image)
+    >>> {name: output.shape for name, output in network.apply(variables, image).items()}
+    {'main': (2, 10), 'exit_1': (2, 10)}
+    >>> list(network.apply(variables, image, aux=False))
+    ['main']
 
     A head may also be attached to outputs: ``"main"``, and those of the heads before it.
 

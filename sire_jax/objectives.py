@@ -29,6 +29,12 @@ _CHECKED_STEPS = (0, 1_000_000)
 class Objective:
     """One term of the loss, and what is measured of it.
 
+    >>> from sire_jax.losses import cross_entropy
+    >>> exit_ = Objective("exit", "label", cross_entropy, weight=0.3, ignore=-1)
+    >>> batch = {"label": jnp.array([0, -1])}
+    >>> exit_.counts(batch)  # of the second example nothing is known
+    Array([1., 0.], dtype=float32)
+
     Attributes:
         output: Name of the output.
         target: Key of the batch that the output should match.
@@ -271,6 +277,9 @@ def depth_weights(layers: Sequence[int], nu: float) -> list[float]:
     """Returns weights that fall with the distance from the deepest auxiliary output.
 
     ``gamma_k = max(0.01, (L_k / L_K)^nu)`` (Guo et al., *The Shallow End*, Section 3.1)
+
+    >>> [round(weight, 3) for weight in depth_weights(layers=(15, 25, 35, 45), nu=2.0)]
+    [0.111, 0.309, 0.605, 1.0]
 
     Args:
         layers: The layers ``L_k`` of the auxiliary outputs.

@@ -20,6 +20,10 @@ def piecewise(init_value: float, boundaries: tuple[float, ...], scale: float) ->
 
     ``value(t) = init_value scale^n``, with n the number of boundaries that are at most t.
 
+    >>> schedule = piecewise(1.0, boundaries=(2, 4), scale=0.5)
+    >>> [float(schedule(step)) for step in range(5)]
+    [1.0, 1.0, 0.5, 0.5, 0.25]
+
     Args:
         init_value: The value at first, at least 0.
         boundaries: When it is multiplied, in rising order.
@@ -52,6 +56,10 @@ def triangular(
     peak_value: float, peak: float, end: float, init_value: float = 0.0, end_value: float = 0.0
 ) -> optax.Schedule:
     """Rises in a line to its peak, and falls in a line to its end.
+
+    >>> schedule = triangular(peak_value=1.0, peak=2, end=4)
+    >>> [float(schedule(step)) for step in range(5)]
+    [0.0, 0.5, 1.0, 0.5, 0.0]
 
     Args:
         peak_value: The highest value, at least 0.

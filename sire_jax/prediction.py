@@ -18,6 +18,9 @@ from sire_jax.networks import MAIN
 class Output:
     """The softmax of one output, or the sigmoid of one logit.
 
+    >>> Output("exit")({"exit": jnp.array([[0.0, 0.0]])}).round(4)  # log 0.5
+    Array([[-0.6931, -0.6931]], dtype=float32)
+
     Attributes:
         output: Name of the output.
     """
@@ -129,6 +132,14 @@ class JointProbability:
     et al., *Contextual Classification*. Their Section 3.4 has a softmax of ``s`` instead, which is
     ``normalization="softmax"``: the order is the same, but as s is at most 1 all probabilities are
     nearly alike, and in float32 many are equal: choose classes by ``"sum"``.
+
+    >>> outputs = {
+    ...     "main": jnp.log(jnp.array([[0.4, 0.1, 0.3, 0.2]])),
+    ...     "branch": jnp.log(jnp.array([[0.2, 0.8]])),
+    ... }
+    >>> predict = JointProbability({"branch": (0, 0, 1, 1)})  # labels 0 and 1 are group 0
+    >>> jnp.exp(predict(outputs)).round(2)
+    Array([[0.16, 0.04, 0.48, 0.32]], dtype=float32)
 
     Attributes:
         groups: The groups of the labels by branch (in a config, from the objectives' targets).

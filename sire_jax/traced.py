@@ -138,6 +138,9 @@ def reach(
 def multiply_adds(function: Callable[..., Any], *args: Any) -> int:
     """Counts the multiply-adds of the matrix products and convolutions that a result needs.
 
+    >>> multiply_adds(lambda a, b: a @ b, jnp.ones((2, 3)), jnp.ones((3, 4)))
+    24
+
     Args:
         function: Any traceable function. What its results do not depend on is not counted.
         *args: Its arguments, or their shapes.

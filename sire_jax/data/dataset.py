@@ -236,6 +236,10 @@ def draw_classes(classes: int, number: int, seed: int) -> np.ndarray:
 def stratified(labels: np.ndarray, per_class: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Takes the same number of random examples of each class aside.
 
+    >>> rest, taken = stratified(np.array([0, 0, 0, 1, 1, 1]), per_class=1, seed=0)
+    >>> len(rest), len(taken)
+    (4, 2)
+
     Args:
         labels: Integers ``[n]``.
         per_class: How many of each class, at least 0.

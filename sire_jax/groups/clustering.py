@@ -207,6 +207,10 @@ def coarse(
 def mean_confusion(confusion: np.ndarray, assignment: Sequence[int]) -> tuple[float, float]:
     """Returns how often two labels of one group are confused, and two of different groups.
 
+    >>> confusion = np.array([[8, 2, 0, 0], [2, 8, 0, 0], [0, 0, 7, 3], [0, 0, 3, 7]])
+    >>> mean_confusion(confusion, (0, 0, 1, 1))
+    (0.25, 0.0)
+
     Args:
         confusion: ``[classes, classes]``, counts, a row for each true label.
         assignment: The group of each label.
@@ -231,6 +235,10 @@ def make(
     seed: int = 0,
 ) -> dict[int, Groups]:
     """Makes groupings of several numbers of groups.
+
+    >>> confusion = np.array([[7, 3, 0, 0], [3, 6, 0, 1], [0, 0, 7, 3], [0, 1, 3, 6]])
+    >>> make(confusion, ("cat", "dog", "car", "bus"), numbers=(2,))[2].labels()
+    (('cat', 'dog'), ('car', 'bus'))
 
     Args:
         confusion: ``[classes, classes]``, counts, a row for each true label.

@@ -31,6 +31,12 @@ NO_GROUP = -1
 class Groups:
     """A partition of labels into groups.
 
+    >>> groups = Groups(("apple", "oak", "pear"), (0, 1, 0))
+    >>> groups.labels()
+    (('apple', 'pear'), ('oak',))
+    >>> groups.of(jnp.array([2, 1]))
+    Array([0, 1], dtype=int32)
+
     Attributes:
         classes: The names of all labels, in the order of the labels.
         assignment: The group of each label, in 0..k - 1; no group is empty.

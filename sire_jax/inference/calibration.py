@@ -32,6 +32,10 @@ def expected_calibration_error(predicted: np.ndarray, labels: np.ndarray, bins: 
     ``ECE = sum_m |B_m| / n |acc(B_m) - conf(B_m)|``, where ``B_m`` has the examples whose largest
     probability is in ``((m - 1) / M, m / M]``.
 
+    >>> predicted = np.array([[0.8, 0.2], [0.8, 0.2]])
+    >>> round(expected_calibration_error(predicted, np.array([0, 1])), 4)  # half are right
+    0.3
+
     Args:
         predicted: Probabilities ``[n, classes]``.
         labels: Integers ``[n]``.

@@ -92,6 +92,9 @@ _DEFAULT = RULES["max_probability"]
 def leave(scores: np.ndarray, thresholds: Sequence[float], rule: Rule = _DEFAULT) -> np.ndarray:
     """Finds the exit at which each image leaves: the first that is certain enough.
 
+    >>> leave(np.array([[0.9, 0.4], [0.5, 0.5]]), thresholds=[0.8]).tolist()
+    [0, 1]
+
     Args:
         scores: ``[exits, n]``, the rule's scores at each exit.
         thresholds: One for each exit but the last, where all leave.
