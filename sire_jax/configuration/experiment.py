@@ -12,15 +12,14 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from sire_jax import objectives, optimizers, prediction, registry, traced, untrusted
-from sire_jax.backbones import BACKBONES
 from sire_jax.configuration import compatibility, validation
 from sire_jax.configuration import objectives as objective_sections
+from sire_jax.configuration.sections import NAMED, SINGLE, TASK
 from sire_jax.data import augmentation, batches, crops, tasks
-from sire_jax.data.augmentation import AUGMENTATIONS, RandomCrop
+from sire_jax.data.augmentation import RandomCrop
 from sire_jax.data.dataset import Source
-from sire_jax.fitted_prediction import PREDICTIONS, is_fitted
+from sire_jax.fitted_prediction import is_fitted
 from sire_jax.groups.partition import Groups, from_section
-from sire_jax.heads import HEADS
 from sire_jax.layers.initialization import as_pytorch
 from sire_jax.names import nearest
 from sire_jax.networks import MAIN, Network
@@ -36,7 +35,7 @@ from sire_jax.step import (
     make_predict,
     make_step,
 )
-from sire_jax.updates import AGGREGATORS, UPDATES, WEIGHTINGS, UpdateRule, weighted
+from sire_jax.updates import UpdateRule, weighted
 
 PyTree = Any
 _CROPS = ("none", "central", "measured")
@@ -198,15 +197,13 @@ def _example_batch(
     return jax.eval_shape(lambda whole: batches.crop(whole, side), batch)
 
 
-def _section(
-    config: ConfigDict, key: str, parts: Mapping[str, Any], what: str, **supplied: Any
-) -> dict[str, Any]:
+def _parts(config: ConfigDict, key: str, **supplied: Any) -> dict[str, Any]:
     """Makes all parts of a section, in the order of their registry, those of one's own last."""
-    made = {}
+    kind, made = NAMED[key], {}
     for name, section in config[key].items():
         with registry.located(f"config.{key}.{name}"):
-            made[name] = registry.create(parts, section, what, **supplied)
-    known = list(parts)
+            made[name] = kind.create(section, **supplied)
+    known = list(kind.parts)
     place = {
         k: known.index(s.name) if s.name in known else len(known) for k, s in config[key].items()
     }
@@ -255,14 +252,14 @@ def _optimizer(config: ConfigDict, units: optimizers.Units) -> optax.GradientTra
         for key, value in section.items()
         if isinstance(value, ConfigDict) and "name" in value
     }
-    return registry.create(optimizers.OPTIMIZERS, {**section, **schedules}, "optimizer")
+    return SINGLE["optimizer"].create({**section, **schedules})
 
 
 def _heads(config: ConfigDict, plan: Any) -> tuple[dict[str, Any], dict[str, list[str]]]:
     """Makes the heads by the names of their outputs, and lists the outputs of each family."""
     heads: dict[str, Any] = {}
     families: dict[str, list[str]] = {}
-    for name, part in _section(config, "heads", HEADS, "head", plan=plan).items():
+    for name, part in _parts(config, "heads", plan=plan).items():
         family = isinstance(part, Mapping)
         members = {f"{name}_{key}": each for key, each in part.items()} if family else {name: part}
         for output in members.keys() & heads.keys():
@@ -314,9 +311,9 @@ def forward(config: ConfigDict) -> Forward:
         ValueError: If the config asks for what does not exist or does not fit together.
     """
     validation.validate(config)
-    task = registry.create(tasks.TASKS, config.data.task, "task")
+    task = TASK.create(config.data.task)
     with registry.located("config.backbone"):
-        backbone = registry.create(BACKBONES, config.backbone, "backbone")
+        backbone = SINGLE["backbone"].create(config.backbone)
     heads, families = _heads(config, getattr(backbone, "plan", None))
     network = Network(backbone, heads)
     groups = {k: from_section(k, each) for k, each in config.data.groups.items()}
@@ -348,7 +345,7 @@ def build(config: ConfigDict) -> Experiment:
     """
     parts = forward(config)
     network, batch, outputs = parts.network, parts.batch, parts.outputs
-    augmentations = _section(config, "augmentation", AUGMENTATIONS, "augmentation")
+    augmentations = _parts(config, "augmentation")
     units = _units(parts.task, config)
     depths = objective_sections.depths(network.heads, getattr(network.backbone, "plan", None))
     chosen = objective_sections.create(config.objectives, parts.families, depths, units)
@@ -356,13 +353,8 @@ def build(config: ConfigDict) -> Experiment:
     objectives.check(chosen, outputs, batch)
     compatibility.ignored(chosen, isinstance(parts.task, tasks.Pairs))
     of_outputs = branches(chosen, parts.groups)
-    predictions = _section(
-        config,
-        "predictions",
-        PREDICTIONS,
-        "prediction",
-        groups={name: each.assignment for name, each in of_outputs.items()},
-    )
+    assignments = {name: each.assignment for name, each in of_outputs.items()}
+    predictions = _parts(config, "predictions", groups=assignments)
     prediction.check(predictions, outputs)
     compatibility.labels(predictions, chosen)
     compatibility.names(predictions, outputs, chosen)
@@ -379,19 +371,17 @@ def build(config: ConfigDict) -> Experiment:
         compatibility.selection(chosen, outputs, batch)
     optimizer = _optimizer(config, units)
     reach = find_reach(network.apply, chosen, parts.variables, batch)
-    rule = registry.create(
-        UPDATES,
+    rule = SINGLE["update_rule"].create(
         config.update_rule,
-        "update rule",
         optimizer=optimizer,
         reach=reach,
         main=main_objective(chosen),
-        aggregator=registry.create(AGGREGATORS, config.aggregator, "aggregator"),
+        aggregator=SINGLE["aggregator"].create(config.aggregator),
     )
     # A weighting by averages takes them over an epoch, if the config doesn't say otherwise.
     given = "period" in config.weighting or not units.get("epoch")
     period = {} if given else {"period": units["epoch"]}
-    weighting = registry.create(WEIGHTINGS, config.weighting, "weighting", **period)
+    weighting = SINGLE["weighting"].create(config.weighting, **period)
     return Experiment(
         **vars(parts),
         objectives=chosen,

@@ -14,7 +14,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from sire_jax import files, names, registry
-from sire_jax.configuration.sections import SWITCHED, augmentation, described
+from sire_jax.configuration.sections import SINGLE, augmentation
 from sire_jax.data.augmentation import AUGMENTATIONS
 from sire_jax.groups import partition
 from sire_jax.optimizers import SCHEDULES
@@ -137,17 +137,18 @@ def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
 
 def _switch(config: ConfigDict, overrides: Sequence[str]) -> None:
     """Gives a section the settings of the part that an override names; common ones are kept."""
-    for key, (parts, what, supplied) in SWITCHED.items():
+    for key, kind in SINGLE.items():
         start = f"--config.{key}.name="
         chosen = [a.removeprefix(start) for a in overrides if a.startswith(start)]
         section = config.get(key)
         if not isinstance(section, ConfigDict):
             continue
-        if not chosen or chosen[-1] not in parts or chosen[-1] == section.get("name"):
+        if not chosen or chosen[-1] not in kind.parts or chosen[-1] == section.get("name"):
             continue
-        new = described(parts, chosen[-1], what)
-        kept = {k: v for k, v in section.items() if k in new and k != "name"}
-        config[key] = ConfigDict({k: v for k, v in {**new, **kept}.items() if k not in supplied})
+        new = kind.describe(chosen[-1])
+        settings = registry.settings(kind.parts[chosen[-1]])
+        kept = {k: v for k, v in section.items() if k in settings and k not in kind.supplied}
+        config[key] = ConfigDict({**new, **kept})
 
 
 def _prepare(config: ConfigDict, overrides: Sequence[str]) -> None:

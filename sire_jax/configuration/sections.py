@@ -5,7 +5,7 @@ So each can be overridden: ``--config.backbone.dropout=0.3``.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -19,48 +19,101 @@ from sire_jax.losses import LOSSES, LOSSES_WITH_SETTINGS
 from sire_jax.optimizers import OPTIMIZERS
 from sire_jax.updates import AGGREGATORS, UPDATES, WEIGHTINGS
 
-# Sections of one part, with its registry, what it is called, and what the program supplies.
-SWITCHED: dict[str, tuple[Mapping[str, Any], str, tuple[str, ...]]] = {
-    "optimizer": (OPTIMIZERS, "optimizer", ()),
-    "update_rule": (UPDATES, "update rule", ("main", "aggregator")),
-    "aggregator": (AGGREGATORS, "aggregator", ()),
-    "weighting": (WEIGHTINGS, "weighting", ("period",)),
+
+class Kind(NamedTuple):
+    """A kind of part that a section describes.
+
+    Attributes:
+        parts: The registry: known parts by name.
+        what: What such a part is, for messages.
+        supplied: Arguments that come from the program, not from the config.
+        optional: Those that the program supplies where the config doesn't.
+    """
+
+    parts: Mapping[str, Any]
+    what: str
+    supplied: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+
+    def describe(self, name: str, **settings: Any) -> ConfigDict:
+        """Writes a part down with all its settings, but for what the program supplies.
+
+        Args:
+            name: The part.
+            **settings: Settings that differ from the part's defaults.
+
+        Raises:
+            ValueError: If the part or a setting does not exist.
+        """
+        section = registry.describe(self.parts, name, self.what, **settings)
+        of_program = (*self.supplied, *self.optional)
+        return ConfigDict({k: v for k, v in section.items() if k not in of_program})
+
+    def check(self, section: Any, where: str) -> None:
+        """Checks the keys and types of a section; see ``registry.check``."""
+        registry.check(self.parts, section, self.what, where, self.supplied, self.optional)
+
+    def create(self, section: Mapping[str, Any], **supplied: Any) -> Any:
+        """Makes the part that a section describes; see ``registry.create``."""
+        return registry.create(self.parts, section, self.what, **supplied)
+
+
+TASK = Kind(TASKS, "task")
+LOSS = Kind(LOSSES_WITH_SETTINGS, "loss")
+# Sections of one part each, by their key.
+SINGLE = {
+    "backbone": Kind(BACKBONES, "backbone"),
+    "optimizer": Kind(OPTIMIZERS, "optimizer"),
+    "update_rule": Kind(UPDATES, "update rule", ("optimizer", "reach", "main", "aggregator")),
+    "aggregator": Kind(AGGREGATORS, "aggregator"),
+    "weighting": Kind(WEIGHTINGS, "weighting", optional=("period",)),
+}
+# Sections of parts by name.
+NAMED = {
+    "augmentation": Kind(AUGMENTATIONS, "augmentation"),
+    "heads": Kind(HEADS, "head", ("plan",)),
+    "predictions": Kind(PREDICTIONS, "prediction", ("groups",)),
 }
 
 
-def described(parts: Mapping[str, Any], name: str, what: str, **settings: Any) -> ConfigDict:
-    """Describes a part of a registry; see ``registry.describe``."""
-    return ConfigDict(registry.describe(parts, name, what, **settings))
-
-
 def backbone(name: str, **settings: Any) -> ConfigDict:
-    """Describes a backbone; see ``registry.describe``."""
-    return described(BACKBONES, name, "backbone", **settings)
+    """Describes a backbone; see ``Kind.describe``."""
+    return SINGLE["backbone"].describe(name, **settings)
 
 
 def head(name: str, **settings: Any) -> ConfigDict:
-    """Describes a head; see ``registry.describe``."""
-    return described(HEADS, name, "head", **settings)
+    """Describes a head; see ``Kind.describe``."""
+    return NAMED["heads"].describe(name, **settings)
 
 
 def task(name: str, **settings: Any) -> ConfigDict:
-    """Describes a task; see ``registry.describe``."""
-    return described(TASKS, name, "task", **settings)
+    """Describes a task; see ``Kind.describe``."""
+    return TASK.describe(name, **settings)
 
 
 def augmentation(name: str, **settings: Any) -> ConfigDict:
-    """Describes an augmentation; see ``registry.describe``."""
-    return described(AUGMENTATIONS, name, "augmentation", **settings)
+    """Describes an augmentation; see ``Kind.describe``."""
+    return NAMED["augmentation"].describe(name, **settings)
 
 
 def prediction(name: str, **settings: Any) -> ConfigDict:
-    """Describes a prediction rule; see ``registry.describe``."""
-    return described(PREDICTIONS, name, "prediction", **settings)
+    """Describes a prediction rule; see ``Kind.describe``."""
+    return NAMED["predictions"].describe(name, **settings)
 
 
 def optimizer(name: str, **settings: Any) -> ConfigDict:
-    """Describes an optimizer; see ``registry.describe``."""
-    return described(OPTIMIZERS, name, "optimizer", **settings)
+    """Describes an optimizer; see ``Kind.describe``."""
+    return SINGLE["optimizer"].describe(name, **settings)
+
+
+def update_rule(name: str, **settings: Any) -> ConfigDict:
+    """Describes an update rule; see ``Kind.describe``."""
+    return SINGLE["update_rule"].describe(name, **settings)
+
+
+def loss(name: str, **settings: Any) -> ConfigDict:
+    """Describes a loss that has settings; see ``Kind.describe``."""
+    return LOSS.describe(name, **settings)
 
 
 def stream(config: ConfigDict, resize: int = 256, crop: int = 224) -> None:
@@ -90,19 +143,6 @@ def grouping(file: str | Path, groups: int) -> ConfigDict:
         change with it.
     """
     return ConfigDict({"file": str(file), "groups": groups, "classes": (), "assignment": ()})
-
-
-def update_rule(name: str, **settings: Any) -> ConfigDict:
-    """Describes an update rule; see ``registry.describe``."""
-    section = described(UPDATES, name, "update rule", **settings)
-    # What the program supplies.
-    _, _, supplied = SWITCHED["update_rule"]
-    return ConfigDict({k: v for k, v in section.items() if k not in supplied})
-
-
-def loss(name: str, **settings: Any) -> ConfigDict:
-    """Describes a loss that has settings; see ``registry.describe``."""
-    return described(LOSSES_WITH_SETTINGS, name, "loss", **settings)
 
 
 def objective(

@@ -1,16 +1,14 @@
 """Configs as they are kept with runs, read again, and compared."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from sire_jax import registry, untrusted
-from sire_jax.backbones import BACKBONES
 from sire_jax.configuration.defaults import default
-from sire_jax.configuration.sections import SWITCHED, described
-from sire_jax.heads import HEADS
+from sire_jax.configuration.sections import NAMED, SINGLE, Kind
 
 # Characters of a value in a message.
 _LONG = 100
@@ -95,11 +93,10 @@ def _with_defaults(config: ConfigDict) -> ConfigDict:
     config.unlock()
     for section, defaults in ((config, known), (config.get("data"), known.data)):
         _complete(section, defaults)
-    for key, (parts, what, supplied) in SWITCHED.items():
-        _complete_part(config.get(key), parts, what, supplied)
-    _complete_part(config.get("backbone"), BACKBONES, "backbone")
+    for key, kind in SINGLE.items():
+        _complete_part(config.get(key), kind)
     for section in _sections(config.get("heads")):
-        _complete_part(section, HEADS, "head")
+        _complete_part(section, NAMED["heads"])
     return config
 
 
@@ -114,13 +111,10 @@ def _complete(section: Any, defaults: Mapping[str, Any]) -> None:
         section.update({k: v for k, v in defaults.items() if k not in section})
 
 
-def _complete_part(
-    section: Any, parts: Mapping[str, Any], what: str, supplied: Sequence[str] = ("plan",)
-) -> None:
+def _complete_part(section: Any, kind: Kind) -> None:
     name = section.get("name") if isinstance(section, ConfigDict) else None
-    if isinstance(name, str) and name in parts:
-        defaults = described(parts, name, what)
-        _complete(section, {k: v for k, v in defaults.items() if k not in supplied})
+    if isinstance(name, str) and name in kind.parts:
+        _complete(section, kind.describe(name))
 
 
 def differences(old: ConfigDict, new: ConfigDict) -> list[str]:

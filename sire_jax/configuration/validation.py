@@ -7,18 +7,13 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from sire_jax import names, registry
-from sire_jax.backbones import BACKBONES
 from sire_jax.configuration import SPLITS, compatibility, default
 from sire_jax.configuration import objectives as objective_sections
-from sire_jax.data.augmentation import AUGMENTATIONS
+from sire_jax.configuration.sections import NAMED, SINGLE, TASK
 from sire_jax.data.dataset import Selection
-from sire_jax.data.tasks import TASKS
-from sire_jax.fitted_prediction import PREDICTIONS
 from sire_jax.groups import partition
-from sire_jax.heads import HEADS
 from sire_jax.layers.initialization import INITIALIZATIONS
 from sire_jax.optimizers import OPTIMIZERS
-from sire_jax.updates import AGGREGATORS, UPDATES, WEIGHTINGS
 
 # What may be done about a run that diverges: to end all, or to record it and go on with the others.
 POLICIES = ("stop", "record")
@@ -182,19 +177,7 @@ def _check_feed(config: ConfigDict) -> None:
 
 
 # Sections whose keys the user chooses: names, and the settings of the part that is named.
-_OPEN = (
-    "backbone",
-    "heads",
-    "objectives",
-    "predictions",
-    "augmentation",
-    "optimizer",
-    "update_rule",
-    "aggregator",
-    "weighting",
-)
-
-
+_OPEN = (*SINGLE, *NAMED, "objectives")
 _OPEN_DATA = ("config.data.task", "config.data.classes", "config.data.groups")
 
 
@@ -214,35 +197,16 @@ def _check_section(where: str, given: Mapping[str, Any], known: Mapping[str, Any
             _check_section(path, given[key], value)
 
 
-# Sections that hold parts by name, with what the program supplies to them.
-_NAMED: dict[str, tuple[Mapping[str, Any], str, tuple[str, ...]]] = {
-    "augmentation": (AUGMENTATIONS, "augmentation", ()),
-    "heads": (HEADS, "head", ("plan",)),
-    "predictions": (PREDICTIONS, "prediction", ("groups",)),
-}
-# Sections of one part.
-_SINGLE: dict[str, tuple[Mapping[str, Any], str, tuple[str, ...]]] = {
-    "backbone": (BACKBONES, "backbone", ()),
-    "optimizer": (OPTIMIZERS, "optimizer", ()),
-    "update_rule": (UPDATES, "update rule", ("optimizer", "reach", "main", "aggregator")),
-    "aggregator": (AGGREGATORS, "aggregator", ()),
-}
-
-
 def _check_parts(config: ConfigDict) -> None:
     """Checks the keys and types of all parts, ahead of making any."""
-    registry.check(TASKS, config.data.task, "task", "config.data.task")
-    for key, (parts, what, supplied) in _SINGLE.items():
-        registry.check(parts, config[key], what, f"config.{key}", supplied)
-    for key, (parts, what, supplied) in _NAMED.items():
+    TASK.check(config.data.task, "config.data.task")
+    for key, kind in SINGLE.items():
+        kind.check(config[key], f"config.{key}")
+    for key, kind in NAMED.items():
         for name, section in config[key].items():
-            registry.check(parts, section, what, f"config.{key}.{name}", supplied)
+            kind.check(section, f"config.{key}.{name}")
     for name, section in config.objectives.items():
         objective_sections.check(name, section)
-    of_program = ("period",)
-    registry.check(
-        WEIGHTINGS, config.weighting, "weighting", "config.weighting", optional=of_program
-    )
     _check_optimizer(config.optimizer)
 
 
