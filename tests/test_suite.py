@@ -27,6 +27,7 @@ THROUGH_OTHERS = {
     "job.signals": "faults/test_starts.py",
     "jaxprs": "test_traced.py",
     "names": "test_configuration.py",
+    "runs.program": "test_distributed.py",
     "updates.steps": "updates/test_rules.py",
 }
 # Tests that are as if they were marked as slow.

@@ -17,6 +17,7 @@ from sire_jax.job import compilation, distributed
 from sire_jax.metrics import Average, Metrics, means
 from sire_jax.runs import gradient_flow, parallel
 from sire_jax.runs.loading import load_data
+from sire_jax.runs.program import Program
 from sire_jax.state import Best, TrainState
 
 PyTree = Any
@@ -369,39 +370,3 @@ class UnloadedRuns(Runs):
 
     def _load(self) -> None:
         """Loads nothing."""
-
-
-class Program:
-    """A compiled function. A call that compiles may take long, which the other processes are told.
-
-    Args:
-        function: The function.
-    """
-
-    def __init__(self, function: Callable[..., Any]):
-        self._function, self._compiled = function, set[Any]()
-
-    def __call__(self, *args: Any) -> Any:
-        """Calls the function; each process of the job has to."""
-        if jax.process_count() == 1:
-            return self._function(*args)
-        distributed.arrive()
-        leaves, structure = jax.tree.flatten(args)
-        # What JAX compiles anew for.
-        signature = structure, tuple((np.shape(x), getattr(x, "dtype", type(x))) for x in leaves)
-        if signature in self._compiled:
-            return self._function(*args)
-        with distributed.patience("compiling"):
-            found = jax.block_until_ready(self._function(*args))
-        self._compiled.add(signature)
-        return found
-
-    def memory(self, *args: Any) -> int | None:
-        """Returns the bytes of arguments, results and all between; ``None`` if that isn't told."""
-        if not hasattr(self._function, "lower"):
-            return None
-        planned = self._function.lower(*args).compile().memory_analysis()
-        if planned is None:
-            return None
-        own = planned.argument_size_in_bytes + planned.output_size_in_bytes
-        return int(own - planned.alias_size_in_bytes + planned.temp_size_in_bytes)

@@ -24,7 +24,8 @@ from sire_jax.job import distributed
 from sire_jax.metrics import Metrics
 from sire_jax.runs import parallel
 from sire_jax.runs.loading import load_data
-from sire_jax.runs.runs import Program, Runs, some
+from sire_jax.runs.program import Program
+from sire_jax.runs.runs import Runs, some
 from sire_jax.state import TrainState
 
 PyTree = Any
