@@ -120,7 +120,7 @@ def page(recorded: dict[str, Any]) -> str:
 
     Args:
         recorded: ``{"steps": …, "tables": {TABLE: {"title": …, "rows": {ROW: "TABLE/ROW"}}},
-            "rows": {"TABLE/ROW": …}}``.
+            "rows": {"TABLE/ROW": …}}``; with a ``"note"`` on how it was measured, if there is one.
     """
     seen = {same: shown(row) for same, row in recorded["rows"].items()}
     found = {
@@ -129,7 +129,8 @@ def page(recorded: dict[str, Any]) -> str:
     }
     machines = sorted({_machine(row["machine"]) for row in recorded["rows"].values()})
     head = _HEAD.format(steps=recorded["steps"], machines="; ".join(machines))
-    parts = [head, _summary(found)]
+    note = [recorded["note"]] if recorded.get("note") else []
+    parts = [head, *note, _summary(found)]
     for name, each in found.items():
         parts.append(f"## {name}\n\n{recorded['tables'][name]['title']}\n\n{_table(name, each)}")
     return "\n\n".join(parts) + "\n"

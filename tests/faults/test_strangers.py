@@ -12,12 +12,13 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import programs
 import pytest
 from ml_collections import ConfigDict
 from planned import random_like
 
 import sire_jax
-from sire_jax import configuration, evaluate, groups, registry, untrusted
+from sire_jax import configuration, evaluate, export, groups, registry, train, untrusted
 from sire_jax.configuration import experiment
 from sire_jax.data import copies, sources
 from sire_jax.data.folders import FolderSplit
@@ -416,6 +417,27 @@ def test_ones_own_config_file_may_name_ones_own_parts_and_go_on(tmp_path, monkey
     monkeypatch.setenv("HOME", str(tmp_path / "another"))
     with pytest.raises(ValueError, match=refusal):
         read_config(tmp_path)
+
+
+@pytest.mark.optax_dtypes
+@pytest.mark.slow  # It trains a run of its own.
+def test_what_one_exports_of_ones_own_run_needs_no_permission(tmp_path, monkeypatch):
+    given = ("epochs=1", "seeds=1", "data.task.train=100", "data.task.test=20")
+    path = programs.TINY.removeprefix("--config=")
+    config = configuration.load(path, [f"--config.{each}" for each in given])
+    own = {"name": "sire_jax.backbones.pair:PairDense", "hidden": (4,)}
+    config = ConfigDict({**config.to_dict(), "backbone": own})
+    train.train(config, str(tmp_path / "run"))
+    export.export(tmp_path / "run", "main", tmp_path / "main.npz")
+    assert exported.load(tmp_path / "main.npz").output == "main"
+    # What is allowed for once is not remembered.
+    monkeypatch.setenv("HOME", str(tmp_path / "another"))
+    monkeypatch.setenv("SIRE_JAX_TRUST", "sire_jax.backbones.pair")
+    export.export(tmp_path / "run", "main", tmp_path / "copy.npz")
+    monkeypatch.delenv("SIRE_JAX_TRUST")
+    for name in ("main.npz", "copy.npz"):
+        with pytest.raises(ValueError, match=r"SIRE_JAX_TRUST=sire_jax\.backbones\.pair\.$"):
+            exported.load(tmp_path / name)
 
 
 def test_without_a_home_nothing_is_remembered(tmp_path, monkeypatch):
