@@ -214,6 +214,7 @@ def _take(values, first, count, at=0):
     state = TrainState(jnp.int32(at), jax.random.key(0), zero, {}, {})
     sums = {"log": Average(zero, zero), "value": Average(zero, zero)}
     order = jnp.arange(len(values)).reshape(-1, 2)
+    chex.clear_trace_counter()
     run = jax.jit(chex.assert_max_traces(parallel.over_steps(_step, _lookup), n=1))
     return run, (state, sums, jnp.asarray(values), order, jnp.int32(first), jnp.int32(count))
 

@@ -667,6 +667,11 @@ def test_how_aggregators_differ_is_what_was_measured():
         assert said in text
 
 
+def test_compiling_takes_what_was_measured(benchmark):
+    recorded = _recorded("benchmark_compiling.json")
+    assert benchmark("compiling").report(recorded) in (RESULTS / "auxnet.md").read_text()
+
+
 def test_supervision_of_layers_is_what_was_measured():
     recorded, text = _recorded("auxnet_gradients.json"), _prose("auxnet.md")
     ratios = {k: np.asarray(v) for k, v in recorded["supervision"].items()}

@@ -574,6 +574,7 @@ def test_parameters_and_states_keep_their_dtypes(rule, dtype):
 )
 def test_ten_steps_are_one_program(rule, settings, dtype):
     made, params = _made(rule, **settings), _start(dtype)
+    chex.clear_trace_counter()
     step = jax.jit(chex.assert_max_traces(_update(made), n=1))
     state = {}, made.init(params)
     for _ in range(10):
