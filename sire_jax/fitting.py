@@ -19,7 +19,7 @@ from sire_jax.prediction import Prediction
 from sire_jax.prediction import check as check_predictions
 from sire_jax.runs.divergence import NonFiniteLossError, first_broken, what_broke
 from sire_jax.runs.parallel import NEVER, never_broken, one_step, shuffle
-from sire_jax.state import INITIAL, TrainState
+from sire_jax.state import INITIAL, TrainState, parted
 from sire_jax.step import find_reach, make_measure, make_step
 from sire_jax.updates import UpdateRule
 
@@ -103,7 +103,7 @@ def fit(
     _check_predictions(predictions or {}, outputs, objectives)
     for what, batch in {"train": train, "test": test}.items():
         if batch:
-            jax.eval_shape(measure, *_parted(variables), batch)
+            jax.eval_shape(measure, *parted(variables), batch)
             _check_labels(what, batch, objectives, outputs)
     step = one_step(make_step(network.apply, objectives, rule, augment))
 
@@ -180,10 +180,6 @@ def _made(rule: Any, reach: Mapping[str, PyTree]) -> UpdateRule:
             " each objective reaches: functools.partial(sj.joint, optax.adam(1e-3))."
         )
     return made
-
-
-def _parted(variables: Mapping[str, PyTree]) -> tuple[PyTree, PyTree]:
-    return variables["params"], {k: each for k, each in variables.items() if k != "params"}
 
 
 def _check_predictions(

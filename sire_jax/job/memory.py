@@ -16,15 +16,14 @@ _GROUPS = (
 
 
 def available() -> int:
-    """Returns the bytes that arrays may take: those that are free, and those of arrays already.
+    """Returns the bytes that arrays may take, those that are there included.
 
-    Those of the accelerator, or of the machine, within what the job may take.
+    Those of an accelerator; or those that the machine has free, within what the job may take.
     """
-    device = jax.devices()[0]
-    told = device.memory_stats() or {}
-    held = sum(each.nbytes for each in jax.live_arrays(device.platform))
+    told = jax.devices()[0].memory_stats() or {}
     if "bytes_limit" in told:
-        return int(told["bytes_limit"]) - int(told.get("bytes_in_use", held)) + held
+        return int(told["bytes_limit"])
+    held = sum(each.nbytes for each in jax.live_arrays())
     return min(_of_machine(), *(_of_group(*group) for group in _GROUPS)) + held
 
 
