@@ -471,8 +471,10 @@ def choose(options: argparse.Namespace) -> list[Contender]:
     return list(dict.fromkeys(chosen))
 
 
-def contest(contenders: Sequence[Contender], rounds: int) -> list[Worker]:
-    """Prepares the contenders one after another, then runs the rounds."""
+def contest(
+    contenders: Sequence[Contender], rounds: int, note: Callable[[list[Worker]], None]
+) -> list[Worker]:
+    """Prepares the contenders one after another, then runs the rounds, and notes each."""
     workers: list[Worker] = []
     try:
         for contender in contenders:
@@ -483,6 +485,7 @@ def contest(contenders: Sequence[Contender], rounds: int) -> list[Worker]:
             print(f"Round {i + 1} of {rounds} …", file=sys.stderr)
             for worker in workers:
                 worker.run_round()
+            note(workers)
     finally:
         for worker in workers:
             worker.close()
@@ -661,13 +664,16 @@ def main() -> None:
     # This process measures nothing: it leaves the GPU alone.
     jax.config.update("jax_platforms", "cpu")
     multiply_adds = count_multiply_adds(options.networks)
-    workers = contest(choose(options), options.rounds)
+
+    def note(workers: list[Worker]) -> None:
+        if options.json:
+            found = figures(workers, multiply_adds, options)
+            options.json.write_text(json.dumps(found, indent=1) + "\n")
+
+    workers = contest(choose(options), options.rounds, note)
     print("\n" + times_table(workers))
     if set(options.networks) == set(NETWORKS):
         print("\n" + decoders_table(workers, multiply_adds))
-    if options.json:
-        found = figures(workers, multiply_adds, options)
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
