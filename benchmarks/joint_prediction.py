@@ -41,9 +41,9 @@ def collect(runs: Runs, variables: Any, split: str, seed: int) -> tuple[Outputs,
     """
     apply = jax.jit(runs.parts.network.apply)
     found = []
-    examples = np.asarray(runs.examples[split])[seed]
+    examples = np.asarray(runs.feed.examples[split])[seed]
     for start in range(0, len(examples), BATCH):
-        batch = runs.parts.lookup(runs.arrays, examples[start : start + BATCH])
+        batch = runs.parts.lookup(runs.feed.arrays, examples[start : start + BATCH])
         logits = apply(variables, batch["image"])
         found.append(({name: logits[name] for name in (MAIN, *runs.parts.branches())}, batch))
     outputs = {name: jnp.concatenate([each[name] for each, _ in found]) for name in found[0][0]}
@@ -97,7 +97,7 @@ def main() -> None:
     kept = kept_weights(runs, options.workdir, used=None)
     each = []
     for seed in range(runs.config.seeds):
-        state = {"params": kept.params, **kept.model_state}
+        state = kept.variables
         variables = jax.tree.map(lambda x, seed=seed: jnp.asarray(x)[seed], state)
         each.append(measure(runs, variables, seed))
     lines = [["", *(f"seed {i}" for i in range(len(each))), "mean"]]

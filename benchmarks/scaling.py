@@ -40,7 +40,9 @@ import numpy as np
 from sire_jax import configuration
 from sire_jax.configuration import experiment
 from sire_jax.job import distributed
-from sire_jax.runs.runs import Runs
+from sire_jax.runs.held import DeviceFeed
+from sire_jax.runs.placement import Placement
+from sire_jax.runs.runs import Checkpoint, Runs
 from sire_jax.storage.checkpoint import Checkpoints
 from sire_jax.tables import align
 
@@ -56,18 +58,14 @@ TARGET = 0.02
 IMAGES = 2048
 
 
-class OnRandomImages(Runs):
-    """Runs on random images, so that no data set is needed."""
-
-    def _load(self) -> None:
-        shape, classes = tuple(self.config.data.shape), self.config.data.classes
-        generator = np.random.default_rng(0)
-        arrays = {"image": generator.integers(0, 256, (IMAGES, *shape), np.uint8)}
-        arrays |= {k: generator.integers(0, n, IMAGES, np.int32) for k, n in classes.items()}
-        self.names, self.fingerprint, self.arrays = {}, "random", self.place(arrays)
-        examples = np.arange(IMAGES, dtype=np.int32)[None]
-        self.examples = self.place(dict.fromkeys(("train", "validation", "test"), examples))
-        self.steps_per_epoch = IMAGES // self.config.batch_size
+def random_images(parts: experiment.Experiment, placement: Placement) -> DeviceFeed:
+    """Feeds random images, so that no data set is needed."""
+    data, generator = parts.config.data, np.random.default_rng(0)
+    arrays = {"image": generator.integers(0, 256, (IMAGES, *data.shape), np.uint8)}
+    arrays |= {k: generator.integers(0, n, IMAGES, np.int32) for k, n in data.classes.items()}
+    examples = np.arange(IMAGES, dtype=np.int32)[None]
+    splits = dict.fromkeys(("train", "validation", "test"), examples)
+    return DeviceFeed(parts, placement, arrays, splits)
 
 
 class Training:
@@ -75,18 +73,18 @@ class Training:
 
     def __init__(self, path: str, overrides: Sequence[str]):
         config = configuration.load(path, [f"--config.{each}" for each in overrides])
-        self.runs = OnRandomImages(experiment.build(config))
+        self.runs = Runs(experiment.build(config), random_images)
         self.batch = config.batch_size
         self.state = self.runs.initial()
-        self.order = self.runs.epoch_order(self.state, 0)
+        self.order = self.runs.feed.order(self.state, 0)
         self.take(1)
 
     def take(self, steps: int) -> float:
         """Takes steps; returns the seconds they took."""
         started = time.perf_counter()
         while steps:
-            count = min(steps, self.runs.steps_per_epoch)
-            self.state, _, broken = self.runs.take_steps(
+            count = min(steps, self.runs.feed.steps_per_epoch)
+            self.state, _, broken = self.runs.feed.take_steps(
                 self.state, self.runs.no_metrics(), self.order, 0, count
             )
             jax.block_until_ready(broken)
@@ -95,10 +93,12 @@ class Training:
 
     def save(self, checkpoints: Checkpoints) -> None:
         """Saves as the training program does."""
-        seconds = self.runs.place(np.float32(0))
-        tree = (self.state, self.runs.no_metrics(), None, seconds)
+        seconds = self.runs.placement.place(np.float32(0))
+        tree = Checkpoint(self.state, self.runs.no_metrics(), None, seconds)
         checkpoints.save(
-            int(np.asarray(self.state.step)[0]), tree, distributed.describe(self.runs.mesh)
+            int(np.asarray(self.state.step)[0]),
+            tree,
+            distributed.describe(self.runs.placement.mesh),
         )
 
 

@@ -52,7 +52,7 @@ def evaluate(
             " trained on follows from the data of the run."
         )
     runs = open_run(workdir, overrides, changed_data=changed_data)
-    if not runs.examples[split].shape[1]:
+    if not runs.feed.examples[split].shape[1]:
         raise ValueError(f"The run has no {split} examples.")
     kept, steps = kept_weights(runs, workdir, used=()), diverged(workdir)
     fitted = runs.fit(kept.params, kept.model_state)
@@ -69,7 +69,7 @@ def evaluate(
         DIVERGED: steps,
         "outputs": {k: v for k, v in measured.items() if k not in predictions},
         "predictions": {k: v for k, v in measured.items() if k in predictions},
-        "skipped": runs.newly_skipped(),
+        "skipped": runs.feed.newly_skipped(),
     }
 
 

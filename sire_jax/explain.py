@@ -24,7 +24,7 @@ from sire_jax.diagnostics.activation_maps import explain as explained_images
 from sire_jax.job import command
 from sire_jax.names import printable
 from sire_jax.runs.runs import Runs
-from sire_jax.runs.trained import Trained, kept_weights, open_run
+from sire_jax.runs.trained import kept_weights, of_first_seed, open_run
 
 
 def read_image(path: str | Path, data: ConfigDict) -> tuple[np.ndarray, str]:
@@ -91,16 +91,16 @@ def explain(
     if not isinstance(run.parts.task, Images):
         raise ValueError("Only runs on single images can be explained; this one is on pairs.")
     pixels, note = read_image(image, run.config.data)
-    variables = Trained.first(kept_weights(run, workdir))
+    variables = of_first_seed(kept_weights(run, workdir))
     batch = _batch(run, pixels)
     (found,) = explained_images(run.parts, variables, batch)
     groups = run.parts.branches()
-    texts = titles(found, groups, run.names["label"])
+    texts = titles(found, groups, run.feed.names["label"])
     row = {name: (each, texts[name]) for name, each in found.maps.items()}
     draw(np.asarray(batch), [row], [printable(Path(image).name)], run.config.data).savefig(
         out, dpi=150
     )
-    label = run.names["label"][found.label]
+    label = run.feed.names["label"][found.label]
     labels = {name: groups[name].labels()[group] for name, group in found.groups.items()}
     return {
         "class": label,

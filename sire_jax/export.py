@@ -85,7 +85,7 @@ def validated(runs: Runs, kept: TrainState | Best, run: int) -> dict[str, float]
         ValueError: If there are no validation images, or the main output does not classify.
     """
     parts = runs.parts
-    if not runs.examples["validation"].shape[1]:
+    if not runs.feed.examples["validation"].shape[1]:
         raise ValueError(
             "The run has no validation images to choose an output on, and test images are not for"
             " choosing: name an output, or train with some held out, such as"
@@ -162,7 +162,7 @@ def export(
     kept = kept_weights(runs, workdir, used=(run,))
     accuracies = validated(runs, kept, run) if name == BEST else {}
     output = output or _best(runs, accuracies)
-    values = paths({"params": kept.params, **kept.model_state})
+    values = paths(kept.variables)
     stored = {key: np.asarray(values[key][run]) for key in needed(parts, output)}
     save(path, config, output, stored)
     if is_own(workdir):

@@ -22,8 +22,9 @@ from sire_jax.data.tasks import Pairs
 from sire_jax.groups.partition import is_dealt
 from sire_jax.job.memory import available
 from sire_jax.runs import gradient_flow, parallel
+from sire_jax.runs.held import DeviceFeed
+from sire_jax.runs.placement import Placement
 from sire_jax.runs.runs import Runs
-from sire_jax.runs.streamed import open_runs
 
 # Steps of a rehearsal of no given number of steps, and seconds after which it ends, too.
 STEPS, SECONDS = 20, 60.0
@@ -89,32 +90,27 @@ class Rehearsal:
         return f"{'falls' if last < first else 'finite'}: {first:.4g} -> {last:.4g}"
 
 
-class _MadeUp(Runs):
-    """Runs on images drawn at random, of the right shape.
+def _made_up(parts: experiment.Experiment, placement: Placement) -> DeviceFeed:
+    """Feeds images drawn at random, of the right shape.
 
     Where the real ones are not at hand, or their labels are not those of dealt groups.
     """
-
-    def _load(self) -> None:
-        config, generator = self.config, np.random.default_rng(0)
-        pairs = isinstance(self.parts.task, Pairs)
-        images = _BATCHES * config.batch_size * (1 + pairs)
-        # A stream's images come as the network sees them.
-        streamed = config.data.feed == "stream"
-        shape = self.parts.batch["image"].shape[-3:] if streamed else tuple(config.data.shape)
-        # Coarse, as neighbours are alike in photographs.
-        squares = generator.integers(0, 256, (images, 4, 4, shape[-1]), np.uint8)
-        rows, columns = (np.arange(side) * 4 // side for side in shape[:2])
-        labels = {
-            kind: generator.integers(0, classes, images, np.int32)
-            for kind, classes in config.data.classes.items()
-        }
-        arrays = self.parts.task.prepare(Source(squares[:, rows][:, :, columns], labels))
-        examples = np.arange(images, dtype=np.int32).reshape((-1, 2) if pairs else -1)
-        self.arrays = self.place(arrays)
-        self.examples = self.place({"train": examples[None]})
-        self.steps_per_epoch = _BATCHES
-        self.names = {}
+    config, generator = parts.config, np.random.default_rng(0)
+    pairs = isinstance(parts.task, Pairs)
+    images = _BATCHES * config.batch_size * (1 + pairs)
+    # A stream's images come as the network sees them.
+    streamed = config.data.feed == "stream"
+    shape = parts.batch["image"].shape[-3:] if streamed else tuple(config.data.shape)
+    # Coarse, as neighbours are alike in photographs.
+    squares = generator.integers(0, 256, (images, 4, 4, shape[-1]), np.uint8)
+    rows, columns = (np.arange(side) * 4 // side for side in shape[:2])
+    labels = {
+        kind: generator.integers(0, classes, images, np.int32)
+        for kind, classes in config.data.classes.items()
+    }
+    arrays = parts.task.prepare(Source(squares[:, rows][:, :, columns], labels))
+    examples = np.arange(images, dtype=np.int32).reshape((-1, 2) if pairs else -1)
+    return DeviceFeed(parts, placement, arrays, {"train": examples[None]})
 
 
 def rehearse(
@@ -153,8 +149,7 @@ def rehearse(
         )
     seeds = parts.config.seeds
     parts = _with_one_seed(parts)
-    runs, whole = _open(parts)
-    images = "made up" if isinstance(runs, _MadeUp) else "real"
+    runs, whole, images = _open(parts)
     parameters = traced.size(parts.variables["params"])
     found = Rehearsal(parts.config.name, parameters, images, whole * seeds, finished=False)
     try:
@@ -175,8 +170,8 @@ def _with_one_seed(parts: experiment.Experiment) -> experiment.Experiment:
     return replace(parts, config=config)
 
 
-def _open(parts: experiment.Experiment) -> tuple[Runs, int]:
-    """Opens a run, on made-up images if need be, and counts the steps of the whole of it."""
+def _open(parts: experiment.Experiment) -> tuple[Runs, int, str]:
+    """Opens a run; returns it, the steps of the whole of it, and what images it has."""
     config = parts.config
     gradient_flow.check(config.gradient_flow_every, parts.variables["params"])
     steps = experiment.steps_per_epoch(parts.task, config)
@@ -189,12 +184,12 @@ def _open(parts: experiment.Experiment) -> tuple[Runs, int]:
     # Groups that were dealt are not of the real labels.
     if not dealt:
         try:
-            runs = open_runs(parts)
-            return runs, config.epochs * runs.steps_per_epoch
+            runs = Runs(parts)
+            return runs, config.epochs * runs.feed.steps_per_epoch, "real"
         except FileNotFoundError:
             if steps is None:
                 raise
-    return _MadeUp(parts), config.epochs * steps
+    return Runs(parts, _made_up), config.epochs * steps, "made up"
 
 
 def _take(
@@ -206,7 +201,7 @@ def _take(
 ) -> None:
     """Takes the steps one by one, if there is the memory, and notes what they show."""
     state, began = runs.initial(), time.perf_counter()
-    found.memory = runs.planned_memory(state)
+    found.memory = runs.feed.planned_memory(state, runs.no_metrics())
     # What compiling took is not free any more.
     free = available() if memory is None else memory
     if found.memory is not None and found.memory > free:
@@ -217,11 +212,11 @@ def _take(
     started = noted = time.perf_counter()
     with tqdm(total=steps, desc=found.name, unit="step", disable=hidden, leave=False) as bar:
         for step in range(steps):
-            epoch, first = divmod(step, runs.steps_per_epoch)
+            epoch, first = divmod(step, runs.feed.steps_per_epoch)
             if first == 0:
-                order = runs.epoch_order(state, epoch)
+                order = runs.feed.order(state, epoch)
             called = time.perf_counter()
-            state, sums, broken = runs.take_steps(state, runs.no_metrics(), order, first, 1)
+            state, sums, broken = runs.feed.take_steps(state, runs.no_metrics(), order, first, 1)
             _record(found, {k: float(each[0]) for k, each in runs.averages(sums).items()})
             now = time.perf_counter()
             if step == 0:

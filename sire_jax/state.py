@@ -58,6 +58,11 @@ class TrainState:
             update_state=rule.init(params),
         )
 
+    @property
+    def variables(self) -> dict[str, PyTree]:
+        """All variables of the network, as its ``apply`` takes them."""
+        return {"params": self.params, **self.model_state}
+
 
 def parted(variables: Mapping[str, PyTree]) -> tuple[PyTree, dict[str, PyTree]]:
     """Parts variables into parameters and the rest, as plain dictionaries (not Flax's frozen ones).
@@ -107,6 +112,11 @@ class Best:
     step: Array
     params: PyTree
     model_state: PyTree
+
+    @property
+    def variables(self) -> dict[str, PyTree]:
+        """All variables of the network, as its ``apply`` takes them."""
+        return {"params": self.params, **self.model_state}
 
     @classmethod
     def start(cls, state: TrainState) -> "Best":

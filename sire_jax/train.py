@@ -22,7 +22,6 @@ from sire_jax.job.progress import Stop, stop_on_signals
 from sire_jax.runs.divergence import DIVERGED, NonFiniteLossError, converged, described
 from sire_jax.runs.gradient_flow import check as check_gradient_flow
 from sire_jax.runs.runs import Runs
-from sire_jax.runs.streamed import open_runs
 from sire_jax.runs.training import Training
 from sire_jax.storage.checkpoint import Checkpoints
 from sire_jax.storage.logs import Logs
@@ -83,21 +82,21 @@ def _train_in(
     directory: Workdir, config: ConfigDict, parts: experiment.Experiment
 ) -> dict[str, Any]:
     """Trains in a workdir that no other program has."""
-    runs = open_runs(parts)
-    distributed.check_same({"data": runs.fingerprint})
+    runs = Runs(parts)
+    distributed.check_same({"data": runs.feed.contents.brief()})
     directory.check_shared()
     with distributed.together("opening the workdir"):
-        directory.check_data(runs.contents)
+        directory.check_data(runs.feed.contents)
         shapes = runs.checkpoint_shapes()
         directory.check_room(sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes)))
         logs = Logs(directory, config.tensorboard)
-        directory.write_data(runs.contents)
+        directory.write_data(runs.feed.contents)
         directory.write_config()
         found = read_results(directory.path)
     # Process 0's, as a network file system may show it to some before others.
     results = json.loads(distributed.exchange(json.dumps(found))[0])
     checkpoints = Checkpoints(directory.checkpoints, keep=config.checkpoints_kept)
-    whole = config.epochs * runs.steps_per_epoch
+    whole = config.epochs * runs.feed.steps_per_epoch
     ended = results and (results["step"] == whole or None not in results.get(DIVERGED, [None]))
     if ended and results["step"] == checkpoints.latest():
         checkpoints.close()
@@ -115,13 +114,13 @@ def _train(
     runs: Runs, directory: Workdir, logs: Logs, checkpoints: Checkpoints, stop: Stop
 ) -> dict[str, Any]:
     # ---- Start, or go on.
-    training, steps = Training(runs, directory, logs, checkpoints, stop), runs.steps_per_epoch
+    training, steps = Training(runs, directory, logs, checkpoints, stop), runs.feed.steps_per_epoch
     stopped = training.unmeasured and not training.end_epoch(training.step // steps)
 
     # ---- Train.
     while not (stopped or training.ended()):
         epoch, first = divmod(training.step, steps)
-        order = runs.epoch_order(training.state, epoch)
+        order = runs.feed.order(training.state, epoch)
         while first < steps and not training.diverged.all():
             stopped, count = training.agree(steps - first)
             if stopped:
@@ -167,7 +166,7 @@ def _results(runs: Runs, training: Training, measured: Mapping[str, Any]) -> dic
         DIVERGED: training.diverged.steps,
         "splits": measured,
         # Damaged ones, of this start, in training and measuring.
-        "skipped_images": runs.number_skipped(),
+        "skipped_images": runs.feed.number_skipped(),
     }
 
 
@@ -192,7 +191,7 @@ def _lists(values: Mapping[str, np.ndarray]) -> dict[str, list[float]]:
 def _describe(parts: experiment.Experiment, runs: Runs) -> str:
     config = parts.config
     params = traced.size(parts.variables["params"])
-    examples = runs.examples["train"].shape[1]
+    examples = runs.feed.examples["train"].shape[1]
     return (
         f"{config.name or 'run'}: {params:,} parameters, outputs {', '.join(parts.output_names())};"
         f" {config.seeds} run{'s' * (config.seeds > 1)} of {config.epochs} epochs,"
@@ -201,7 +200,7 @@ def _describe(parts: experiment.Experiment, runs: Runs) -> str:
 
 
 def _where(runs: Runs) -> str:
-    devices, processes = runs.mesh.size, jax.process_count()
+    devices, processes = runs.placement.mesh.size, jax.process_count()
     if devices == 1:
         return ""
     share = "the runs" if runs.config.devices_share == "runs" else "each batch"

@@ -53,7 +53,7 @@ def run(name):
         state, metrics = step(state, batch)
         losses.append([float(each.mean()) for _, each in sorted(metrics.items())])
     moved = jax.tree.map(lambda a, b: np.ravel(a - b), state.params, before.params)
-    variables = {"params": state.params, **state.model_state}
+    variables = state.variables
     outputs = jax.jit(parts.apply)(variables, batch["image"])
     return {
         "losses": np.array(losses),

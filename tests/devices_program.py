@@ -54,8 +54,8 @@ def step(*case):
     runs = Runs(experiment.build(config(*case)))
     state = runs.initial()
     before = jax.device_get(state.params)
-    order = runs.epoch_order(state, 0)
-    state, sums, _ = runs.take_steps(state, runs.no_metrics(), order, 0, 1)
+    order = runs.feed.order(state, 0)
+    state, sums, _ = runs.feed.take_steps(state, runs.no_metrics(), order, 0, 1)
     moved = jax.tree.map(np.subtract, jax.device_get(state.params), before)
     return moved, jax.device_get(state.model_state), runs.averages(sums)
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -169,8 +170,8 @@ def test_what_was_restored_can_be_donated_on_every_device(checkpoints):
 
 def test_arrays_may_be_donated_as_soon_as_save_returns(tmp_path, monkeypatch):
     begin = threading.Event()
-    write = checkpoint._write_bytes
-    monkeypatch.setattr(checkpoint, "_write_bytes", lambda *args: (begin.wait(20), write(*args)))
+    write = checkpoint._write_arrays
+    monkeypatch.setattr(checkpoint, "_write_arrays", lambda *args: (begin.wait(20), write(*args)))
     tree = {f"{i}": jnp.full(2**16, i, jnp.float32) for i in range(8)} | {"key": jax.random.key(1)}
     made = Checkpoints(tmp_path)
     made.save(1, tree)
@@ -258,11 +259,11 @@ def test_notes_are_kept_with_each_checkpoint(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"b": jnp.zeros((2, 3))}, r"\['b'\] is float32\[3, 2\] in it, but float32\[2, 3\] here"),
+        ({"b": jnp.zeros((2, 3))}, r"b is float32\[3, 2\] in it, but float32\[2, 3\] here"),
         ({"b": jnp.zeros((3, 2), jnp.bfloat16)}, r"float32\[3, 2\] in it, but bfloat16\[3, 2\] "),
         ({"b": jnp.zeros((3, 2), jnp.int32)}, r"but int32\[3, 2\] here"),
-        ({"c": jnp.zeros(())}, r"\['c'\] is missing in it, but float32\[\] here"),
-        ({"b": None}, r"\['b'\] is float32\[3, 2\] in it, but not asked for here"),
+        ({"c": jnp.zeros(())}, r"c is missing in it, but float32\[\] here"),
+        ({"b": None}, r"b is float32\[3, 2\] in it, but not asked for here"),
         ({"key": jax.random.key(0, impl="rbg")}, r"key<fry>\[\] in it, but key<rbg>\[\] here"),
         ({"key": jnp.zeros(2, jnp.uint32)}, r"key<fry>\[\] in it, but uint32\[2\] here"),
     ],
@@ -281,8 +282,37 @@ def test_the_first_path_that_differs_is_named(checkpoints):
     node = _Node({"w": jnp.zeros(1), "v": jnp.zeros(1)}, None, "n")
     checkpoints.save(1, (node,))
     like = _Node({"w": jnp.zeros(2), "v": jnp.zeros(2)}, None, "n")
-    with pytest.raises(ValueError, match=r"\[0\]\.params\['v'\] is float32\[1\] in it"):
+    with pytest.raises(ValueError, match=r"0/params/v is float32\[1\] in it"):
         checkpoints.restore((like,))
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused(tmp_path):
+    _save(tmp_path, 3)
+    file = tmp_path / "3" / manifest.MANIFEST
+    content = manifest.read_sealed(file)
+    del content["format"]
+    manifest.write_sealed(file, content)
+    with pytest.raises(
+        ValueError, match=r"Checkpoint 3 in .* an earlier version.*160d875 .* go on"
+    ):
+        Checkpoints(tmp_path).restore(_tree())
+
+
+# ---- Other programs.
+
+
+def test_orbax_alone_restores_the_tree(checkpoints, tmp_path):
+    tree = {"node": _Node({"w": jnp.arange(3.0)}, None, "n"), "a/b": (jnp.int8(2), _tree())}
+    tree |= {"empty": jnp.zeros((0, 2)), "bfloat16": jnp.ones(2, jnp.bfloat16)}
+    checkpoints.save(5, tree)
+    checkpoints.wait()
+    restored = ocp.StandardCheckpointer().restore(tmp_path / "new" / "checkpoints" / "5")
+    assert sorted(restored) == ["a/b", "bfloat16", "node"]
+    assert restored["node"]["params"]["w"].tolist() == [0, 1, 2]
+    assert restored["a/b"]["0"] == 2
+    assert restored["bfloat16"].dtype == jnp.bfloat16
+    key = jax.random.wrap_key_data(jnp.asarray(restored["a/b"]["1"]["key"]))
+    assert jnp.array_equal(jax.random.key_data(key), jax.random.key_data(_tree()["key"]))
 
 
 # ---- Damage; see tests/faults for random ones.
@@ -506,7 +536,7 @@ def test_a_process_may_be_killed_at_any_moment_of_a_save(tmp_path, monkeypatch):
         monkeypatch.setattr(owner, name, copying)
 
     copies.mkdir()
-    around(checkpoint, "_write_bytes")
+    around(checkpoint, "_write_arrays")
     around(manifest, "write")
     around(manifest, "_sync")
     around(Path, "replace")
@@ -535,7 +565,7 @@ def _failing(monkeypatch, error, begin=None):
         assert begin is None or begin.wait(20)
         raise error
 
-    monkeypatch.setattr(checkpoint, "_write_bytes", fail)
+    monkeypatch.setattr(checkpoint, "_write_arrays", fail)
 
 
 def test_a_failed_save_is_told_by_check_once(tmp_path, monkeypatch):
@@ -668,27 +698,27 @@ report["latest"], report["notes"] = checkpoints.latest(), checkpoints.notes()
 report["restored"] = bits(checkpoints.restore(tree(0)))
 report["shapes"] = failure(lambda: checkpoints.restore({"kernel": tree(0)["kernel"]}))
 
-write = checkpoint._write_bytes
+write = checkpoint._write_arrays
 def full(*args):
     assert process == 0
     raise OSError(28, "No space left on device")
-checkpoint._write_bytes = full
+checkpoint._write_arrays = full
 checkpoints.save(2, tree(2))
 report["check"] = process and failure(checkpoints.check)
 report["save"] = failure(lambda: checkpoints.save(3, tree(3)))
-checkpoint._write_bytes = write
+checkpoint._write_arrays = write
 checkpoints.save(4, tree(4))
 checkpoints.wait()
 report["files"] = sorted(os.listdir(directory))
 
-read = checkpoint._read_bytes
+read = checkpoint._read_arrays
 def broken(*args):
     if process == 1:
         raise OSError(5, "Input/output error")
     return read(*args)
-checkpoint._read_bytes = broken
+checkpoint._read_arrays = broken
 report["read"] = failure(lambda: checkpoints.restore(tree(0)))
-checkpoint._read_bytes = read
+checkpoint._read_arrays = read
 other = Checkpoints(directory if process == 0 else directory + "-elsewhere")
 report["elsewhere"] = failure(lambda: other.restore(tree(0)))
 

@@ -304,7 +304,7 @@ def _said(accuracy, epoch=10, split="test", images=600, classes=10, seed=0, **se
         parts=SimpleNamespace(
             outputs=outputs, objectives=objectives, accuracy=lambda: "main/top_1"
         ),
-        examples={split: np.zeros((len(accuracy), images))},
+        feed=SimpleNamespace(examples={split: np.zeros((len(accuracy), images))}),
         config=config,
     )
     return chance_messages(runs, epoch, split, {"main/top_1": np.asarray(accuracy)})
@@ -365,4 +365,4 @@ def test_gradients_of_a_network_without_convolutions_are_not_measured(tmp_path):
         train.train(config, str(tmp_path))
     assert list(tmp_path.iterdir()) == []
     # One that was trained nonetheless, by a former version, can still be opened.
-    assert Runs(experiment.build(config)).names["label"] == tuple("0123456789")
+    assert Runs(experiment.build(config)).feed.names["label"] == tuple("0123456789")

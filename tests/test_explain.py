@@ -70,7 +70,7 @@ def workdir(tmp_path_factory):
 def opened(workdir):
     run = open_run(workdir)
     variables = Trained.first(kept_weights(run, workdir))
-    images = run.parts.lookup(run.arrays, run.examples["test"][0][:5], "central")["image"]
+    images = run.parts.lookup(run.feed.arrays, run.feed.examples["test"][0][:5], "central")["image"]
     return run, variables, images
 
 
@@ -84,7 +84,7 @@ def digit(opened, tmp_path):
     """Writes a test digit as a PNG file."""
     run = opened[0]
     path = tmp_path / "digit.png"
-    pixels = np.asarray(run.arrays["image"])[np.asarray(run.examples["test"])[0, 0]]
+    pixels = np.asarray(run.feed.arrays["image"])[np.asarray(run.feed.examples["test"])[0, 0]]
     Image.fromarray(pixels[..., 0]).save(path)
     return path
 
@@ -271,8 +271,8 @@ def test_the_program_needs_no_data_and_says_the_names_of_the_run(
     described = json.loads((run / "data.json").read_text())
     described["classes"]["label"] = [f"class {i}" for i in range(10)]
     (run / "data.json").write_text(json.dumps(described))
-    monkeypatch.setattr("sire_jax.runs.loading.load_data", None)
-    monkeypatch.setattr("sire_jax.runs.runs.load_data", None)
+    monkeypatch.setattr("sire_jax.runs.held.load_data", None)
+    monkeypatch.setattr("sire_jax.runs.streamed.load_data", None)
     # Two dollar signs are a formula to who draws.
     odd = digit.rename(tmp_path / "$a$_$.png")
     arguments = [f"--workdir={run}", f"--image={odd}", f"--out={tmp_path / 'maps.png'}", "--json"]

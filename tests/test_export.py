@@ -36,7 +36,7 @@ def written(run, tmp_path_factory):
 
 def _variables(run, seed):
     _, _, kept = run
-    return jax.tree.map(lambda x: x[seed - 7], {"params": kept.params, **kept.model_state})
+    return jax.tree.map(lambda x: x[seed - 7], kept.variables)
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,7 @@ def test_the_program_says_what_it_wrote(run, whole, tmp_path, capsys):
 def test_the_best_on_validation_is_the_most_accurate_exit(run, whole, tmp_path, capsys):
     _, runs, _ = run
     # By hand: the whole network on the images held out.
-    arrays, examples = runs.arrays, runs.examples["validation"][1]
+    arrays, examples = runs.feed.arrays, runs.feed.examples["validation"][1]
     images, labels = np.asarray(arrays["image"])[examples], np.asarray(arrays["label"])[examples]
     logits = whole(_variables(run, 8), images)
     right = {k: float((np.argmax(each, -1) == labels).mean()) for k, each in logits.items()}
@@ -154,8 +154,8 @@ def test_of_equally_good_exits_the_cheapest_is_the_best(run):
 
 def test_nothing_is_chosen_without_images_held_out(run, monkeypatch):
     _, runs, kept = run
-    none = {**runs.examples, "validation": runs.examples["validation"][:, :0]}
-    monkeypatch.setattr(runs, "examples", none)
+    none = {**runs.feed.examples, "validation": runs.feed.examples["validation"][:, :0]}
+    monkeypatch.setattr(runs.feed, "examples", none)
     with pytest.raises(ValueError, match=r"no validation images .* name an output, or train with"):
         export.validated(runs, kept, 0)
 

@@ -14,7 +14,7 @@ from flax import linen as nn
 import sire_jax as sj
 from sire_jax import configuration
 from sire_jax.configuration import experiment
-from sire_jax.runs.streamed import open_runs
+from sire_jax.runs.runs import Runs
 
 pytestmark = pytest.mark.optax_dtypes
 
@@ -81,13 +81,13 @@ def test_the_numbers_are_those_of_a_run_of_the_same_seed():
     given = ["epochs=2", "data.task.train=100", "data.task.test=30", "seed=5", "seeds=1"]
     path = programs.TINY.removeprefix("--config=")
     parts = experiment.build(configuration.load(path, [f"--config.{each}" for each in given]))
-    runs = open_runs(parts)
+    runs = Runs(parts)
     state = runs.initial()
     for epoch in range(2):
-        order = runs.epoch_order(state, epoch)
-        steps = runs.steps_per_epoch
-        state, *_ = runs.take_steps(state, runs.no_metrics(), order, 0, steps)
-    train = parts.lookup(runs.arrays, runs.examples["train"][0])
+        order = runs.feed.order(state, epoch)
+        steps = runs.feed.steps_per_epoch
+        state, *_ = runs.feed.take_steps(state, runs.no_metrics(), order, 0, steps)
+    train = parts.lookup(runs.feed.arrays, runs.feed.examples["train"][0])
     settings = {"epochs": 2, "batch_size": parts.config.batch_size, "augment": parts.augment}
     found, _ = sj.fit(parts.network, parts.objectives, parts.rule, train, seed=5, **settings)
     expected = jax.tree.map(lambda values: values[0], state.params)

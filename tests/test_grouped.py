@@ -371,9 +371,7 @@ def opened(trained):
             source = dataset.test if split == "test" else dataset.train
             for seed, draw in enumerate(draws):
                 examples = getattr(draw, split)
-                own = jax.tree.map(
-                    lambda x, seed=seed: x[seed], {"params": kept.params, **kept.model_state}
-                )
+                own = jax.tree.map(lambda x, seed=seed: x[seed], kept.variables)
                 outputs = apply(own, jnp.asarray(source.image[examples]))
                 predicted[split, seed] = outputs, jnp.asarray(source.labels["label"][examples])
         return runs, predicted, runs.fit(kept.params, kept.model_state), kept

@@ -519,11 +519,9 @@ def test_confusions_of_a_run_are_those_of_each_seed(trained, tmp_path, monkeypat
     kept = kept_weights(runs, trained)
     expected = np.zeros((10, 10))
     for seed in range(2):
-        variables = jax.tree.map(
-            lambda x, i=seed: x[i], {"params": kept.params, **kept.model_state}
-        )
-        examples = runs.examples["validation"][seed]
-        batch = runs.parts.lookup(runs.arrays, examples)
+        variables = jax.tree.map(lambda x, i=seed: x[i], kept.variables)
+        examples = runs.feed.examples["validation"][seed]
+        batch = runs.parts.lookup(runs.feed.arrays, examples)
         logits = runs.parts.network.apply(variables, batch["image"])["main"]
         np.add.at(expected, (np.asarray(batch["label"]), np.asarray(logits.argmax(-1))), 1)
     # 120 images a seed, 12 of each class: not a number of full batches.

@@ -607,7 +607,7 @@ def _pmapped(norm, batch_norm):
 
 
 def _shapes(state):
-    return {"params": state.params, **state.model_state}
+    return state.variables
 
 
 def test_batch_statistics_of_one_device_are_refused_where_the_whole_batchs_are_asked_for():

@@ -11,8 +11,9 @@ from pictured import picture, write, write_folder
 
 from sire_jax import configuration, evaluate, train
 from sire_jax.configuration import experiment
+from sire_jax.runs.held import DeviceFeed
 from sire_jax.runs.runs import Runs
-from sire_jax.runs.streamed import StreamedRuns, ahead, open_runs
+from sire_jax.runs.streamed import StreamFeed, ahead
 from sire_jax.runs.trained import restore
 from sire_jax.storage.workdir import read_metrics, read_results
 
@@ -44,21 +45,21 @@ def _config(directory, feed, **settings):
 
 
 def _runs(directory, feed, **settings):
-    return open_runs(experiment.build(_config(directory, feed, **settings)))
+    return Runs(experiment.build(_config(directory, feed, **settings)))
 
 
 def test_both_feeds_give_the_same_batches_for_the_same_seed(directory):
     runs, streamed = _runs(directory, "device"), _runs(directory, "stream")
-    assert type(runs) is Runs
-    assert type(streamed) is StreamedRuns
-    assert runs.steps_per_epoch == streamed.steps_per_epoch == 4
+    assert type(runs.feed) is DeviceFeed
+    assert type(streamed.feed) is StreamFeed
+    assert runs.feed.steps_per_epoch == streamed.feed.steps_per_epoch == 4
     state = runs.initial()
     for epoch in (0, 1):
-        order, streamed_order = runs.epoch_order(state, epoch), streamed.epoch_order(state, epoch)
+        order, streamed_order = runs.feed.order(state, epoch), streamed.feed.order(state, epoch)
         assert np.array_equal(order[0], streamed_order.examples)
-        batches = streamed._training_batches(streamed_order, 0)
+        batches = streamed.feed._training_batches(streamed_order, 0)
         for examples in order[0]:
-            batch = runs.parts.task.batch(runs.arrays, examples)
+            batch = runs.parts.task.batch(runs.feed.arrays, examples)
             found = next(batches)
             assert found.keys() == batch.keys() == {"image", "label"}
             assert found["image"].dtype == batch["image"].dtype == np.uint8
@@ -69,11 +70,11 @@ def test_the_memory_of_a_step_is_planned_and_no_batch_lost(directory):
     runs, other = _runs(directory, "stream"), _runs(directory, "stream")
     state = runs.initial()
     parameters = sum(x.nbytes for x in jax.tree.leaves(state.params))
-    planned = runs.planned_memory(state)
+    planned = runs.feed.planned_memory(state, runs.no_metrics())
     # Parameters, their momentum, and eight images.
     assert planned > 2 * parameters + 8 * 4 * 6 * 3
     batches, expected = (
-        each._training_batches(each.epoch_order(state, 0), 0) for each in (runs, other)
+        each._training_batches(each.order(state, 0), 0) for each in (runs.feed, other.feed)
     )
     for _ in range(4):
         assert np.array_equal(next(batches)["image"], next(expected)["image"])
@@ -109,7 +110,7 @@ def test_a_stream_goes_on_where_it_was_interrupted_bit_for_bit(directory, tmp_pa
     config.data.update(random_resized_crop=True, crop=4, workers=0)
     config.data.shape = (4, 6, 3)
     whole = train.train(config, str(tmp_path / "whole"))
-    taken, stopping = [], StreamedRuns.take_steps
+    taken, stopping = [], StreamFeed.take_steps
 
     def stop_within_the_second_epoch(self, *args):
         taken.append(args[3])
@@ -119,14 +120,14 @@ def test_a_stream_goes_on_where_it_was_interrupted_bit_for_bit(directory, tmp_pa
         return stopping(self, *args)
 
     interrupted = configuration.override(config, ["--config.checkpoint_steps=1"])
-    monkeypatch.setattr(StreamedRuns, "take_steps", stop_within_the_second_epoch)
+    monkeypatch.setattr(StreamFeed, "take_steps", stop_within_the_second_epoch)
     with pytest.raises(KeyboardInterrupt):
         train.train(interrupted, str(tmp_path / "run"))
     assert taken == [0, 1, 2, 3, 0, 1]
     resumed = train.train(interrupted, str(tmp_path / "run"))
     assert resumed["splits"] == whole["splits"]
     states = [
-        restore(open_runs(experiment.build(config)), tmp_path / name / "checkpoints")[0]
+        restore(Runs(experiment.build(config)), tmp_path / name / "checkpoints")[0]
         for name in ("whole", "run")
     ]
     for a, b in zip(*(jax.tree.leaves(s.params) for s in states), strict=True):
@@ -189,13 +190,13 @@ def test_photographs_of_all_sizes_are_trained_on_and_measured_with_ten_crops(tmp
 
 def test_programs_that_need_all_images_on_the_device_say_so(directory):
     with pytest.raises(ValueError, match="needs all images on the device, but the run streams"):
-        _ = _runs(directory, "stream").arrays
+        _ = _runs(directory, "stream").feed.arrays
 
 
 def test_the_first_images_of_a_split_can_be_looked_at(directory):
     runs, streamed = _runs(directory, "device"), _runs(directory, "stream")
     for split in ("train", "validation", "test"):
-        a, b = runs.look(split, 3), streamed.look(split, 3)
+        a, b = runs.feed.look(split, 3), streamed.feed.look(split, 3)
         assert all(np.array_equal(a[key], b[key]) for key in ("image", "label"))
 
 

@@ -27,6 +27,8 @@ THROUGH_OTHERS = {
     "job.signals": "faults/test_starts.py",
     "jaxprs": "test_traced.py",
     "names": "test_configuration.py",
+    "runs.feed": "test_streamed_runs.py",
+    "runs.placement": "test_distributed.py",
     "runs.program": "test_distributed.py",
     "updates.steps": "updates/test_rules.py",
 }

@@ -20,6 +20,7 @@ import pytest
 from sire_jax import configuration, evaluate, inspect, paper_tables, reproduce, train
 from sire_jax.configuration import experiment
 from sire_jax.job import command, lock
+from sire_jax.runs.held import DeviceFeed
 from sire_jax.runs.runs import Runs
 from sire_jax.runs.trained import restore
 from sire_jax.storage import workdir
@@ -105,14 +106,14 @@ def test_the_total_is_the_weighted_sum(trained):
 def test_a_run_interrupted_and_resumed_is_bitwise_the_same(trained, tmp_path, monkeypatch):
     whole, config, results = trained
     interrupted = configuration.override(config, ["--config.steps_per_call=1"])
-    taken = Runs.take_steps
+    taken = DeviceFeed.take_steps
 
     def stop_after_the_third_step(self, state, sums, order, first, count):
         if int(state.step[0]) == 2:
             os.kill(os.getpid(), signal.SIGINT)
         return taken(self, state, sums, order, first, count)
 
-    monkeypatch.setattr(Runs, "take_steps", stop_after_the_third_step)
+    monkeypatch.setattr(DeviceFeed, "take_steps", stop_after_the_third_step)
     with pytest.raises(train.InterruptedRunError, match="SIGINT: saved after step 3"):
         train.train(interrupted, str(tmp_path))
     monkeypatch.undo()
@@ -238,12 +239,14 @@ def test_runs_differ_in_weights_data_and_order():
     state = runs.initial()
     kernels = state.params["backbone"]["branch"]["conv_1"]["kernel"]
     assert not np.array_equal(kernels[0], kernels[1])
-    assert not np.array_equal(runs.examples["train"][0], runs.examples["train"][1])
-    order = runs.epoch_order(state, 0)
+    assert not np.array_equal(runs.feed.examples["train"][0], runs.feed.examples["train"][1])
+    order = runs.feed.order(state, 0)
     assert order.shape == (2, 2, 50, 2)
     for run in (0, 1):
         shuffled = np.sort(np.asarray(order[run]).reshape(-1))
-        assert np.array_equal(shuffled, np.sort(np.asarray(runs.examples["train"][run]).ravel()))
+        assert np.array_equal(
+            shuffled, np.sort(np.asarray(runs.feed.examples["train"][run]).ravel())
+        )
 
 
 @pytest.mark.slow  # As test_parallel.py, in a whole run.
@@ -256,8 +259,8 @@ def test_two_devices_compute_the_gradient_of_one(tmp_path):
         )
         runs = Runs(experiment.build(config))
         state = runs.initial()
-        order = runs.epoch_order(state, 0)
-        state, sums, _ = runs.take_steps(state, runs.no_metrics(), order, 0, 1)
+        order = runs.feed.order(state, 0)
+        state, sums, _ = runs.feed.take_steps(state, runs.no_metrics(), order, 0, 1)
         # Adam's first moment is a tenth of the first gradient.
         states.append((jax.device_get(state.update_state), jax.device_get(sums)))
     chex.assert_trees_all_close(*states, rtol=1e-4, atol=1e-6)

@@ -31,7 +31,7 @@ from sire_jax.job import command
 from sire_jax.networks import MAIN
 from sire_jax.prediction import JointProbability, Output
 from sire_jax.runs.runs import Runs
-from sire_jax.runs.trained import Trained, kept_weights, open_run
+from sire_jax.runs.trained import kept_weights, of_first_seed, open_run
 
 PyTree = Any
 # (the module's name in the network, the layer's name in the module)
@@ -275,9 +275,9 @@ def draw_tests(
             test images.
     """
     run = open_run(workdir, overrides)
-    parts, names = run.parts, run.names["label"]
-    batch = run.look("test", count)
-    variables = Trained.first(kept_weights(run, workdir))
+    parts, names = run.parts, run.feed.names["label"]
+    batch = run.feed.look("test", count)
+    variables = of_first_seed(kept_weights(run, workdir))
     explained = explain(parts, variables, batch["image"])
     rows = [
         {k: (found, titles(each, parts.branches(), names)[k]) for k, found in each.maps.items()}
@@ -295,11 +295,11 @@ def _bare(
 ) -> list[Explained]:
     """Explains what another run says of the same images."""
     other = open_run(workdir, overrides)
-    own = other.look("test", len(batch["image"]))
+    own = other.feed.look("test", len(batch["image"]))
     same = np.array_equal(batch["image"], own["image"])
-    if not same or other.names["label"] != run.names["label"]:
+    if not same or other.feed.names["label"] != run.feed.names["label"]:
         raise ValueError(f"{workdir} has other test images or labels; give a run on the same data.")
-    variables = Trained.first(kept_weights(other, workdir))
+    variables = of_first_seed(kept_weights(other, workdir))
     return explain(other.parts, variables, own["image"])
 
 

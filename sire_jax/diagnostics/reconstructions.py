@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from sire_jax.heads.decoder import Decoder
 from sire_jax.job import command
 from sire_jax.networks import MAIN
-from sire_jax.runs.trained import kept_weights, open_run
+from sire_jax.runs.trained import kept_weights, of_first_seed, open_run
 from sire_jax.storage.workdir import titles
 
 
@@ -81,20 +81,19 @@ def reconstruct(
     if not names:
         raise ValueError(f"The network of {workdir} has no decoder.")
     kept = kept_weights(runs, workdir)
-    number = runs.examples["test"].shape[1]
+    number = runs.feed.examples["test"].shape[1]
     if not all(0 <= each < number for each in chosen):
         raise ValueError(
             f"The test images are numbered 0 to {number - 1}; {list(chosen)} are asked for."
         )
-    batch = runs.look("test", list(chosen), "measured")
+    batch = runs.feed.look("test", list(chosen), "measured")
     image = np.asarray(batch["image"])
-    first = jax.tree.map(lambda x: x[0], {"params": kept.params, **kept.model_state})
-    outputs = jax.jit(parts.network.apply)(first, image)
+    outputs = jax.jit(parts.network.apply)(of_first_seed(kept), image)
     shown = {name: pixels(np.asarray(outputs[name]), config.data) for name in names}
     said = []
     if parts.accuracy() is not None and outputs[MAIN].shape[-1] > 1:
         target = parts.objectives[parts.main_objective()].target
-        said = classified(outputs[MAIN], np.asarray(batch[target]), runs.names.get(target, ()))
+        said = classified(outputs[MAIN], np.asarray(batch[target]), runs.feed.names.get(target, ()))
     return Reconstructed(pixels(image, config.data), shown, said)
 
 

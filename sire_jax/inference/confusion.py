@@ -25,7 +25,7 @@ def names_of(runs: Runs) -> tuple[str, ...]:
     target = _target(runs)
     # Of pairs, the targets have other classes than the images' labels.
     count = runs.parts.task.classes(runs.config.data.classes)[target]
-    names = runs.names.get(target, ())
+    names = runs.feed.names.get(target, ())
     return names if len(names) == count else tuple(str(i) for i in range(count))
 
 
@@ -53,7 +53,7 @@ def of_run(runs: Runs, workdir: str | Path, split: str) -> np.ndarray:
         FileNotFoundError: If there is no checkpoint.
     """
     target, names = _target(runs), names_of(runs)
-    _check_examples(split, runs.examples[split].shape[1], len(names))
+    _check_examples(split, runs.feed.examples[split].shape[1], len(names))
 
     def measure(
         params: PyTree, model_state: PyTree, batch: PyTree, mask: Array, fitted: PyTree
@@ -67,7 +67,7 @@ def of_run(runs: Runs, workdir: str | Path, split: str) -> np.ndarray:
         return none.at[rows, predicted].add(mask, mode="drop")
 
     kept = kept_weights(runs, workdir, used=None)
-    total = runs.totals(measure, "central")
+    total = runs.feed.totals(measure, "central")
     each = total(kept.params, kept.model_state, {}, split)
     return np.asarray(each, np.float64).sum(0)
 

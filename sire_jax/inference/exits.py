@@ -18,7 +18,7 @@ from sire_jax.inference.stages import Stage, split
 from sire_jax.metrics import class_logits
 from sire_jax.networks import MAIN
 from sire_jax.runs.runs import Runs
-from sire_jax.runs.trained import kept_weights, open_run
+from sire_jax.runs.trained import kept_weights, of_first_seed, open_run
 
 PyTree = Any
 
@@ -92,7 +92,7 @@ class Exits:
             raise ValueError(f"--batch_size is {batch_size}; it should be at least 1.")
         runs = open_run(workdir, overrides)
         names, self._target = find_exits(runs.parts)
-        if not runs.examples["validation"].shape[1]:
+        if not runs.feed.examples["validation"].shape[1]:
             raise ValueError(
                 f"The run {workdir} has no validation examples to fit thresholds on; train with"
                 " --config.data.task.validation_per_class=N."
@@ -117,11 +117,10 @@ class Exits:
         kept = kept_weights(runs, workdir)
         device = jax.local_devices()[0]
         self.step = int(np.asarray(kept.step)[0])
-        first = jax.tree.map(lambda x: x[0], {"params": kept.params, **kept.model_state})
-        arrays = jax.device_put(dict(runs.arrays), device)
-        self.variables = jax.device_put(first, device)
+        arrays = jax.device_put(dict(runs.feed.arrays), device)
+        self.variables = jax.device_put(of_first_seed(kept), device)
         self.images = arrays["image"]
-        self.examples = {k: np.asarray(v[0]) for k, v in runs.examples.items() if k != "train"}
+        self.examples = {k: np.asarray(v[0]) for k, v in runs.feed.examples.items() if k != "train"}
         self.labels = {
             kind: np.asarray(runs.parts.task.batch(arrays, jnp.asarray(each))[self._target])
             for kind, each in self.examples.items()

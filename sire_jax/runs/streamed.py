@@ -1,8 +1,8 @@
 """A run on images that are read and decoded while it trains (``config.data.feed='stream'``).
 
-The order of the examples is that of ``Runs``, and so are the batches, but for random crops: where a
-run is in its data is its number of steps, which its checkpoints have. Each process reads its own
-part of each batch.
+The order of the examples is that of ``DeviceFeed``, and so are the batches, but for random crops:
+where a run is in its data is its number of steps, which its checkpoints have. Each process reads
+its own part of each batch.
 """
 
 import itertools
@@ -17,15 +17,16 @@ import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sire_jax.configuration import experiment
-from sire_jax.data import stream
+from sire_jax.configuration.experiment import Experiment
+from sire_jax.data import contents, stream
 from sire_jax.data.augmentation import Batch
 from sire_jax.job import distributed
 from sire_jax.metrics import Metrics
 from sire_jax.runs import parallel
+from sire_jax.runs.feed import Measured, Taken, Totals, some
 from sire_jax.runs.loading import load_data
+from sire_jax.runs.placement import Placement
 from sire_jax.runs.program import Program
-from sire_jax.runs.runs import Runs, some
 from sire_jax.state import TrainState
 
 PyTree = Any
@@ -33,11 +34,6 @@ PyTree = Any
 Arrays = Mapping[str, np.ndarray]
 # Batches on their way to the devices, and steps on their way through them, beside the present one.
 _AHEAD = 2
-
-
-def open_runs(parts: experiment.Experiment) -> Runs:
-    """Opens the runs of an experiment, with their data on the devices or streamed to them."""
-    return StreamedRuns(parts) if parts.config.data.feed == "stream" else Runs(parts)
 
 
 class Order(NamedTuple):
@@ -52,38 +48,42 @@ class Order(NamedTuple):
     examples: np.ndarray
 
 
-class StreamedRuns(Runs):
-    """The compiled programs of one run, whose images are streamed to the devices.
+class StreamFeed:
+    """A feed of one run, whose images are streamed to the devices.
 
     Args:
         parts: The parts of the run.
-
-    Attributes:
-        examples: The examples of each split, as indices into its records, ``[1, n]``.
+        placement: The devices.
 
     Raises:
-        ValueError: If the data or the devices are not what the config says.
+        ValueError: If the data are not what the config says.
         FileNotFoundError: If the data set is not there.
     """
 
-    def _load(self) -> None:
-        data = self.config.data
+    def __init__(self, parts: Experiment, placement: Placement):
+        self._parts, self._config, self._placement = parts, parts.config, placement
+        data = self._config.data
         with distributed.together("opening the data"):
-            dataset, (draw,) = load_data(self.parts)
-        self._describe(dataset)
+            dataset, (draw,) = load_data(parts)
+        self.contents = contents.of(dataset)
+        self.names = self.contents.names
         self._records = {"train": dataset.train, "validation": dataset.train, "test": dataset.test}
-        self.examples = {split: np.asarray(each)[None] for split, each in draw._asdict().items()}
-        self.steps_per_epoch = len(draw.train) // self.config.batch_size
+        self.examples: Mapping[str, np.ndarray] = {
+            split: np.asarray(each)[None] for split, each in draw._asdict().items()
+        }
+        self.steps_per_epoch = len(draw.train) // self._config.batch_size
         # What is wrong with the damaged images that this process has met, in their order.
         self._met: dict[str, None] = {}
         self._said = 0
-        self._split_over_devices = NamedSharding(self.mesh, PartitionSpec("data"))
+        self._split_over_devices = NamedSharding(placement.mesh, PartitionSpec("data"))
         shape = tuple(data.shape)
         self._still = stream.Transform(shape, data.resize)
         random = data.random_resized_crop
         self._training = stream.Transform(shape, data.resize, data.crop, random)
         # The stream that is open: its epoch, its next step, its batches.
         self._open: tuple[int, int, Iterator[Batch]] | None = None
+        self._shuffle = Program(jax.jit(self._shuffled))
+        self._steps: Any = self._step_program()
 
     @property
     def arrays(self) -> PyTree:
@@ -108,12 +108,12 @@ class StreamedRuns(Runs):
         first: int = 0,
     ) -> Iterator[stream.Batch]:
         """Reads this process's part of batches."""
-        data, size = self.config.data, examples.shape[1] // jax.process_count()
+        data, size = self._config.data, examples.shape[1] // jax.process_count()
         batches = stream.batches(
             self._records[split],
             examples,
             transform,
-            (self.config.seed, epoch),
+            (self._config.seed, epoch),
             first,
             slice(jax.process_index() * size, (jax.process_index() + 1) * size),
             data.workers,
@@ -134,44 +134,47 @@ class StreamedRuns(Runs):
 
     def _place_pmapped(self, arrays: Arrays) -> Arrays:
         """Splits this process's part of a batch over its devices, ``[devices, b, …]``."""
-        devices = jax.local_device_count() if jax.process_count() > 1 else self.mesh.size
+        devices = jax.local_device_count() if jax.process_count() > 1 else self._placement.mesh.size
         return {k: np.reshape(v, (devices, -1, *v.shape[1:])) for k, v in arrays.items()}
 
     def _training_batches(self, order: Order, first: int) -> Iterator[Batch]:
         if self._open is None or self._open[:2] != (order.epoch, first):
-            place = self._place_pmapped if self.config.parallel == "pmap" else self._place_part
+            place = self._place_pmapped if self._config.parallel == "pmap" else self._place_part
             read = self._batches("train", order.examples, self._training, order.epoch, first)
             self._open = order.epoch, first, ahead(without_mask(read), place)
         return self._open[2]
 
-    # ---- Programs over batches, in place of those over the examples.
+    # ---- Programs over batches.
+
+    def _shuffled(self, key: Array, examples: Array, epoch: Array) -> Array:
+        return parallel.shuffle(key, epoch, examples, self._config.batch_size)
 
     def _step_program(self) -> Callable[..., Any]:
-        self._shuffle = Program(jax.jit(self._shuffled))
-        pmap = self.config.parallel == "pmap"
-        step = parallel.one_step(self.parts.step("data" if pmap else None))
+        pmap = self._config.parallel == "pmap"
+        step = parallel.one_step(self._parts.step("data" if pmap else None))
 
         def run(state: TrainState, sums: Metrics, broken: Any, batch: Batch) -> Any:
-            return step(state, sums, broken, self.parts.ready(batch))
+            return step(state, sums, broken, self._parts.ready(batch))
 
-        at_once = self.config.seeds_at_once
+        at_once = self._config.seeds_at_once
         if pmap:
             runs = parallel.over_seeds(run, (3,), at_once)
-            return Program(parallel.pmapped(runs, self.mesh, 4, split=(3,), donated=(0, 1)))
-        return self.program(run, (3,), donate_argnums=(0, 1))
+            mesh = self._placement.mesh
+            return Program(parallel.pmapped(runs, mesh, 4, split=(3,), donated=(0, 1)))
+        return self._placement.program(run, (3,), donate_argnums=(0, 1))
 
-    def epoch_order(self, state: TrainState, epoch: int) -> Order:
-        """Returns the order of the examples of an epoch, for ``take_steps``."""
-        examples = self.place(self.examples["train"][0])
+    def order(self, state: TrainState, epoch: int) -> Order:
+        """Returns the examples of an epoch in their order, for ``take_steps``."""
+        examples = self._placement.place(self.examples["train"][0])
         key = jax.tree.map(lambda x: x[0], state.key)
         return Order(epoch, np.asarray(self._shuffle(key, examples, np.int32(epoch))))
 
     def take_steps(
         self, state: TrainState, sums: Metrics, order: Order, first: int, count: int
-    ) -> tuple[TrainState, Metrics, dict[str, Array]]:
+    ) -> Taken:
         """Takes steps; see ``parallel.over_steps``."""
         batches = self._training_batches(order, first)
-        broken = self.place(jax.tree.map(np.asarray, parallel.never_broken(sums)))
+        broken = self._placement.place(jax.tree.map(np.asarray, parallel.never_broken(sums)))
         under_way: deque[dict[str, Array]] = deque()
         for _ in range(count):
             state, sums, broken = self._steps(state, sums, broken, next(batches))
@@ -182,27 +185,25 @@ class StreamedRuns(Runs):
         self._open = (order.epoch, first + count, batches)
         return state, sums, broken
 
-    def planned_memory(self, state: TrainState) -> int | None:
+    def planned_memory(self, state: TrainState, sums: Metrics) -> int | None:
         """Returns the bytes of a step on the first batch, which stays the next; may be None."""
-        order = self.epoch_order(state, 0)
+        order = self.order(state, 0)
         batches = self._training_batches(order, 0)
         batch = next(batches)
         self._open = order.epoch, 0, itertools.chain([batch], batches)
-        sums = self.no_metrics()
-        broken = self.place(jax.tree.map(np.asarray, parallel.never_broken(sums)))
-        return self._steps.memory(state, sums, broken, batch)
+        broken = self._placement.place(jax.tree.map(np.asarray, parallel.never_broken(sums)))
+        memory: int | None = self._steps.memory(state, sums, broken, batch)
+        return memory
 
-    def totals(
-        self, measure: Callable[..., PyTree], crop: str
-    ) -> Callable[[PyTree, PyTree, Mapping[str, PyTree], str], PyTree]:
-        """Makes the program that measures a split; see ``Runs.totals``."""
+    def totals(self, measure: Measured, crop: str) -> Totals:
+        """Makes the program that measures a split; see ``Feed``."""
 
         def one(params: PyTree, model_state: PyTree, fitted: PyTree, batch: Batch) -> PyTree:
             batch = dict(batch)
             mask = batch.pop("intact").astype(jnp.float32)
-            return measure(params, model_state, self.parts.ready(batch, crop), mask, fitted)
+            return measure(params, model_state, self._parts.ready(batch, crop), mask, fitted)
 
-        program = self.program(one, (3,))
+        program = self._placement.program(one, (3,))
 
         def run(params: PyTree, model_state: PyTree, fitted: PyTree, split: str) -> PyTree:
             total = None
@@ -216,8 +217,8 @@ class StreamedRuns(Runs):
     def _evaluated(self, split: str, every: int = 1) -> Iterator[Batch]:
         """Yields the batches of a split; what fills up the last one is not ``intact``."""
         chosen = self.examples[split][0][::every]
-        devices = self.mesh.size
-        size = -(-min(self.config.evaluate_batch_size, len(chosen)) // devices) * devices
+        devices = self._placement.mesh.size
+        size = -(-min(self._config.evaluate_batch_size, len(chosen)) // devices) * devices
         steps = -(-len(chosen) // size)
         filled = np.resize(chosen, steps * size)
         counts = (np.arange(steps * size) < len(chosen)).reshape(steps, size)
@@ -231,31 +232,37 @@ class StreamedRuns(Runs):
 
         return ahead(counted(), self._place_part)
 
-    def _prediction_program(self) -> Callable[[PyTree, PyTree, str, int], Any]:
-        predict = self.parts.predict()
+    def predictions(self, predict: Callable[..., Any]) -> Callable[..., Any]:
+        """Makes the program that predicts a split; see ``Feed``."""
 
         def one(params: PyTree, model_state: PyTree, batch: Batch) -> Any:
             batch = dict(batch)
             mask = batch.pop("intact")
-            return predict(params, model_state, self.parts.ready(batch, "measured")), mask
+            return predict(params, model_state, self._parts.ready(batch, "measured")), mask
 
-        program = self.program(one, (2,))
+        program = self._placement.program(one, (2,))
 
         def run(params: PyTree, model_state: PyTree, split: str, every: int) -> Any:
             found = [program(params, model_state, each) for each in self._evaluated(split, every)]
             joined, mask = jax.tree.map(
                 lambda *each: np.concatenate([np.asarray(x) for x in each], axis=1), *found
             )
-            return self.place(jax.tree.map(lambda x: x[:, mask[0]], joined))
+            return self._placement.place(jax.tree.map(lambda x: x[:, mask[0]], joined))
 
         return run
 
-    def _gradient_program(self) -> Callable[[TrainState, int], Metrics]:
-        flow = self._flow()
-        program = self.program(lambda state, batch: flow(state, self.parts.ready(batch)), (1,))
+    def gradients(
+        self, flow: Callable[[TrainState, Batch], Metrics]
+    ) -> Callable[[TrainState, int], Metrics]:
+        """Makes the program that measures an epoch's first batch; see ``Feed``."""
+
+        def one(state: TrainState, batch: Batch) -> Metrics:
+            return flow(state, self._parts.ready(batch))
+
+        program = self._placement.program(one, (1,))
 
         def run(state: TrainState, epoch: int) -> Metrics:
-            order = self.epoch_order(state, epoch)
+            order = self.order(state, epoch)
             batches = self._batches("train", order.examples[:1], self._training, epoch)
             found: Metrics = program(state, next(ahead(without_mask(batches), self._place_part)))
             return found
@@ -272,16 +279,11 @@ class StreamedRuns(Runs):
         """Returns how many damaged images have been skipped, by all processes."""
         return len(set(_gathered(list(self._met))))
 
-    def look(
-        self,
-        split: str,
-        chosen: int | Sequence[int],
-        crop: str = "central",
-    ) -> Batch:
-        """Returns examples of a split, to look at; see ``Runs.look``."""
+    def look(self, split: str, chosen: int | Sequence[int], crop: str = "central") -> Batch:
+        """Returns examples of a split, to look at; see ``Feed``."""
         batches = self._batches(split, self.examples[split][:, some(chosen)], self._still)
         batch = jax.device_put(dict(next(without_mask(batches))))
-        return self.parts.ready(batch, crop)
+        return self._parts.ready(batch, crop)
 
 
 @jax.jit

@@ -15,8 +15,7 @@ from sire_jax.configuration.experiment import Experiment
 from sire_jax.data import contents
 from sire_jax.data.augmentation import Batch
 from sire_jax.runs.divergence import DIVERGED
-from sire_jax.runs.runs import Runs, UnloadedRuns
-from sire_jax.runs.streamed import open_runs
+from sire_jax.runs.runs import Runs, Unloaded
 from sire_jax.state import Best, TrainState
 from sire_jax.storage.checkpoint import Checkpoints
 from sire_jax.storage.workdir import CHECKPOINTS, at, read_config
@@ -39,10 +38,10 @@ def restore(runs: Runs, checkpoints: Path) -> tuple[TrainState, Best | None]:
     """
     manager = Checkpoints(checkpoints)
     try:
-        state, _, best, _ = manager.restore(runs.checkpoint_shapes())
+        restored = manager.restore(runs.checkpoint_shapes())
     finally:
         manager.close()
-    return state, best
+    return restored.state, restored.best
 
 
 def diverged(workdir: str | Path) -> list[int | None]:
@@ -76,7 +75,7 @@ def kept_weights(
         FileNotFoundError: If there is no checkpoint.
         ValueError: If one has diverged.
     """
-    if not (at(workdir) / contents.FILE).exists() and not isinstance(runs, UnloadedRuns):
+    if not (at(workdir) / contents.FILE).exists() and not isinstance(runs.feed, Unloaded):
         warnings.warn(
             f"{workdir} has no {contents.FILE}: whether these are the data of the run, and its"
             " classes, can't be told.",
@@ -125,10 +124,10 @@ def open_run(
     if changed:
         raise ValueError(f"An override would change the run: {'; '.join(changed)}.")
     if kept and not needs_data:
-        return UnloadedRuns(experiment.build(config), kept.names)
-    runs = open_runs(experiment.build(config))
+        return Runs(experiment.build(config), lambda *_: Unloaded(kept.names))
+    runs = Runs(experiment.build(config))
     if kept:
-        _check_data(workdir, kept, runs.contents, changed_data)
+        _check_data(workdir, kept, runs.feed.contents, changed_data)
     return runs
 
 
@@ -175,6 +174,11 @@ class Trained:
     model_state: PyTree
     batch: Batch
 
+    @property
+    def variables(self) -> dict[str, PyTree]:
+        """All variables of the network."""
+        return {"params": self.params, **self.model_state}
+
     @classmethod
     def load(cls, workdir: str | Path, overrides: Sequence[str] = ()) -> "Trained":
         """Loads the network of a run: the best weights on validation data if it has any.
@@ -195,16 +199,15 @@ class Trained:
         step, params, model_state = jax.tree.map(
             lambda x: x[0], (kept.step, kept.params, kept.model_state)
         )
-        batch = runs.look("train", runs.config.batch_size)
+        batch = runs.feed.look("train", runs.config.batch_size)
         return cls(runs.parts, step, params, model_state, batch)
 
-    @staticmethod
-    def first(kept: TrainState | Best) -> dict[str, PyTree]:
-        """Returns all variables of the network of the first seed."""
-        params, model_state = jax.tree.map(lambda x: x[0], (kept.params, kept.model_state))
-        return {"params": params, **model_state}
 
-    @property
-    def variables(self) -> dict[str, PyTree]:
-        """All variables of the network."""
-        return {"params": self.params, **self.model_state}
+def of_first_seed(kept: TrainState | Best) -> dict[str, PyTree]:
+    """Returns all variables of the network of the first seed.
+
+    Args:
+        kept: The weights of all seeds.
+    """
+    variables: dict[str, PyTree] = jax.tree.map(lambda x: x[0], kept.variables)
+    return variables

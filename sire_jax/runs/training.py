@@ -51,14 +51,15 @@ class Training:
         started = time.perf_counter()
         self._runs, self._logs, self._checkpoints, self._stop = runs, logs, checkpoints, stop
         self._compiled = compilation.counts()
-        self.step, (self.state, self._sums, self.best, spent) = _open(runs, checkpoints, directory)
+        self.step, found = _open(runs, checkpoints, directory)
+        self.state, self._sums, self.best = found.state, found.sums, found.best
         seeds = range(config.seed, config.seed + config.seeds)
         known = checkpoints.notes().get(DIVERGED) if self.step else None
         self.diverged = Diverged(config.on_diverged, seeds, directory.checkpoints, known)
-        steps = runs.steps_per_epoch
+        steps = runs.feed.steps_per_epoch
         between_epochs = self.step > 0 and self.step % steps == 0
         self.unmeasured = between_epochs and (self._has_losses() or self.diverged.all())
-        self._before = float(spent) - started
+        self._before = float(found.seconds) - started
         logs.go_on_after(self.step - 1 if self.unmeasured else self.step)
         images, silent = _images_per_step(runs.parts), not distributed.is_main()
         self._progress = Progress(config.epochs, steps, images, self.step, silent)
@@ -75,7 +76,7 @@ class Training:
 
     def ended(self) -> bool:
         """Tells whether there is nothing left to train."""
-        whole = self._runs.config.epochs * self._runs.steps_per_epoch
+        whole = self._runs.config.epochs * self._runs.feed.steps_per_epoch
         return self.step >= whole or self.diverged.all()
 
     def agree(self, most: int) -> tuple[bool, int]:
@@ -100,7 +101,7 @@ class Training:
             CheckpointError: If the last checkpoint could not be written.
         """
         called = time.perf_counter()
-        self.state, self._sums, broken = self._runs.take_steps(
+        self.state, self._sums, broken = self._runs.feed.take_steps(
             self.state, self._sums, order, first, count
         )
         self._stop.unsaved = True
@@ -141,11 +142,11 @@ class Training:
             NonFiniteLossError: If parameters are not finite and that is not to be recorded.
         """
         runs = self._runs
-        spent = runs.place(np.float32(self.seconds()))
+        spent = runs.placement.place(np.float32(self.seconds()))
         self._say(*self.diverged.check(runs.finite(self.state), self.step))
-        notes = {**distributed.describe(runs.mesh), DIVERGED: self.diverged.steps}
-        tree = (self.state, self._sums, self.best, spent)
-        self._checkpoints.save(self.step, tree, notes=notes)
+        notes = {**distributed.describe(runs.placement.mesh), DIVERGED: self.diverged.steps}
+        checkpoint = Checkpoint(self.state, self._sums, self.best, spent)
+        self._checkpoints.save(self.step, checkpoint, notes=notes)
 
     def end_epoch(self, epoch: int) -> bool:
         """Records the losses of an epoch's steps and, where due, measures.
@@ -180,7 +181,7 @@ class Training:
             self._logs.record(self.step, epoch, SPLIT, runs.gradients(self.state, epoch - 1))
         kept = {k: np.asarray(converged(list(v), self.diverged.steps)) for k, v in shown.items()}
         self._progress.report(self.step, kept)
-        self._say(*(f"Skipped: {message}" for message in runs.newly_skipped()))
+        self._say(*(f"Skipped: {message}" for message in runs.feed.newly_skipped()))
         self.best, self._sums = best, runs.no_metrics()
         return True
 
@@ -200,7 +201,7 @@ def _open(runs: Runs, checkpoints: Checkpoints, directory: Workdir) -> tuple[int
                 " would remove them. Mend them, or move the directory away to begin again."
             )
         start = runs.start()
-        checkpoints.save(0, start, notes=distributed.describe(runs.mesh))
+        checkpoints.save(0, start, notes=distributed.describe(runs.placement.mesh))
         return 0, start
     restored = checkpoints.restore(runs.checkpoint_shapes())
     distributed.say(f"Going on after step {step}.{_otherwise(checkpoints.notes(), runs)}")
@@ -209,7 +210,7 @@ def _open(runs: Runs, checkpoints: Checkpoints, directory: Workdir) -> tuple[int
 
 def _otherwise(saved: Mapping[str, Any], runs: Runs) -> str:
     """Says what a run goes on with that it was not saved with."""
-    now = distributed.describe(runs.mesh)
+    now = distributed.describe(runs.placement.mesh)
     changed = [f"{k} {saved[k]} -> {v}" for k, v in now.items() if saved.get(k, v) != v]
     if not changed:
         return ""
@@ -247,7 +248,7 @@ def chance_messages(runs: Runs, epoch: int, split: str, measured: Values) -> lis
         return []
     chance = 1 / max(runs.parts.outputs[MAIN].shape[-1], 2)
     # Three standard errors of an accuracy at chance level.
-    error = math.sqrt(chance * (1 - chance) / runs.examples[split].shape[1])
+    error = math.sqrt(chance * (1 - chance) / runs.feed.examples[split].shape[1])
     accuracy = measured[metric]
     stuck = np.flatnonzero(accuracy <= chance + 3 * error)
     if not len(stuck):

@@ -5,7 +5,10 @@ older ones are removed only after that. One that differs from its manifest in a 
 restored: the newest intact one is, bit for bit, and a warning says what is wrong with the others.
 
 The directory has ``<step>/``, which is what orbax wrote and ``manifest``, and ``newest``, the step
-saved last. Nothing in it is ever unpickled.
+saved last. Nothing in it is ever unpickled. What orbax wrote is the tree itself, as nested mappings
+without its empty arrays, and random keys as their numbers; orbax alone restores it, too::
+
+    ocp.StandardCheckpointer().restore(workdir / "checkpoints" / "700")["state"]["params"]
 """
 
 import concurrent.futures
@@ -27,8 +30,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from sire_jax.job import distributed
-from sire_jax.storage import manifest, packing
-from sire_jax.storage.packing import ArrayType
+from sire_jax.storage import manifest, trees
+from sire_jax.storage.trees import ArrayType
 
 PyTree = Any
 T = TypeVar("T")
@@ -38,10 +41,12 @@ _NEWEST = "newest"
 _LEFTOVERS = (".removing-*", "*.orbax-checkpoint-tmp*")
 # Written by orbax into each of its directories.
 _ORBAX = "_CHECKPOINT_METADATA"
-# The name of what orbax stores, and the bytes of it that are read and written at a time.
-_BYTES, _CHUNK = "bytes", 2**26
-# Bytes that a checkpoint needs beside those of its arrays.
-_ROOM = 2**18
+# Bytes of an array that are read and written at a time.
+_CHUNK = 2**26
+# What orbax, which stores no tree of nothing, is given of one.
+_NOTHING = {"nothing": np.zeros(1, np.uint8)}
+# Bytes that a checkpoint needs beside those of its arrays: in all, and for each array's own entry.
+_ROOM, _ENTRY = 2**18, 2**10
 
 
 class CheckpointError(OSError):
@@ -117,11 +122,13 @@ class Checkpoints:
             raise ValueError(
                 f"Can't save step {step}: {self._directory} has a checkpoint of step {newest}."
             )
-        arrays, noted = packing.flatten(tree), json.loads(json.dumps(dict(notes or {})))
+        arrays, noted = trees.flatten(tree), json.loads(json.dumps(dict(notes or {})))
         types = {path: ArrayType.of(each) for path, each in arrays.items()}
-        packed = packing.pack(arrays.values())
+        numbers = trees.to_host(arrays)
+        stored = trees.nested(tree, {path: each for path, each in numbers.items() if each.size})
         if jax.process_index() == 0:
-            self._writing = self._thread.submit(self._write, step, packed, types, noted, newest)
+            written = step, stored, numbers, types, noted, newest
+            self._writing = self._thread.submit(self._write, *written)
 
     def check(self) -> None:
         """Raises if a background save has failed; never waits.
@@ -251,7 +258,8 @@ class Checkpoints:
     def _write(
         self,
         step: int,
-        packed: np.ndarray,
+        stored: PyTree,
+        numbers: Mapping[str, np.ndarray],
         types: Mapping[str, ArrayType],
         notes: Mapping[str, Any],
         newest: int | None,
@@ -260,9 +268,9 @@ class Checkpoints:
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
             self._remove([*self._leftovers(), path])
-            _check_room(self._directory, packed.nbytes)
-            _write_bytes(path, packed)
-            manifest.write(path, step, types, _digest(packed), notes)
+            _check_room(self._directory, sum(x.nbytes + _ENTRY for x in numbers.values()))
+            _write_arrays(path, stored)
+            manifest.write(path, step, types, _digest(numbers.values()), notes)
             manifest.write_sealed(self._directory / _NEWEST, {"step": step})
             self._verified[step] = manifest.state(path), None
         except Exception as error:
@@ -308,18 +316,23 @@ class Checkpoints:
                 f"{name} is not what process 0 finds there; all processes should share the"
                 " directory."
             )
-        saved, wanted = manifest.read(path), packing.flatten(like)
+        saved, wanted = manifest.read(path), trees.flatten(like)
+        if saved.format != manifest.FORMAT:
+            raise ValueError(
+                f"{name} is of an earlier version, which kept all arrays as one; revision 160d875"
+                " of sire_jax can go on with it."
+            )
         types = {path: ArrayType.of(each) for path, each in wanted.items()}
         _check_same_types(name, saved.arrays, types)
+        shapes = {path: trees.numbers_of(each) for path, each in wanted.items()}
         try:
-            packed = _read_bytes(path, packing.size(wanted.values()))
+            numbers = _read_arrays(path, like, shapes)
         except Exception as error:
             raise CheckpointError(f"{name} can't be read: {_reason(error)}.") from error
-        if _digest(packed) != saved.sha256:
+        if _digest(numbers[path] for path in saved.arrays) != saved.sha256:
             raise CheckpointError(f"{name} can't be read: it differs from what was saved.")
-        in_order = {p: wanted[p] for p in saved.arrays}
-        arrays = dict(zip(in_order, packing.unpack(packed, in_order.values()), strict=True))
-        return jax.tree.unflatten(jax.tree.structure(like), [arrays[p] for p in wanted])
+        placed = [trees.place(numbers[path], each) for path, each in wanted.items()]
+        return jax.tree.unflatten(jax.tree.structure(like), placed)
 
 
 def _check_same_types(
@@ -335,9 +348,6 @@ def _check_same_types(
 
 
 # ---- orbax, in one process at a time: none waits for another within it.
-#
-# It is given the bytes of all arrays as one array. Hundreds of small ones take four times as long,
-# and fail in as many threads, with a traceback each.
 
 
 def _checkpointer() -> ocp.Checkpointer:
@@ -348,24 +358,41 @@ def _checkpointer() -> ocp.Checkpointer:
     return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
-def _write_bytes(path: Path, packed: np.ndarray) -> None:
-    chunks = {_BYTES: ocp.SaveArgs(chunk_byte_size=_CHUNK)}
+def _write_arrays(path: Path, stored: PyTree) -> None:
+    stored = stored or _NOTHING
+    chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK), stored)
     with _checkpointer() as checkpointer:
-        checkpointer.save(path, args=ocp.args.PyTreeSave({_BYTES: packed}, save_args=chunks))
+        checkpointer.save(path, args=ocp.args.PyTreeSave(stored, save_args=chunks))
 
 
-def _read_bytes(path: Path, size: int) -> np.ndarray:
-    as_numpy = {_BYTES: ocp.RestoreArgs(restore_type=np.ndarray)}
+def _read_arrays(
+    path: Path, like: PyTree, shapes: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, np.ndarray]:
+    """Reads the numbers of arrays; the empty ones are none of orbax's."""
+    asked = {name: each for name, each in shapes.items() if each.size}
+    numbers = {name: np.zeros(each.shape, each.dtype) for name, each in shapes.items()}
+    if not asked:
+        return numbers
+    stored = trees.nested(like, asked)
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored)
     with _checkpointer() as checkpointer:
-        args = ocp.args.PyTreeRestore({_BYTES: 0}, restore_args=as_numpy)
-        packed = checkpointer.restore(path, args=args)[_BYTES]
-    if packed.dtype != np.uint8 or packed.shape != (size,):
-        raise ValueError(f"it holds {packed.dtype}{list(packed.shape)}, not uint8[{size}]")
-    return packed
+        found = checkpointer.restore(
+            path, args=ocp.args.PyTreeRestore(stored, restore_args=as_numpy)
+        )
+    read = trees.flatten(found)
+    for name, each in asked.items():
+        if (read[name].dtype, read[name].shape) != (each.dtype, each.shape):
+            held = f"{read[name].dtype}{list(read[name].shape)}"
+            raise ValueError(f"its {name} is {held}, not {each.dtype}{list(each.shape)}")
+    return numbers | read
 
 
-def _digest(packed: np.ndarray) -> str:
-    return hashlib.sha256(packed.data).hexdigest()
+def _digest(arrays: Iterable[np.ndarray]) -> str:
+    """Returns the SHA-256 of the bytes of arrays, one after another."""
+    digest = hashlib.sha256()
+    for each in arrays:
+        digest.update(np.ascontiguousarray(each).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
 
 
 def _check_room(directory: Path, size: int) -> None:

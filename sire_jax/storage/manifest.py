@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sire_jax.storage.packing import ArrayType
+from sire_jax.storage.trees import ArrayType
 
 MANIFEST = "manifest"
+# Of what orbax is given: 2 is the tree itself, 1 was the bytes of all arrays as one.
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Manifest:
         notes: What was noted beside them.
         files: All files of its directory by their paths within, but the manifest itself.
         directories: All directories within.
+        format: What orbax was given; see ``FORMAT``.
     """
 
     step: int
@@ -45,6 +48,7 @@ class Manifest:
     notes: Mapping[str, Any]
     files: Mapping[str, FileEntry]
     directories: tuple[str, ...]
+    format: int = FORMAT
 
 
 def write(
@@ -101,6 +105,7 @@ def read(directory: Path) -> Manifest:
             dict(content["notes"]),
             {name: FileEntry(**each) for name, each in content["files"].items()},
             tuple(map(str, content["directories"])),
+            int(content.get("format", 1)),
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError("is not a manifest") from error

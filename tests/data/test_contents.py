@@ -16,7 +16,7 @@ from sire_jax.configuration import experiment
 from sire_jax.data import contents, folders, sources
 from sire_jax.data.dataset import Dataset, Listed, Selection, Source
 from sire_jax.data.records import open_records
-from sire_jax.runs.streamed import open_runs
+from sire_jax.runs.runs import Runs
 from sire_jax.runs.trained import open_run
 
 pytestmark = pytest.mark.optax_dtypes
@@ -241,7 +241,7 @@ def test_a_run_is_opened_and_goes_on_where_its_data_moved(copied):
     run, data, _ = copied
     (data / "pets").rename(data / "animals")
     moved = [f"--config.data.dir={data}", "--config.data.name=folder:animals"]
-    assert _open(run, moved).names == {"label": ("ape", "bee", "cow")}
+    assert _open(run, moved).feed.names == {"label": ("ape", "bee", "cow")}
     results = train.train(configuration.override(_config(data), moved), str(run))
     assert results["step"] == 4
 
@@ -258,7 +258,7 @@ def test_a_run_is_refused_on_data_with_other_names(copied):
         train.train(_config(data), str(run))
     # What needs weights alone has its own names.
     shutil.rmtree(data)
-    assert _open(run, overrides, needs_data=False).names == {"label": ("ape", "bee", "cow")}
+    assert _open(run, overrides, needs_data=False).feed.names == {"label": ("ape", "bee", "cow")}
 
 
 def test_a_run_is_measured_on_other_test_images_only_when_that_is_wanted(copied):
@@ -300,7 +300,7 @@ def test_a_run_of_a_former_version_is_opened_with_the_names_of_the_data(copied):
         (run / name).unlink()
     (data / "pets" / "train" / "bee").rename(data / "pets" / "train" / "wasp")
     (data / "pets" / "test" / "bee").rename(data / "pets" / "test" / "wasp")
-    assert _open(run, overrides, needs_data=False).names == {"label": ("ape", "cow", "wasp")}
+    assert _open(run, overrides, needs_data=False).feed.names == {"label": ("ape", "cow", "wasp")}
     message = r"has no data\.json: whether these are the data of the run, and its classes, can't be"
     with pytest.warns(UserWarning, match=message):
         evaluate.evaluate(run, "test", overrides)
@@ -318,10 +318,10 @@ def test_damaged_images_are_skipped_and_counted_with_the_images_on_the_device(tm
     results = train.train(config, str(tmp_path / "skipped"))
     assert results["skipped_images"] == 1
     assert f"Skipped: {damaged} is damaged: " in capsys.readouterr().out
-    runs = open_runs(experiment.build(config))
-    assert runs.number_skipped() == len(runs.newly_skipped()) == 1
-    assert runs.newly_skipped() == []
+    runs = Runs(experiment.build(config))
+    assert runs.feed.number_skipped() == len(runs.feed.newly_skipped()) == 1
+    assert runs.feed.newly_skipped() == []
     config.data.images = 45
     message = r"images is 45, .* has 44 training images, without damaged ones \(1 with those"
     with pytest.raises(ValueError, match=message):
-        open_runs(experiment.build(config))
+        Runs(experiment.build(config))

@@ -180,7 +180,7 @@ def test_ten_crops_are_the_mean_of_ten_evaluations():
     found = runs.measure(state.params, state.model_state, "test")
 
     dataset, _ = load_data(parts)
-    variables = jax.tree.map(lambda x: x[0], {"params": state.params, **state.model_state})
+    variables = jax.tree.map(lambda x: x[0], state.variables)
     apply = jax.jit(parts.network.apply)
     image, label = dataset.test.image.astype(np.float32) / 255, dataset.test.labels["label"]
     logits = {"main": 0.0, "exit_1": 0.0}

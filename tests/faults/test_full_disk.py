@@ -111,9 +111,9 @@ def test_wherever_the_disk_becomes_full_the_older_checkpoint_stays(disk, monkeyp
             assert _contents(directory) == before
             _check_restored(directory, newest)
         assert len(list(directory.iterdir())) == 2
-    # Failed with little space, and went well with more.
-    assert saved == list(range(saved[0], 160 * KILOBYTE, 4 * KILOBYTE))
-    assert 40 * KILOBYTE < saved[0] < 120 * KILOBYTE
+    # Failed with little space, and went well with more; between, orbax's threads decide by chance.
+    assert saved[0] > 40 * KILOBYTE
+    assert set(range(128 * KILOBYTE, 160 * KILOBYTE, 4 * KILOBYTE)) < set(saved)
 
 
 @pytest.fixture

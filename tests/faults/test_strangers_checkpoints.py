@@ -202,7 +202,9 @@ def test_other_numbers_with_a_manifest_of_the_real_ones_are_refused(saved, tmp_p
     path = tmp_path / "other" / str(STEP)
     (path / "manifest").unlink()
     manifest.write(path, STEP, real.arrays, real.sha256, real.notes)
-    with pytest.raises(CheckpointError, match=r"Checkpoint 7 in .* can't be read: .*it "):
+    with pytest.raises(
+        CheckpointError, match=r"Checkpoint 7 in .* can't be read: .*(it|its \w+ is) "
+    ):
         Checkpoints(tmp_path / "other").restore(_tree())
 
 
@@ -210,8 +212,8 @@ def test_a_manifest_is_json_below_its_digest(saved):
     first, _, rest = (saved / str(STEP) / "manifest").read_bytes().partition(b"\n")
     content = json.loads(rest)
     assert len(first) == 64
-    assert content["arrays"]["['x']"] == {"shape": [300], "dtype": "float32"}
-    assert content["arrays"]["['key']"] == {"shape": [], "dtype": "key<fry>"}
+    assert content["arrays"]["x"] == {"shape": [300], "dtype": "float32"}
+    assert content["arrays"]["key"] == {"shape": [], "dtype": "key<fry>"}
     assert content["notes"] == {"jax": "0.10"}
     size = (saved / str(STEP) / "_METADATA").stat().st_size
     assert content["files"]["_METADATA"]["size"] == size

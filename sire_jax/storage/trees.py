@@ -1,0 +1,132 @@
+"""The arrays of a tree by their paths, as numbers of the host, and back on their devices."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+PyTree = Any
+
+
+@dataclass(frozen=True)
+class ArrayType:
+    """What an array is.
+
+    Attributes:
+        shape: Its shape.
+        dtype: Its dtype, ``key<…>`` of random keys.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @classmethod
+    def of(cls, array: Any) -> "ArrayType":
+        """Returns the type of an array, or of a shape."""
+        return cls(tuple(array.shape), str(array.dtype))
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{', '.join(map(str, self.shape))}]"
+
+
+def flatten(tree: PyTree) -> dict[str, Any]:
+    """Lists the arrays of a tree.
+
+    Args:
+        tree: Arrays, shapes, random keys or numbers.
+
+    Returns:
+        The arrays by their paths, such as ``params/layer_1/kernel``, in the order of the tree.
+
+    Raises:
+        ValueError: If two have the same path.
+    """
+    leaves = [("/".join(names(path)), leaf) for path, leaf in jax.tree.leaves_with_path(tree)]
+    arrays = {p: leaf if hasattr(leaf, "dtype") else np.asarray(leaf) for p, leaf in leaves}
+    if len(arrays) < len(leaves):
+        raise ValueError("Two arrays of the tree have the same path.")
+    return arrays
+
+
+def names(path: tuple[Any, ...]) -> tuple[str, ...]:
+    """Returns what a person calls the steps of a path within a tree: keys, fields and places."""
+    return tuple(jax.tree_util.keystr((step,), simple=True) for step in path)
+
+
+def nested(tree: PyTree, leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Makes nested mappings of a tree, whatever its nodes are.
+
+    Args:
+        tree: Any tree.
+        leaves: What takes the place of its leaves, by their paths; the others are left out.
+    """
+    made: dict[str, Any] = {}
+    for path, _ in jax.tree.leaves_with_path(tree):
+        *outer, last = steps = names(path)
+        if "/".join(steps) in leaves:
+            inner = made
+            for name in outer:
+                inner = inner.setdefault(name, {})
+            inner[last] = leaves["/".join(steps)]
+    return made
+
+
+def to_host(arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Copies arrays from their devices; they may be donated afterwards.
+
+    Args:
+        arrays: Arrays or random keys. Those of several processes are the same in all of them, or
+            split over them; then all processes have to copy them.
+
+    Returns:
+        The numbers that they, or random keys, consist of.
+    """
+    data = {k: jax.random.key_data(x) if _is_key(x) else x for k, x in arrays.items()}
+    data = {k: _of_this_process(x) if isinstance(x, jax.Array) else x for k, x in data.items()}
+    for each in data.values():
+        if isinstance(each, jax.Array):
+            each.copy_to_host_async()
+    # A copy also on CPU, where a view would see what a donated array is overwritten with.
+    return {path: np.array(each, order="C") for path, each in data.items()}
+
+
+def place(numbers: np.ndarray, like: Any) -> Any:
+    """Puts numbers where an array is, as its shape, dtype and devices say.
+
+    Args:
+        numbers: What ``to_host`` made of such an array.
+        like: An array, a shape or random keys; for NumPy's arrays the numbers are returned.
+    """
+    if not isinstance(like, jax.Array | jax.ShapeDtypeStruct):
+        return numbers
+    sharding = like.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    array = jax.make_array_from_callback(numbers.shape, sharding, numbers.__getitem__)
+    return jax.random.wrap_key_data(array, impl=_implementation(like)) if _is_key(like) else array
+
+
+def numbers_of(array: Any) -> jax.ShapeDtypeStruct:
+    """Returns the shape and dtype of the numbers that an array, or random keys, consist of."""
+    shape = jax.ShapeDtypeStruct(array.shape, array.dtype)
+    return jax.eval_shape(jax.random.key_data, shape) if _is_key(array) else shape
+
+
+def _is_key(array: Any) -> bool:
+    return jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key)
+
+
+def _of_this_process(array: jax.Array) -> jax.Array | np.ndarray:
+    if array.is_fully_addressable:
+        return array
+    if array.is_fully_replicated:
+        return array.addressable_data(0)
+    return multihost_utils.process_allgather(array, tiled=True)
+
+
+def _implementation(like: jax.Array | jax.ShapeDtypeStruct) -> Any:
+    """Returns what makes random keys of a kind, which JAX tells of keys, but not of a shape."""
+    told: list[Any] = []
+    jax.eval_shape(lambda keys: told.append(jax.random.key_impl(keys)), like)
+    return told[0]
