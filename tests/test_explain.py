@@ -19,7 +19,7 @@ from sire_jax.data.records import open_records
 from sire_jax.data.stream import Transform, batches
 from sire_jax.diagnostics import activation_maps
 from sire_jax.heads import HEADS
-from sire_jax.runs.trained import Trained, kept_weights, open_run
+from sire_jax.runs.trained import kept_weights, of_first_seed, open_run
 
 pytestmark = pytest.mark.optax_dtypes
 NAMES = tuple("0123456789")
@@ -69,7 +69,7 @@ def workdir(tmp_path_factory):
 @pytest.fixture(scope="module")
 def opened(workdir):
     run = open_run(workdir)
-    variables = Trained.first(kept_weights(run, workdir))
+    variables = of_first_seed(kept_weights(run, workdir))
     images = run.parts.lookup(run.feed.arrays, run.feed.examples["test"][0][:5], "central")["image"]
     return run, variables, images
 
@@ -121,7 +121,7 @@ def test_a_map_through_dense_layers_weighs_features_by_their_gradient(opened):
     ).values()
     params = jax.tree.map(np.asarray, variables["params"]["heads_thirds_branch"])
     # By hand: the branch's convolution, then its dense layer and output on mean features.
-    convolution = run.parts.network.heads["thirds_branch"].layers[0].encoder("layer_1")
+    convolution = run.parts.network.heads["thirds_branch"].layers[0]
     own = {k: tree["heads_thirds_branch"]["layer_1"] for k, tree in variables.items()}
     _, endpoints = run.parts.network.backbone.clone(endpoints=None).apply(
         {kind: tree["backbone"] for kind, tree in variables.items()}, images

@@ -5,7 +5,7 @@ A backbone is any Flax module that maps ``(image, train=…)`` to ``(logits, end
 that is written as a ``Plan`` of blocks can be mirrored: ``heads.decoders`` reads it backwards.
 """
 
-from sire_jax.backbones.blocks import Convolution, MaxPool, Residual
+from sire_jax.backbones.blocks import Block, Convolution, MaxPool, Residual
 from sire_jax.backbones.cnn import cnn, vgg
 from sire_jax.backbones.densenet import DenseLayers, Transition, densenet
 from sire_jax.backbones.googlenet import Inception, googlenet
@@ -33,6 +33,7 @@ BACKBONES = {
 __all__ = [
     "BACKBONES",
     "Activation",
+    "Block",
     "Convolution",
     "DenseLayers",
     "Inception",

@@ -1,13 +1,9 @@
-"""Blocks of plans: each is data that knows its module and, read backwards, its mirror.
+"""Blocks of plans: each is a module that also knows its mirror, which reads it backwards."""
 
-A block of a user's own is any frozen dataclass with ``stride``, ``channels`` and ``encoder``; with
-``decoder``, too, decoders can be made of it. One without parameters says ``skips = False``: a pool.
-"""
-
+import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -17,29 +13,50 @@ from sire_jax.layers import BatchNorm, Conv, TransposedConv, he_normal
 from sire_jax.layers.pooling import max_pool, upsample
 
 
-class Block(Protocol):
-    """What a plan needs of a block. Those that can be mirrored also have ``decoder``.
+class Block(nn.Module):
+    """What a plan consists of: a module that says what it does to sizes and channels.
 
-    ``decoder(outputs, last, name)`` returns the module that reads the block backwards, from its
-    output to its input of ``outputs`` channels and ``stride`` times the size. The ``last`` block of
-    a decoder ends linearly: its output may take any value.
+    It is called with ``(x, before, train=…)``, where ``before`` is what the block before it was
+    given (its own input, of a stage's first block). A block that can be mirrored also has a method
+    ``decoder(outputs, last)``, not wrapped by Flax (``nn.nowrap``): it returns the module that
+    reads the block backwards, from its output to its input of ``outputs`` channels and ``stride``
+    times the size. The ``last`` block of a decoder ends linearly: its output may take any value.
 
-    ``layers`` is how many layers the block counts as (1 if it doesn't say). ``loops = True`` says
-    that equal blocks may be applied in a loop: the module does not use ``before``.
+    >>> import jax.numpy as jnp
+    >>> class Scale(Block):
+    ...     @nn.compact
+    ...     def __call__(self, x, before, *, train):
+    ...         return x * self.param("scale", nn.initializers.ones, (x.shape[-1],))
+    >>> Scale().channels(3), Scale().stride
+    (3, 1)
+
+    Attributes:
+        stride: By how much the block divides height and width.
+        skips: Whether decoders have a long skip connection around its mirror.
+        loops: Whether equal blocks may be applied in a loop: it does not use ``before``.
     """
 
+    # Not fields, which those of a block would follow.
+    stride = 1
+    skips: ClassVar[bool] = True
+    loops: ClassVar[bool] = False
+
     @property
-    def stride(self) -> int:
-        """By how much the block divides height and width."""
+    def layers(self) -> int:
+        """How many layers it counts as: one if it doesn't say."""
+        return 1
 
+    @nn.nowrap
     def channels(self, inputs: int) -> int:
-        """Returns the output channels for so many input channels."""
+        """Returns the output channels for so many input channels; as many if it doesn't say."""
+        return inputs
 
-    def encoder(self, name: str) -> Any:
-        """Returns the Flax module of the block, called with ``(x, before, train=…)``.
-
-        ``before`` is what the block before it was given (its own input, of a stage's first block).
-        """
+    @nn.nowrap
+    def __repr__(self) -> str:
+        fields = (each.name for each in dataclasses.fields(self))
+        own = [name for name in fields if name not in ("parent", "name")]
+        told = ", ".join(f"{name}={getattr(self, name)!r}" for name in own)
+        return f"{type(self).__name__}({told})"
 
 
 class Unit(nn.Module):
@@ -171,8 +188,7 @@ def check_stride(what: str, stride: int) -> None:
         raise ValueError(f"A {what} has stride {stride}; it should be at least 1.")
 
 
-@dataclass(frozen=True)
-class Convolution:
+class Convolution(Block):
     """A convolution with batch norm and ReLU.
 
     Attributes:
@@ -192,38 +208,31 @@ class Convolution:
     use_bias: bool = False
     residual: bool = False
     decoder_norm: bool = True
-    layers: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         check_widths("Convolution", self.width)
         check_odd("Convolution", self.kernel_size)
         check_stride("Convolution", self.stride)
+        super().__post_init__()
 
+    @nn.compact
+    def __call__(self, x: Array, before: Array, *, train: bool) -> Array:
+        """Maps ``[b, h, w, c]`` to ``[b, h / stride, w / stride, width]``."""
+        unit = (self.width, self.kernel_size, self.stride)
+        y = Unit(*unit, use_bias=self.use_bias, name="unit")(x, train=train)
+        return nn.relu(y + _as_channels(before, y.shape) if self.residual else y)
+
+    @nn.nowrap
     def channels(self, inputs: int) -> int:
         """Returns ``width``."""
         return self.width
 
-    def encoder(self, name: str) -> nn.Module:
-        """Returns the block's module."""
-        unit = (self.width, self.kernel_size, self.stride)
-        return _Convolution(unit, self.use_bias, self.residual, name=name)
-
-    def decoder(self, outputs: int, last: bool, name: str) -> nn.Module:
+    @nn.nowrap
+    def decoder(self, outputs: int, last: bool) -> nn.Module:
         """Returns a transposed convolution with batch norm and ReLU; alone and biased if last."""
         unit = (outputs, self.kernel_size, self.stride)
         norm = self.decoder_norm and not last
-        return _MirroredConvolution(unit, self.use_bias or last, norm, last, name=name)
-
-
-class _Convolution(nn.Module):
-    unit: tuple[int, int, int]
-    use_bias: bool
-    residual: bool
-
-    @nn.compact
-    def __call__(self, x: Array, before: Array, *, train: bool) -> Array:
-        y = Unit(*self.unit, use_bias=self.use_bias, name="unit")(x, train=train)
-        return nn.relu(y + _as_channels(before, y.shape) if self.residual else y)
+        return _MirroredConvolution(unit, self.use_bias or last, norm, last)
 
 
 def _as_channels(x: Array, shape: Sequence[int]) -> Array:
@@ -250,8 +259,7 @@ class _MirroredConvolution(nn.Module):
         return y if self.last else nn.relu(y)
 
 
-@dataclass(frozen=True)
-class MaxPool:
+class MaxPool(Block):
     """Max pooling; its mirror is nearest up-sampling.
 
     Attributes:
@@ -274,16 +282,14 @@ class MaxPool:
                 f"A MaxPool has size {self.size} and padding {self.padding}; the size should be at"
                 " least 1 and the padding smaller."
             )
+        super().__post_init__()
 
-    def channels(self, inputs: int) -> int:
-        """Returns ``inputs``."""
-        return inputs
+    def __call__(self, x: Array, before: Array, *, train: bool) -> Array:
+        """Maps ``[b, h, w, c]`` to ``[b, h', w', c]``."""
+        return max_pool(x, self.size, self.stride, self.padding)
 
-    def encoder(self, name: str) -> nn.Module:
-        """Returns the block's module."""
-        return _MaxPool(self.size, self.stride, self.padding, name=name)
-
-    def decoder(self, outputs: int, last: bool, name: str) -> nn.Module:
+    @nn.nowrap
+    def decoder(self, outputs: int, last: bool) -> nn.Module:
         """Returns nearest up-sampling.
 
         Raises:
@@ -295,16 +301,7 @@ class MaxPool:
                 f"{self} doesn't divide sizes by {self.stride}: its padding should sum to at least"
                 f" {self.size - self.stride} and less than {self.size}."
             )
-        return _Upsample(self.stride, name=name)
-
-
-class _MaxPool(nn.Module):
-    size: int
-    stride: int
-    padding: tuple[int, int]
-
-    def __call__(self, x: Array, before: Array, *, train: bool) -> Array:
-        return max_pool(x, self.size, self.stride, self.padding)
+        return _Upsample(self.stride)
 
 
 class _Upsample(nn.Module):
@@ -314,8 +311,7 @@ class _Upsample(nn.Module):
         return upsample(x, self.factor)
 
 
-@dataclass(frozen=True)
-class Residual:
+class Residual(Block):
     """Convolutions with batch norm, and a shortcut around them (He et al., 2016, Fig. 5).
 
     The shortcut is the identity, or a 1 x 1 convolution with batch norm where the shape changes
@@ -341,47 +337,56 @@ class Residual:
         for kernel_size in self.kernel_sizes:
             check_odd("Residual", kernel_size)
         check_stride("Residual", self.stride)
+        super().__post_init__()
 
     @property
     def layers(self) -> int:
         """How many layers it counts as: its convolutions, without the shortcut's."""
         return len(self.widths)
 
+    @nn.compact
+    def __call__(self, x: Array, before: Array, *, train: bool) -> Array:
+        """Maps ``[b, h, w, c]`` to ``[b, h / stride, w / stride, widths[-1]]``."""
+        return nn.relu(_residual(x, self._units(self.widths), self.stride, False, train))
+
+    @nn.nowrap
     def channels(self, inputs: int) -> int:
         """Returns the last width."""
         return self.widths[-1]
 
-    def encoder(self, name: str) -> nn.Module:
-        """Returns the block's module."""
-        units = tuple(zip(self.widths, self.kernel_sizes, self._strides(), strict=True))
-        return _Residual(units, self.stride, name=name)
-
-    def decoder(self, outputs: int, last: bool, name: str) -> nn.Module:
+    @nn.nowrap
+    def decoder(self, outputs: int, last: bool) -> nn.Module:
         """Returns the block read backwards: its last convolution first, each to its input."""
-        widths = (outputs, *self.widths[:-1])
-        units = tuple(zip(widths, self.kernel_sizes, self._strides(), strict=True))[::-1]
-        return _Residual(units, self.stride, transposed=True, last=last, name=name)
+        units = self._units((outputs, *self.widths[:-1]))[::-1]
+        return _MirroredResidual(units, self.stride, last)
 
-    def _strides(self) -> list[int]:
+    @nn.nowrap
+    def _units(self, widths: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
         spatial = next((i for i, k in enumerate(self.kernel_sizes) if k > 1), 0)
-        return [self.stride if i == spatial else 1 for i in range(len(self.widths))]
+        strides = [self.stride if i == spatial else 1 for i in range(len(widths))]
+        return tuple(zip(widths, self.kernel_sizes, strides, strict=True))
 
 
-class _Residual(nn.Module):
+class _MirroredResidual(nn.Module):
     units: tuple[tuple[int, int, int], ...]
     stride: int
-    transposed: bool = False
-    last: bool = False
+    last: bool
 
     @nn.compact
-    def __call__(self, x: Array, before: Array | None = None, *, train: bool) -> Array:
-        y, shortcut = x, x
-        for i, unit in enumerate(self.units, start=1):
-            y = Unit(*unit, transposed=self.transposed, name=f"unit_{i}")(y, train=train)
-            y = nn.relu(y) if i < len(self.units) else y
-        if self.stride > 1 or x.shape[-1] != y.shape[-1]:
-            projection = Unit(
-                y.shape[-1], 1, self.stride, transposed=self.transposed, name="shortcut"
-            )
-            shortcut = projection(x, train=train)
-        return y + shortcut if self.last else nn.relu(y + shortcut)
+    def __call__(self, x: Array, *, train: bool) -> Array:
+        y = _residual(x, self.units, self.stride, True, train)
+        return y if self.last else nn.relu(y)
+
+
+def _residual(
+    x: Array, units: Sequence[tuple[int, int, int]], stride: int, transposed: bool, train: bool
+) -> Array:
+    """Returns the sum of convolutions and a shortcut; they belong to the module that calls it."""
+    y, shortcut = x, x
+    for i, unit in enumerate(units, start=1):
+        y = Unit(*unit, transposed=transposed, name=f"unit_{i}")(y, train=train)
+        y = nn.relu(y) if i < len(units) else y
+    if stride > 1 or x.shape[-1] != y.shape[-1]:
+        projection = Unit(y.shape[-1], 1, stride, transposed=transposed, name="shortcut")
+        shortcut = projection(x, train=train)
+    return y + shortcut

@@ -1,14 +1,12 @@
 """Densely connected networks (Huang et al., 2017)."""
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar
 
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from sire_jax.backbones.blocks import check_widths, repeats
+from sire_jax.backbones.blocks import Block, check_widths, repeats
 from sire_jax.backbones.plan import Plan, Planned, around_stages
 from sire_jax.backbones.preactivation import Activation, Stem
 from sire_jax.layers import BatchNorm, Conv, Dropout, he_normal
@@ -25,8 +23,7 @@ def _activated(x: Array, features: int, kernel_size: int, i: int, train: bool) -
     return Conv(features, kernel_size, padding, 1, False, he_normal, name=f"conv_{i}")(x)
 
 
-@dataclass(frozen=True)
-class DenseLayers:
+class DenseLayers(Block):
     """Layers that each add channels to all those before (Huang et al., 2017, Section 3).
 
     ``x_l = H_l([x_0, ..., x_(l-1)])``, the result is ``[x_0, ..., x_n]``; ``H``: batch norm, ReLU,
@@ -46,7 +43,6 @@ class DenseLayers:
     number: int
     growth: int
     dropout: float = 0.0
-    stride: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         if self.number < 1:
@@ -54,29 +50,24 @@ class DenseLayers:
                 f"A DenseLayers has {self.number} layers; its number should be at least 1."
             )
         check_widths("DenseLayers", self.growth)
+        super().__post_init__()
 
     @property
     def layers(self) -> int:
         """How many layers it counts as: its convolutions."""
         return 2 * self.number
 
+    @nn.nowrap
     def channels(self, inputs: int) -> int:
         """Returns ``inputs + number growth``."""
         return inputs + self.number * self.growth
 
-    def encoder(self, name: str) -> nn.Module:
-        """Returns the block's module."""
-        return _DenseLayers(self, name=name)
-
-
-class _DenseLayers(nn.Module):
-    block: DenseLayers
-
     @nn.compact
     def __call__(self, x: Array, before: Array, *, train: bool) -> Array:
+        """Maps ``[b, h, w, c]`` to ``[b, h, w, c + number growth]``."""
         parts = [x]
-        for i in range(1, self.block.number + 1):
-            layer = _DenseLayer(self.block.growth, self.block.dropout, name=f"layer_{i}")
+        for i in range(1, self.number + 1):
+            layer = _DenseLayer(self.growth, self.dropout, name=f"layer_{i}")
             parts.append(layer(jnp.concatenate(parts, axis=-1), train=train))
         return jnp.concatenate(parts, axis=-1)
 
@@ -93,8 +84,7 @@ class _DenseLayer(nn.Module):
         return Dropout(self.dropout)(x, train=train)
 
 
-@dataclass(frozen=True)
-class Transition:
+class Transition(Block):
     """What divides the size between dense blocks (Huang et al., 2017, Section 3).
 
     Batch norm, ReLU, a 1 x 1 convolution to ``floor(reduction c)`` channels, 2 x 2 average pooling.
@@ -106,13 +96,14 @@ class Transition:
 
     reduction: float = 0.5
     dropout: float = 0.0
-    stride: ClassVar[int] = 2
-    layers: ClassVar[int] = 1
+    stride = 2
 
     def __post_init__(self) -> None:
         if not 0 < self.reduction <= 1:
             raise ValueError(f"reduction is {self.reduction}; it should be in (0, 1].")
+        super().__post_init__()
 
+    @nn.nowrap
     def channels(self, inputs: int) -> int:
         """Returns ``floor(reduction inputs)``.
 
@@ -127,18 +118,11 @@ class Transition:
             )
         return outputs
 
-    def encoder(self, name: str) -> nn.Module:
-        """Returns the block's module."""
-        return _Transition(self, name=name)
-
-
-class _Transition(nn.Module):
-    block: Transition
-
     @nn.compact
     def __call__(self, x: Array, before: Array, *, train: bool) -> Array:
-        y = _activated(x, self.block.channels(x.shape[-1]), 1, 1, train)
-        return average_pool(Dropout(self.block.dropout)(y, train=train))
+        """Maps ``[b, h, w, c]`` to ``[b, h / 2, w / 2, reduction c]``."""
+        y = _activated(x, self.channels(x.shape[-1]), 1, 1, train)
+        return average_pool(Dropout(self.dropout)(y, train=train))
 
 
 def densenet(

@@ -1,7 +1,6 @@
 """GoogLeNet (Szegedy et al., 2015), with batch norm."""
 
 import functools
-from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import jax.numpy as jnp
@@ -9,6 +8,7 @@ from flax import linen as nn
 from jax import Array
 
 from sire_jax.backbones.blocks import (
+    Block,
     Convolution,
     MaxPool,
     Unit,
@@ -33,9 +33,11 @@ _INCEPTION = (
     ((256, 160, 320, 32, 128, 128), (384, 192, 384, 48, 128, 128)),
 )
 
+# Of each path the widths and kernel sizes of its convolutions.
+Paths = tuple[tuple[tuple[int, int], ...], ...]
 
-@dataclass(frozen=True)
-class Inception:
+
+class Inception(Block):
     """Four paths of convolutions with batch norm and ReLU, concatenated (Szegedy et al., 2015).
 
     1 x 1; 1 x 1 and 3 x 3; 1 x 1 and a larger one; 3 x 3 max pooling and 1 x 1. Read backwards the
@@ -60,29 +62,37 @@ class Inception:
     large: int
     pooled: int
     kernel_size: int = 3
-    stride: ClassVar[int] = 1
     layers: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         check_widths("Inception", self.direct, self.reduced, self.middle)
         check_widths("Inception", self.reduced_large, self.large, self.pooled)
         check_odd("Inception", self.kernel_size)
+        super().__post_init__()
 
-    def channels(self, inputs: int) -> int:
-        """Returns the sum of the widths of the four paths."""
-        return self.direct + self.middle + self.large + self.pooled
-
-    def encoder(self, name: str) -> nn.Module:
-        """Returns the block's module."""
-        paths = (
+    @nn.compact
+    def __call__(self, x: Array, before: Array, *, train: bool) -> Array:
+        """Maps ``[b, h, w, c]`` to ``[b, h, w, direct + middle + large + pooled]``."""
+        paths: Paths = (
             ((self.direct, 1),),
             ((self.reduced, 1), (self.middle, 3)),
             ((self.reduced_large, 1), (self.large, self.kernel_size)),
             ((self.pooled, 1),),
         )
-        return _Inception(paths, name=name)
+        inputs = (x, x, x, max_pool(x, 3, 1, (1, 1)))
+        parts = [
+            _path(part, units, f"path_{i}", train)
+            for i, (part, units) in enumerate(zip(inputs, paths, strict=True), start=1)
+        ]
+        return nn.relu(jnp.concatenate(parts, axis=-1))
 
-    def decoder(self, outputs: int, last: bool, name: str) -> nn.Module:
+    @nn.nowrap
+    def channels(self, inputs: int) -> int:
+        """Returns the sum of the widths of the four paths."""
+        return self.direct + self.middle + self.large + self.pooled
+
+    @nn.nowrap
+    def decoder(self, outputs: int, last: bool) -> nn.Module:
         """Returns the four paths read backwards, split and summed."""
         paths = (
             ((outputs, 1),),
@@ -91,10 +101,7 @@ class Inception:
             ((outputs, 1),),
         )
         widths = (self.direct, self.middle, self.large, self.pooled)
-        return _MirroredInception(paths, widths, last, name=name)
-
-
-Paths = tuple[tuple[tuple[int, int], ...], ...]
+        return _MirroredInception(paths, widths, last)
 
 
 def _path(
@@ -104,19 +111,6 @@ def _path(
         x = Unit(*unit, transposed=transposed, name=f"{name}_{i}")(x, train=train)
         x = nn.relu(x) if i < len(units) else x
     return x
-
-
-class _Inception(nn.Module):
-    paths: Paths
-
-    @nn.compact
-    def __call__(self, x: Array, before: Array, *, train: bool) -> Array:
-        inputs = (x, x, x, max_pool(x, 3, 1, (1, 1)))
-        parts = [
-            _path(part, units, f"path_{i}", train)
-            for i, (part, units) in enumerate(zip(inputs, self.paths, strict=True), start=1)
-        ]
-        return nn.relu(jnp.concatenate(parts, axis=-1))
 
 
 class _MirroredInception(nn.Module):
@@ -172,7 +166,7 @@ def googlenet(
     # What is left over at the end of a map has a window of its own.
     pool = MaxPool(3, 2, (0, 1))
     inception = [
-        tuple(replace(Inception(*scaled(each, width)), kernel_size=kernel_size) for each in stage)
+        tuple(Inception(*scaled(each, width)).clone(kernel_size=kernel_size) for each in stage)
         for stage in _INCEPTION
     ]
     first, reduced, second = scaled((64, 64, 192), width)

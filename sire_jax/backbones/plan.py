@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array, lax
 
+from sire_jax.backbones.blocks import Block
 from sire_jax.layers import Dropout, uniform_fan_in
 from sire_jax.names import nearest
 
@@ -46,10 +47,10 @@ class Plan:
                 f" ((Convolution(16), MaxPool()),); it is given {self.stages}."
             )
         for block in (*(block for stage in self.stages for block in stage), *self.tail):
-            if isinstance(block, type) or not callable(getattr(block, "encoder", None)):
+            if not isinstance(block, Block):
                 raise ValueError(
-                    f"{block} is not a block of a plan; a block is an object with stride, channels"
-                    " and encoder, such as Convolution(16) or MaxPool()."
+                    f"{block} is not a block of a plan; a block is a module of a class derived from"
+                    " Block, such as Convolution(16) or MaxPool()."
                 )
         for i, name in enumerate(self.positions, start=1):
             if name not in self.names():
@@ -93,7 +94,7 @@ class Plan:
         counts, count = {}, 0
         for stage in range(1, len(self.stages) + 1):
             for name, block in self.blocks(stage):
-                count += getattr(block, "layers", 1)
+                count += block.layers
                 counts[name] = count
         return counts
 
@@ -252,12 +253,12 @@ class Planned(nn.Module):
                     f" {x.shape[2]} when {name} would divide them by {block.stride}."
                 )
             names = [each for each, _ in run]
-            if key is not None and getattr(block, "loops", False):
+            if key is not None and block.loops:
                 y = self._make(names, block, x, key)
             elif len(run) > 1:
                 y = self._loop(names, block, x, train)
             else:
-                y = block.encoder(name)(x, before, train=train)
+                y = block.clone(parent=self, name=name)(x, before, train=train)
             before, x = x, self._offset(names[-1], y)
             endpoints[names[-1]] = x
         return x
@@ -278,14 +279,14 @@ class Planned(nn.Module):
                 run = []
             run.append((name, block))
             outputs = block.channels(channels)
-            loops = getattr(block, "loops", False)
+            loops = block.loops
             keeps, channels = loops and block.stride == 1 and outputs == channels, outputs
         if run:
             yield run
 
     def _loop(self, names: list[str], block: Any, x: Array, train: bool) -> Array:
         """Applies equal blocks one after another, each with the variables of its own name."""
-        module = block.encoder(names[0]).clone(parent=None, name=None)
+        module = block.clone(parent=None, name=None)
         own = {k: [v[name] for name in names] for k, v in self.variables.items() if names[0] in v}
         stacked = {k: jax.tree.map(lambda *each: jnp.stack(each), *v) for k, v in own.items()}
         changing = [kind for kind in own if self.is_mutable_collection(kind)]
@@ -303,7 +304,7 @@ class Planned(nn.Module):
 
     def _make(self, names: list[str], block: Any, x: Array, key: Array) -> Array:
         """Makes the variables of equal blocks, by keys of their names; returns such a feature."""
-        module = block.encoder(names[0]).clone(parent=None, name=None)
+        module = block.clone(parent=None, name=None)
         keys = jnp.stack([jax.random.fold_in(key, zlib.crc32(name.encode())) for name in names])
         features, variables = jax.vmap(lambda k: module.init_with_output(k, x, x, train=False))(
             keys

@@ -1,22 +1,20 @@
 """Residual networks with pre-activation (He et al., *Identity Mappings*, 2016)."""
 
 import math
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from sire_jax.backbones.blocks import check_odd, check_stride, check_widths, repeats, scaled
+from sire_jax.backbones.blocks import Block, check_odd, check_stride, check_widths, repeats, scaled
 from sire_jax.backbones.plan import Plan, Planned
 from sire_jax.layers import BatchNorm, Conv, Dropout, SqueezeExcitation, he_normal
 
 SHORTCUTS = ("A", "B")
 
 
-@dataclass(frozen=True)
-class Stem:
+class Stem(Block):
     """A convolution alone, without batch norm or activation.
 
     Attributes:
@@ -26,28 +24,20 @@ class Stem:
 
     width: int
     kernel_size: int = 3
-    stride: ClassVar[int] = 1
-    layers: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         check_widths("Stem", self.width)
         check_odd("Stem", self.kernel_size)
+        super().__post_init__()
 
+    @nn.nowrap
     def channels(self, inputs: int) -> int:
         """Returns ``width``."""
         return self.width
 
-    def encoder(self, name: str) -> nn.Module:
-        """Returns the block's module."""
-        return _Stem(self.width, self.kernel_size, name=name)
-
-
-class _Stem(nn.Module):
-    width: int
-    kernel_size: int
-
     @nn.compact
     def __call__(self, x: Array, before: Array, *, train: bool) -> Array:
+        """Maps ``[b, h, w, c]`` to ``[b, h, w, width]``."""
         return _convolution(self.width, self.kernel_size, 1, "conv")(x)
 
 
@@ -56,30 +46,18 @@ def _convolution(width: int, kernel_size: int, stride: int, name: str) -> Conv:
     return Conv(width, kernel_size, padding, stride, False, he_normal, name=name)
 
 
-@dataclass(frozen=True)
-class Activation:
+class Activation(Block):
     """Batch norm and ReLU: the end of a network with pre-activation."""
 
-    stride: ClassVar[int] = 1
     layers: ClassVar[int] = 0
 
-    def channels(self, inputs: int) -> int:
-        """Returns ``inputs``."""
-        return inputs
-
-    def encoder(self, name: str) -> nn.Module:
-        """Returns the block's module."""
-        return _Activation(name=name)
-
-
-class _Activation(nn.Module):
     @nn.compact
     def __call__(self, x: Array, before: Array, *, train: bool) -> Array:
+        """Maps ``[b, h, w, c]`` to the same shape."""
         return nn.relu(BatchNorm(name="norm")(x, train=train))
 
 
-@dataclass(frozen=True)
-class PreActivation:
+class PreActivation(Block):
     """A residual block whose batch norm and ReLU come before its convolutions.
 
     ``y = lambda shortcut(x) + F(x)``, ``F``: batch norm, ReLU, convolution, once a width (He et
@@ -131,47 +109,37 @@ class PreActivation:
                 f"squeeze is {self.squeeze}; it should be 0, for none, or at least 1 and at most"
                 f" the block's {self.widths[-1]} channels."
             )
+        super().__post_init__()
 
     @property
     def layers(self) -> int:
         """How many layers it counts as: its convolutions; a shortcut's is not counted."""
         return len(self.widths)
 
+    @nn.nowrap
     def channels(self, inputs: int) -> int:
         """Returns the last width."""
         return self.widths[-1]
 
-    def encoder(self, name: str) -> nn.Module:
-        """Returns the block's module."""
-        return _PreActivation(self, name=name)
-
-
-class _PreActivation(nn.Module):
-    block: PreActivation
-
     @nn.compact
     def __call__(self, x: Array, before: Array, *, train: bool) -> Array:
-        block = self.block
-        spatial = next((i for i, k in enumerate(block.kernel_sizes) if k > 1), 0)
-        last = len(block.widths) - 1
+        """Maps ``[b, h, w, c]`` to ``[b, h / stride, w / stride, widths[-1]]``."""
+        spatial = next((i for i, k in enumerate(self.kernel_sizes) if k > 1), 0)
+        last = len(self.widths) - 1
+        changes = self.stride > 1 or x.shape[-1] != self.widths[-1]
         y, shortcut = x, x
-        for i, (width, kernel_size) in enumerate(
-            zip(block.widths, block.kernel_sizes, strict=True)
-        ):
+        for i, (width, kernel_size) in enumerate(zip(self.widths, self.kernel_sizes, strict=True)):
             y = nn.relu(BatchNorm(name=f"norm_{i + 1}")(y, train=train))
-            if i == 0 and block.shortcut == "B" and self._changes(x):
-                shortcut = _convolution(block.widths[-1], 1, block.stride, "shortcut")(y)
-            y = Dropout(block.dropout)(y, train=train) if i == last else y
-            stride = block.stride if i == spatial else 1
+            if i == 0 and self.shortcut == "B" and changes:
+                shortcut = _convolution(self.widths[-1], 1, self.stride, "shortcut")(y)
+            y = Dropout(self.dropout)(y, train=train) if i == last else y
+            stride = self.stride if i == spatial else 1
             y = _convolution(width, kernel_size, stride, f"conv_{i + 1}")(y)
-        y = SqueezeExcitation(block.squeeze, name="squeeze")(y) if block.squeeze else y
-        if block.shortcut == "A":
-            shortcut = _pad_channels(x[:, :: block.stride, :: block.stride], y.shape[-1])
+        y = SqueezeExcitation(self.squeeze, name="squeeze")(y) if self.squeeze else y
+        if self.shortcut == "A":
+            shortcut = _pad_channels(x[:, :: self.stride, :: self.stride], y.shape[-1])
         # A scale of 1 is no operation.
-        return y + (shortcut if block.shortcut_scale == 1 else block.shortcut_scale * shortcut)
-
-    def _changes(self, x: Array) -> bool:
-        return self.block.stride > 1 or x.shape[-1] != self.block.widths[-1]
+        return y + (shortcut if self.shortcut_scale == 1 else self.shortcut_scale * shortcut)
 
 
 def _pad_channels(x: Array, channels: int) -> Array:

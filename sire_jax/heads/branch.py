@@ -1,7 +1,6 @@
 """Branches over groups of the labels: layers of one's own behind an endpoint, and a classifier."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -86,7 +85,7 @@ class Branch(nn.Module):
         for i, block in enumerate(self.layers, start=1):
             self._check(i, block, x)
             name = f"layer_{i}"
-            x = block.encoder(name)(x, x, train=train)
+            x = block.clone(parent=self, name=name)(x, x, train=train)
             if self.has_variable(OFFSETS, name):
                 x = x + self.get_variable(OFFSETS, name)
         pooled = x.mean(tuple(range(1, x.ndim - 1)))
@@ -151,7 +150,7 @@ def _widened(block: Any, multiple: float) -> Any:
     """Multiplies all widths of a block."""
     given = {key: getattr(block, key) for key in _WIDTHS if hasattr(block, key)}
     widths = scaled(tuple(given.values()), multiple)
-    return replace(block, **dict(zip(given, widths, strict=True)))
+    return block.clone(**dict(zip(given, widths, strict=True)))
 
 
 def _endpoint(plan: Plan | None, position: int | str) -> str:

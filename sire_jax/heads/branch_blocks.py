@@ -1,20 +1,18 @@
 """Blocks of the branches that SSAL attaches; any block of a plan can be one, too."""
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from sire_jax.backbones.blocks import Unit, check_odd, check_widths
+from sire_jax.backbones.blocks import Block, Unit, check_odd, check_widths
 from sire_jax.layers import BatchNorm, SqueezeExcitation, he_normal
 from sire_jax.layers.convolution import convolve_line
 from sire_jax.layers.pooling import local_mean
 
 
-@dataclass(frozen=True)
-class ExpandedInception:
+class ExpandedInception(Block):
     """Four paths of convolutions with batch norm and ReLU, concatenated; the size is kept.
 
     1 x 1; 1 x 1, then 1 x 3 beside 3 x 1; two of 1 x 1, then 1 x 3 beside 3 x 1; 3 x 3 average
@@ -30,28 +28,21 @@ class ExpandedInception:
     width: int = 128
     reduced: int = 160
     pooled: int = 108
-    stride: ClassVar[int] = 1
     layers: ClassVar[int] = 3
 
     def __post_init__(self) -> None:
         check_widths("ExpandedInception", self.width, self.reduced, self.pooled)
+        super().__post_init__()
 
+    @nn.nowrap
     def channels(self, inputs: int) -> int:
         """Returns the sum of the widths of the paths."""
         return 5 * self.width + self.pooled
 
-    def encoder(self, name: str) -> nn.Module:
-        """Returns the block's module."""
-        return _ExpandedInception(self.width, self.reduced, self.pooled, name=name)
-
-
-class _ExpandedInception(nn.Module):
-    width: int
-    reduced: int
-    pooled: int
-
     @nn.compact
     def __call__(self, x: Array, before: Array, *, train: bool) -> Array:
+        """Maps ``[b, h, w, c]`` to ``[b, h, w, 5 width + pooled]``."""
+
         def unit(x: Array, width: int, name: str) -> Array:
             return nn.relu(Unit(width, 1, name=name)(x, train=train))
 
@@ -83,8 +74,7 @@ class _LineUnit(nn.Module):
         return BatchNorm(name="norm")(y, train=train)
 
 
-@dataclass(frozen=True)
-class AveragePool:
+class AveragePool(Block):
     """Average pooling of windows around each pixel, which keeps the size.
 
     Attributes:
@@ -92,30 +82,18 @@ class AveragePool:
     """
 
     size: int = 3
-    stride: ClassVar[int] = 1
     layers: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         check_odd("AveragePool", self.size)
-
-    def channels(self, inputs: int) -> int:
-        """Returns ``inputs``."""
-        return inputs
-
-    def encoder(self, name: str) -> nn.Module:
-        """Returns the block's module."""
-        return _AveragePool(self.size, name=name)
-
-
-class _AveragePool(nn.Module):
-    size: int
+        super().__post_init__()
 
     def __call__(self, x: Array, before: Array, *, train: bool) -> Array:
+        """Maps ``[b, h, w, c]`` to the same shape."""
         return local_mean(x, self.size)
 
 
-@dataclass(frozen=True)
-class Recalibration:
+class Recalibration(Block):
     """Squeeze-and-excitation: channels are scaled by what the whole image shows of them.
 
     Attributes:
@@ -124,49 +102,25 @@ class Recalibration:
     """
 
     reduction: int = 16
-    stride: ClassVar[int] = 1
     layers: ClassVar[int] = 2
-
-    def channels(self, inputs: int) -> int:
-        """Returns ``inputs``."""
-        return inputs
-
-    def encoder(self, name: str) -> nn.Module:
-        """Returns the block's module."""
-        return _Recalibration(self.reduction, name=name)
-
-
-class _Recalibration(nn.Module):
-    reduction: int
 
     @nn.compact
     def __call__(self, x: Array, before: Array, *, train: bool) -> Array:
+        """Maps ``[b, h, w, c]`` to the same shape."""
         return SqueezeExcitation(self.reduction, name="squeeze")(x)
 
 
-@dataclass(frozen=True)
-class GlobalPool:
+class GlobalPool(Block):
     """The mean over all pixels: ``[b, h, w, c]`` becomes ``[b, c]``."""
 
-    stride: ClassVar[int] = 1
     layers: ClassVar[int] = 0
 
-    def channels(self, inputs: int) -> int:
-        """Returns ``inputs``."""
-        return inputs
-
-    def encoder(self, name: str) -> nn.Module:
-        """Returns the block's module."""
-        return _GlobalPool(name=name)
-
-
-class _GlobalPool(nn.Module):
     def __call__(self, x: Array, before: Array, *, train: bool) -> Array:
+        """Maps ``[b, h, w, c]`` to ``[b, c]``."""
         return x.mean(tuple(range(1, x.ndim - 1)))
 
 
-@dataclass(frozen=True)
-class Dense:
+class Dense(Block):
     """A dense layer with ReLU, of pooled features.
 
     Attributes:
@@ -174,25 +128,18 @@ class Dense:
     """
 
     width: int
-    stride: ClassVar[int] = 1
-    layers: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         check_widths("Dense", self.width)
+        super().__post_init__()
 
+    @nn.nowrap
     def channels(self, inputs: int) -> int:
         """Returns ``width``."""
         return self.width
 
-    def encoder(self, name: str) -> nn.Module:
-        """Returns the block's module."""
-        return _Dense(self.width, name=name)
-
-
-class _Dense(nn.Module):
-    width: int
-
     @nn.compact
     def __call__(self, x: Array, before: Array, *, train: bool) -> Array:
+        """Maps ``[b, c]`` to ``[b, width]``."""
         dense = nn.Dense(self.width, kernel_init=he_normal, dtype=x.dtype, name="dense")
         return nn.relu(dense(x))

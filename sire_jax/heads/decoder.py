@@ -15,10 +15,6 @@ from sire_jax.layers import BatchNorm
 LAST = ("normalized", "linear", "sigmoid")
 
 
-def _has_parameters(block: Any) -> bool:
-    return getattr(block, "skips", True)
-
-
 class Decoder(nn.Module):
     """The auto-encoder's second half: from a stage's features back to the image.
 
@@ -76,7 +72,7 @@ class Decoder(nn.Module):
 
     def _skipped(self) -> list[str]:
         """Names the blocks whose output skips to their mirror: not pooling, not the start."""
-        names = [name for name, block in self._reversed()[1:] if _has_parameters(block)]
+        names = [name for name, block in self._reversed()[1:] if block.skips]
         return names if self.skips else []
 
     def __call__(self, image: Array, start: Array, *skipped: Array, train: bool = False) -> Array:
@@ -115,12 +111,12 @@ class Decoder(nn.Module):
     ) -> Array:
         blocks = self._reversed()
         skips = dict(zip(self._skipped(), skipped, strict=True))
-        ends = max((i for i, (_, block) in enumerate(blocks) if _has_parameters(block)), default=-1)
+        ends = max((i for i, (_, block) in enumerate(blocks) if block.skips), default=-1)
         for i, (name, block) in enumerate(blocks):
             x = x + skips[name] if name in skips else x
             last = i == ends
             try:
-                mirror = block.decoder(channels[i], last, name)
+                mirror = block.decoder(channels[i], last).clone(parent=self, name=name)
             except ValueError as error:
                 raise ValueError(f"Decoder {self.stage} can't be made: {name}: {error}") from error
             x = mirror(x, train=train)

@@ -92,17 +92,17 @@ Z = np.asarray(X, np.float64)
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_convolution_is_a_convolution_batch_norm_and_relu(stride, bias):
     block = Convolution(4, 3, stride, use_bias=bias)
-    y, p, s = _apply(block.encoder(None), X, X)
+    y, p, s = _apply(block, X, X)
     assert ("bias" in p["unit"]["conv"]) is bias
     assert block.channels(3) == 4
     _close(y, relu(unit(Z, p["unit"], s["unit"], stride)))
     # Backwards: up-sampled, transposed, batch norm, ReLU.
-    y, p, s = _apply(block.decoder(5, False, None), X)
+    y, p, s = _apply(block.decoder(5, False), X)
     assert ("bias" in p["unit"]["conv"]) is bias
     _close(y, relu(unit(Z, p["unit"], s["unit"], stride, True)))
     assert (y == 0).any()
     # The last of a decoder: biased and linear, no batch norm.
-    y, p, s = _apply(block.decoder(5, True, None), X)
+    y, p, s = _apply(block.decoder(5, True), X)
     assert (set(p["unit"]), set(p["unit"]["conv"]), s) == ({"conv"}, {"kernel", "bias"}, {})
     _close(y, unit(Z, p["unit"], None, stride, True))
     assert (y < 0).any()
@@ -189,13 +189,13 @@ def test_a_residual_block_and_its_mirror(block, inputs):
 
     larger = [i for i, k in enumerate(block.kernel_sizes) if k > 1] or [0]
     strides = [block.stride if i == larger[0] else 1 for i in range(len(block.widths))]
-    y, p, s = _apply(block.encoder(None), X, X)
+    y, p, s = _apply(block, X, X)
     assert ("shortcut" in p) is (block.stride > 1 or block.widths[-1] != inputs)
     _close(y, reference(Z, p, s, strides, False, False))
     code = normal(1, 2, 3, 2, block.widths[-1])
     deep = np.asarray(code, np.float64)
     for last in (False, True):
-        y, q, s = _apply(block.decoder(inputs, last, None), code)
+        y, q, s = _apply(block.decoder(inputs, last), code)
         # The kernels are those of the block, last first; each keeps (k, k, inputs, outputs).
         shapes = [p[f"unit_{i}"]["conv"]["kernel"].shape for i in range(len(strides), 0, -1)]
         mirrored = [q[f"unit_{i + 1}"]["conv"]["kernel"].shape for i in range(len(strides))]
@@ -209,7 +209,7 @@ def test_a_residual_block_and_its_mirror(block, inputs):
 @pytest.mark.parametrize("size", [3, 5])
 def test_an_inception_block_and_its_mirror(size):
     block = Inception(1, 2, 3, 2, 4, 2, size)
-    y, p, s = _apply(block.encoder(None), X, X)
+    y, p, s = _apply(block, X, X)
     pooled = pool(Z, 3, 1, (1, 1))
 
     def path(x, i, units, transposed=False):
@@ -227,7 +227,7 @@ def test_an_inception_block_and_its_mirror(size):
     code = normal(1, 2, 6, 4, 10)
     z = np.asarray(code, np.float64)
     for last in (False, True):
-        y, p, s = _apply(block.decoder(3, last, None), code)
+        y, p, s = _apply(block.decoder(3, last), code)
         assert p["path_3_1"]["conv"]["kernel"].shape == (size, size, 2, 4)
         total = (
             path(z[..., :1], 1, 1, True)

@@ -118,7 +118,7 @@ def _activated(x, params, stats, i, train):
 
 
 def _made(block, x):
-    module = block.encoder("block")
+    module = block
     variables = random_like(shapes_of(module, x, x, train=False), seed=1)
     plain = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables)
     return module, variables, plain["params"], plain["batch_stats"]
@@ -189,7 +189,7 @@ def test_dropout_follows_every_convolution():
     # Behind the first convolution, too: what the second normalizes varies more.
     variables, variances = _made(DenseLayers(1, 2), x)[1], []
     for rate in (0.0, 0.5):
-        module = DenseLayers(1, 2, rate).encoder("block")
+        module = DenseLayers(1, 2, rate)
         _, new = module.apply(variables, x, x, train=True, rngs=rngs, mutable=["batch_stats"])
         variances.append(np.asarray(new["batch_stats"]["layer_1"]["norm_2"]["var"]))
     assert (variances[1] > variances[0]).all()
@@ -212,7 +212,7 @@ def test_a_network_is_its_blocks_one_after_another():
         for i, block in enumerate(blocks, start=1):
             name = f"stage_{stage}_block_{i}"
             own = {kind: each[name] for kind, each in variables.items() if name in each}
-            x = block.encoder(None).apply(own, x, before, train=False)
+            x = block.apply(own, x, before, train=False)
             np.testing.assert_allclose(x, found[name], rtol=1e-4, atol=1e-4)
     tail = np.asarray(found["tail_block_1"])
     assert (tail >= 0).all()
@@ -224,7 +224,7 @@ def test_a_network_is_its_blocks_one_after_another():
 
 def test_gradients_of_layers_and_a_transition_equal_finite_differences():
     x = normal(8, 2, 4, 4, 2)
-    layer, transition = DenseLayers(2, 1).encoder("a"), Transition(0.7).encoder("b")
+    layer, transition = DenseLayers(2, 1), Transition(0.7)
     first = _made(DenseLayers(2, 1), x)[1]
     second = _made(Transition(0.7), normal(9, 2, 4, 4, 4))[1]
 

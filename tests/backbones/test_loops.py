@@ -1,6 +1,5 @@
 """Equal blocks of a plan that are applied in a loop."""
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import jax
@@ -11,6 +10,7 @@ from flax import linen as nn
 from planned import normal, random_like, shape, shapes_of
 
 from sire_jax.backbones import preactivation_resnet
+from sire_jax.backbones.blocks import Block
 from sire_jax.backbones.plan import Plan, Planned
 from sire_jax.backbones.preactivation import Activation, PreActivation, Stem
 from sire_jax.layers import Dropout
@@ -102,21 +102,11 @@ def test_a_loop_computes_what_its_blocks_do():
     assert all(float(jnp.abs(leaf).max()) > 1e-6 for leaf in jax.tree.leaves(gradient))
 
 
-@dataclass(frozen=True)
-class Writing:
+class Writing(Block):
     """Writes a dropped image of ones beside what it is given, as digits of base 4."""
 
-    stride: int = 1
     loops: ClassVar[bool] = True
 
-    def channels(self, inputs):
-        return inputs
-
-    def encoder(self, name):
-        return _Writing(name=name)
-
-
-class _Writing(nn.Module):
     @nn.compact
     def __call__(self, x, before, *, train):
         self.param("drawn", nn.initializers.normal(), (3,))

@@ -212,7 +212,7 @@ def _by_hand(block, variables, x, train):
 def test_a_block_by_hand(block, train):
     # Of 5 x 5 pixels the third and the fifth are left by a stride of 2, too.
     x = normal(3, 2, 5, 5, 2)
-    module = block.encoder("block")
+    module = block
     variables = random_like(shapes_of(module, x, x, train=False), seed=1)
     changes = block.stride > 1 or block.widths[-1] != 2
     assert ("shortcut" in variables["params"]) == (block.shortcut == "B" and changes)
@@ -224,13 +224,13 @@ def test_a_block_by_hand(block, train):
 
 def test_the_stem_is_a_convolution_and_the_end_batch_norm_and_relu():
     x = normal(4, 2, 4, 4, 3)
-    stem = Stem(2, 3).encoder("stem")
+    stem = Stem(2, 3)
     variables = random_like(shapes_of(stem, x, x, train=False))
     assert list(variables) == ["params"]
     kernel = np.asarray(variables["params"]["conv"]["kernel"])
     y = stem.apply(variables, x, x, train=True)
     np.testing.assert_allclose(y, _conv(np.asarray(x), kernel, 1), rtol=1e-4, atol=1e-5)
-    end = Activation().encoder("end")
+    end = Activation()
     variables = random_like(shapes_of(end, x, x, train=False))
     params, stats = (
         jax.tree.map(np.asarray, variables[kind]["norm"]) for kind in ("params", "batch_stats")
@@ -243,7 +243,7 @@ def test_the_stem_is_a_convolution_and_the_end_batch_norm_and_relu():
 def test_dropout_is_before_the_last_convolution():
     x = normal(5, 4, 8, 8, 2)
     block = PreActivation((2, 2), (3, 1), shortcut_scale=0.0, dropout=0.5)
-    module = block.encoder("block")
+    module = block
     variables = random_like(shapes_of(module, x, x, train=False))
     # The last convolution passes on what it is given.
     variables["params"]["conv_2"]["kernel"] = jnp.eye(2)[None, None]
@@ -252,7 +252,7 @@ def test_dropout_is_before_the_last_convolution():
         rngs = {"dropout": jax.random.key(0)}
         return module.apply(variables, x, x, train=train, mutable=["batch_stats"], rngs=rngs)[0]
 
-    never = PreActivation((2, 2), (3, 1), 1, "A", 0.0).encoder("block")
+    never = PreActivation((2, 2), (3, 1), 1, "A", 0.0)
     applied = jax.jit(lambda: (apply(never, True), apply(module, True), apply(module, False)))()
     whole, dropped, evaluated = map(np.asarray, applied)
     kept = dropped != 0
@@ -311,8 +311,8 @@ def test_blocks_that_do_not_exist_are_refused(make, message):
 def test_a_shortcut_of_zeros_takes_no_channels_away():
     x = shape(2, 4, 4, 3)
     with pytest.raises(ValueError, match=r"type A can't lead from 3 channels to 2, .* take type B"):
-        shapes_of(PreActivation((2, 2)).encoder("block"), x, x, train=False)
-    shapes_of(PreActivation((2, 2), shortcut="B").encoder("block"), x, x, train=False)
+        shapes_of(PreActivation((2, 2)), x, x, train=False)
+    shapes_of(PreActivation((2, 2), shortcut="B"), x, x, train=False)
 
 
 @pytest.mark.parametrize("endpoints", [None, ()])

@@ -138,7 +138,7 @@ def test_a_block_scales_its_residual_branch_alone(train):
     x = normal(4, 3, 4, 4, 2)
     plain = PreActivation((3, 4), stride=2, shortcut="B")
     squeezed = PreActivation((3, 4), stride=2, shortcut="B", squeeze=2)
-    module = squeezed.encoder("block")
+    module = squeezed
     variables = random_like(shapes_of(module, x, x, train=False))
     params = dict(variables["params"])
     squeeze = params.pop("squeeze")
@@ -151,7 +151,7 @@ def test_a_block_scales_its_residual_branch_alone(train):
         stats = variables["batch_stats"]
         each = [(squeezed, variables["params"]), (plain, params), (plain, branchless)]
         return [
-            block.encoder("block").apply(
+            block.apply(
                 {"params": p, "batch_stats": stats}, x, x, train=train, mutable=["batch_stats"]
             )[0]
             for block, p in each

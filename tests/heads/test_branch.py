@@ -151,7 +151,7 @@ def test_inception_a_pool_and_dense_layers_by_hand():
 
 
 def _apply_block(block, x):
-    module = block.encoder("block")
+    module = block
     return module.apply(module.init(jax.random.key(0), x, x, train=False), x, x, train=False)
 
 

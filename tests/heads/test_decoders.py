@@ -2,7 +2,6 @@
 
 import math
 import re
-from dataclasses import dataclass
 from functools import partial
 
 import jax
@@ -15,7 +14,7 @@ from planned import CONVOLUTIONS, MIXED, normal, random_like, shape, shapes_of
 
 from sire_jax import traced
 from sire_jax.backbones import cnn
-from sire_jax.backbones.blocks import Convolution, MaxPool, Residual
+from sire_jax.backbones.blocks import Block, Convolution, MaxPool, Residual
 from sire_jax.backbones.plan import Plan, Planned
 from sire_jax.heads.decoder import Decoder, decoders
 from sire_jax.networks import Network
@@ -68,9 +67,7 @@ def test_a_decoder_is_its_mirrors_one_after_the_other_with_skips():
     ]
     for name, inputs, skips in order:
         number, block = int(name[6]), int(name[-1])
-        mirror = CONVOLUTIONS.stages[number - 1][block - 1].decoder(
-            inputs, name == order[-1][0], None
-        )
+        mirror = CONVOLUTIONS.stages[number - 1][block - 1].decoder(inputs, name == order[-1][0])
         own = {"params": params.get(name, {}), "batch_stats": stats.get(name, {})}
         x = x + endpoints[name] if skips else x
         x = jax.jit(partial(mirror.apply, train=False))(own, x)
@@ -328,17 +325,13 @@ def test_half_precision_features_of_every_block():
 # ---- What is refused.
 
 
-@dataclass(frozen=True)
-class _OneWay:
+class _OneWay(Block):
     """A user's block without a mirror."""
 
     stride: int = 1
 
-    def channels(self, inputs):
-        return inputs
-
-    def encoder(self, name):
-        return Convolution(3, 1).encoder(name)
+    def __call__(self, x, before, *, train):
+        return x
 
 
 ONE_WAY = Plan(((Convolution(3),), (_OneWay(), MaxPool()), (Convolution(4),)))
