@@ -311,7 +311,8 @@ def forward(config: ConfigDict) -> Forward:
         ValueError: If the config asks for what does not exist or does not fit together.
     """
     validation.validate(config)
-    task = TASK.create(config.data.task)
+    with registry.located("config.data.task"):
+        task = TASK.create(config.data.task)
     with registry.located("config.backbone"):
         backbone = SINGLE["backbone"].create(config.backbone)
     heads, families = _heads(config, getattr(backbone, "plan", None))

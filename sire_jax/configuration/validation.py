@@ -116,7 +116,8 @@ def _check_data(data: ConfigDict) -> None:
     for kind, classes in data.classes.items():
         registry.check_type(f"config.data.classes.{kind}", classes, 10)
         _check_least(f"data.classes.{kind}", classes, 1)
-    drawn = Selection.of(data).draw_classes
+    with registry.located("config.data"):
+        drawn = Selection.of(data).draw_classes
     if drawn and data.classes.to_dict() != {"label": drawn}:
         raise ValueError(
             f"config.data.classes is {data.classes.to_dict()}; where draw_classes is {drawn}"

@@ -129,12 +129,11 @@ class Selection:
         splits = self.train_splits
         if not splits or not all(isinstance(split, str) for split in splits):
             raise ValueError(
-                f"config.data.train_splits is {splits!r}; it should be names of splits, such as"
-                " ('train',)."
+                f"train_splits is {splits!r}; it should be names of splits, such as ('train',)."
             )
         if len({*splits, self.test_split}) <= len(splits):
             raise ValueError(
-                f"config.data.train_splits is {splits} and test_split '{self.test_split}'; no split"
+                f"train_splits is {splits} and test_split '{self.test_split}'; no split"
                 " should be named twice."
             )
         for key, texts in (("train_splits", splits), ("test_split", (self.test_split,))):
@@ -142,14 +141,14 @@ class Selection:
                 try:
                     Share.parse(text)
                 except ValueError as error:
-                    raise ValueError(f"config.data.{key}: {error}") from None
+                    raise ValueError(f"{key}: {error}") from None
         if self.draw_classes < 0 or self.draw_classes == 1:
             raise ValueError(
-                f"config.data.draw_classes is {self.draw_classes}; it should be at least 2, or 0 to"
-                " use all classes."
+                f"draw_classes is {self.draw_classes}; it should be at least 2, or 0 to use all"
+                " classes."
             )
         if self.draw_seed < 0:
-            raise ValueError(f"config.data.draw_seed is {self.draw_seed}; it should be at least 0.")
+            raise ValueError(f"draw_seed is {self.draw_seed}; it should be at least 0.")
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> "Selection":
@@ -181,7 +180,7 @@ class Selection:
             if share.split not in known:
                 raise ValueError(
                     f"{what} has no split '{share.split}', only {list(known)}; choose with"
-                    " config.data.train_splits and config.data.test_split, also shares of a split:"
+                    " train_splits and test_split, also shares of a split:"
                     f" 'train[:80%]' and 'train[80%:]'.{advice}"
                 )
 
@@ -202,7 +201,7 @@ class Selection:
             both = range(max(x.start, y.start), min(x.stop, y.stop))
             if a.split == b.split and both:
                 raise ValueError(
-                    f"'{a}' and '{b}' of config.data.train_splits and test_split have"
+                    f"'{a}' and '{b}' of train_splits and test_split have"
                     f" {len(both):,} images in common; shares of a split should have none."
                 )
         return tuple(spans)
@@ -227,7 +226,7 @@ def draw_classes(classes: int, number: int, seed: int) -> np.ndarray:
     """
     if not 2 <= number <= classes:
         raise ValueError(
-            f"config.data.draw_classes is {number}; of {classes} classes it should be in"
+            f"draw_classes is {number}; of {classes} classes it should be in"
             f" 2..{classes}, or 0 to use all."
         )
     return np.sort(np.random.default_rng(seed).choice(classes, number, replace=False))

@@ -159,15 +159,15 @@ def open_splits(
     if not name:
         raise ValueError(
             "The data source 'folder:' names no folder; write folder:my_images, for"
-            " my_images in config.data.dir, or folder:/whole/path."
+            " my_images in the directory of the data, or folder:/whole/path."
         )
-    root = expanded(name, "config.data.name=folder:")
+    root = expanded(name, "folder:")
     if not root.is_absolute():
-        root = expanded(directory, "config.data.dir=") / root
+        root = expanded(directory, "directory=") / root
     if not root.is_dir():
         raise FileNotFoundError(
-            f"There is no image folder {root}; {_LAYOUT}. Name the directory that has it with"
-            " --config.data.dir=DIR, or the folder by its whole path."
+            f"There is no image folder {root}; {_LAYOUT}. Name the directory that has it"
+            " (--config.data.dir=DIR), or the folder by its whole path."
         )
     places = _places(root)
     selection.check_splits(root, places, "" if ALL not in places else _ADVICE)
@@ -194,7 +194,7 @@ def open_splits(
 
 _ADVICE = (
     f" Where directories are classes, the whole folder is the split '{ALL}', to be shared:"
-    f" --config.data.train_splits=\"('{ALL}[:80%]',)\" --config.data.test_split='{ALL}[80%:]'."
+    f" train_splits=('{ALL}[:80%]',), test_split='{ALL}[80%:]'."
 )
 
 

@@ -39,7 +39,8 @@ class DamagedImageError(ValueError):
     def advised(self) -> "DamagedImageError":
         """Returns the same error with what can be done about it."""
         return DamagedImageError(
-            f"{self} Mend or remove it, or pass over such images with --config.data.damaged=skip."
+            f"{self} Mend or remove it, or pass over such images: damaged='skip'"
+            " (--config.data.damaged=skip)."
         )
 
 
@@ -51,8 +52,7 @@ def check_channels(channels: int) -> None:
     """
     if channels not in _MODES:
         raise ValueError(
-            f"config.data.shape ends in {channels} channels; images are decoded to 3 (colour) or 1"
-            " (grey)."
+            f"Images are decoded to 3 channels (colour) or 1 (grey); {channels} are asked for."
         )
 
 

@@ -50,8 +50,8 @@ def find(name: str, directory: Path) -> Path:
     if len(configs) > 1:
         names = [f"tfds:{title}/{each.relative_to(root)}" for each in configs]
         raise ValueError(
-            f"{root} has {len(configs)} configurations of the set; choose one with"
-            f" config.data.name: {listed(names)}."
+            f"{root} has {len(configs)} configurations of the set; choose one by its name:"
+            f" {listed(names)}."
         )
     versions = sorted(known, key=_version, reverse=True)
     for version in versions:
@@ -63,7 +63,7 @@ def find(name: str, directory: Path) -> Path:
         f"The data set '{title}' is not prepared in {directory}{there}. Prepare it once with\n"
         f"  pip install tensorflow && tfds build {title} --data_dir={directory}"
         " --file_format=array_record\n"
-        "or name the directory that has it with --config.data.dir=DIR."
+        "or name the directory that has it (--config.data.dir=DIR)."
     )
 
 
@@ -77,7 +77,7 @@ def _say_newest(title: str, versions: Sequence[Path], chosen: str) -> None:
     newest, *others = versions
     warnings.warn(
         f"{newest.parent} has {len(versions)} versions; the newest, {newest.name}, is used."
-        f" Another is chosen by config.data.name, such as 'tfds:{title}:{others[0].name}'.",
+        f" Another is chosen by its name, such as 'tfds:{title}:{others[0].name}'.",
         stacklevel=3,
     )
 

@@ -248,15 +248,15 @@ def open_records(
     own = 3
     if kind == "tfds":
         given = None if selection.draw_classes else classes
-        root = expanded(directory, "config.data.dir=")
+        root = expanded(directory, "directory=")
         opened, own = prepared.open_splits(rest, root, cache, selection, given)
     elif kind == "folder":
         opened = folders.open_splits(rest, directory, selection)
     else:
         raise ValueError(
             f"There is no data source '{name}' to stream."
-            f"{nearest(name, ['tfds:<set>', 'folder:<folder>'])} Others fit in memory: take"
-            " --config.data.feed=device."
+            f"{nearest(name, ['tfds:<set>', 'folder:<folder>'])} Others fit in memory and are"
+            " loaded (--config.data.feed=device)."
         )
     channels = channels or own
     images.check_channels(channels)

@@ -248,7 +248,8 @@ def _decode(what: str, records: Records, decoding: _Decoding) -> _Made:
     if len(shapes) != 1:
         raise ValueError(
             f"{what} has {len(examples)} images of {len(shapes)} sizes, such as"
-            f" {sorted(shapes)[:2]}; scale them to one with --config.data.resize=SIDE."
+            f" {sorted(shapes)[:2]}; scale them to one with resize=SIDE"
+            " (--config.data.resize=SIDE)."
         )
     kinds = records.classes
     labels = {k: np.array([labels[k] for _, labels in examples], np.int32) for k in kinds}

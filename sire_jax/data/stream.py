@@ -75,13 +75,13 @@ class Transform:
         images.check_channels(self.shape[-1])
         if self.random and self.crop < 1:
             raise ValueError(
-                f"config.data.crop is {self.crop}, but random_resized_crop needs the side of the"
-                " squares to make; give it, such as --config.data.crop=224."
+                f"crop is {self.crop}, but random_resized_crop needs the side of the squares to"
+                " make; give it, such as crop=224."
             )
         square = (self.resize, self.resize, self.shape[-1])
         if self.resize < 0 or (self.resize and tuple(self.shape) != square):
             raise ValueError(
-                f"config.data.shape is {tuple(self.shape)} and config.data.resize {self.resize};"
+                f"shape is {tuple(self.shape)} and resize {self.resize};"
                 " images that are scaled have the shape (resize, resize, channels)."
             )
 
@@ -130,10 +130,10 @@ def batches(
         WorkerError: If a worker process died.
     """
     if damaged not in DAMAGED:
-        raise ValueError(f"config.data.damaged is '{damaged}'; it should be one of {DAMAGED}.")
+        raise ValueError(f"damaged is '{damaged}'; it should be one of {DAMAGED}.")
     for name, value, least in (("workers", workers, 0), ("threads", threads, 1)):
         if value < least:
-            raise ValueError(f"config.data.{name} is {value}; it should be at least {least}.")
+            raise ValueError(f"{name} is {value}; it should be at least {least}.")
     steps, images_of_a_batch = examples.shape
     if not 0 <= first <= steps:
         raise ValueError(f"The first step is {first}; it should be in 0..{steps}.")
@@ -209,8 +209,8 @@ class _Maker:
             height, width, channels = pixels.shape
             raise ValueError(
                 f"{self.records.name(index)} has {height} x {width} pixels and {channels} channels;"
-                f" config.data.shape is {transform.shape}. Give the size of the images, or scale"
-                " them to one with --config.data.resize=SIDE."
+                f" the shape asked for is {transform.shape}. Give the size of the images"
+                " (config.data.shape), or scale them to one (--config.data.resize=SIDE)."
             )
         return pixels
 
@@ -241,8 +241,8 @@ class Stream(Iterator[Batch]):
             if isinstance(error, RuntimeError) and "terminated unexpectedly" in str(error):
                 raise WorkerError(
                     "A worker process that decodes images died (it was killed, or memory or"
-                    f" /dev/shm ran out): {error} Take fewer with --config.data.workers=N, or"
-                    " smaller batches."
+                    f" /dev/shm ran out): {error} Take fewer workers (--config.data.workers=N),"
+                    " or smaller batches."
                 ) from error
             raise
         self._first.clear()

@@ -34,7 +34,7 @@ class Draw(NamedTuple):
 
 def _check_least(name: str, value: int, least: int) -> None:
     if value < least:
-        raise ValueError(f"config.data.task.{name} is {value}; it should be at least {least}.")
+        raise ValueError(f"{name} is {value}; it should be at least {least}.")
 
 
 @dataclass(frozen=True)

@@ -69,9 +69,9 @@ def test_a_home_that_is_not_there_is_refused_only_where_it_is_needed(folder):
     copied = sources.load(f"folder:{directory}/pets", "~nosuchuser", cache="~nosuchuser/cache")
     assert len(copied.train) == 9
     for name, place in (
-        ("folder:~nosuchuser/pets", "config.data.name=folder:~nosuchuser/pets"),
-        ("folder:pets", "config.data.dir=~nosuchuser"),
-        ("tfds:pets", "config.data.dir=~nosuchuser"),
+        ("folder:~nosuchuser/pets", "folder:~nosuchuser/pets"),
+        ("folder:pets", "directory=~nosuchuser"),
+        ("tfds:pets", "directory=~nosuchuser"),
     ):
         message = f"{place} starts with the home directory of 'nosuchuser', and there is no such"
         with pytest.raises(FileNotFoundError, match=re.escape(message)):
@@ -490,7 +490,7 @@ def test_what_can_not_be_streamed_is_refused(tmp_path, name, message):
 
 
 def test_images_of_two_channels_are_refused(folder):
-    with pytest.raises(ValueError, match=r"shape ends in 2 channels; .* 3 \(colour\) or 1 \(grey"):
+    with pytest.raises(ValueError, match=r"decoded to 3 channels \(colour\) or 1 \(grey\); 2 are"):
         open_records("folder:pets", str(folder[0]), channels=2)
 
 

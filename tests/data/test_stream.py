@@ -155,10 +155,10 @@ def test_an_image_of_another_size_is_named_with_what_to_set(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"shape": (4, 6, 2)}, "config.data.shape ends in 2 channels"),
-        ({"random": True}, "config.data.crop is 0, but random_resized_crop needs"),
-        ({"resize": 4}, r"shape is \(4, 6, 3\) and config.data.resize 4; .*\(resize, resize, chan"),
-        ({"shape": (-1, -1, 3), "resize": -1}, "config.data.resize -1"),
+        ({"shape": (4, 6, 2)}, "3 channels .*; 2 are asked for"),
+        ({"random": True}, "crop is 0, but random_resized_crop needs"),
+        ({"resize": 4}, r"shape is \(4, 6, 3\) and resize 4; .*\(resize, resize, chan"),
+        ({"shape": (-1, -1, 3), "resize": -1}, "resize -1"),
     ],
 )
 def test_a_transform_that_makes_no_sense_is_refused(settings, message):
@@ -169,9 +169,9 @@ def test_a_transform_that_makes_no_sense_is_refused(settings, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"damaged": "ignore"}, r"config.data.damaged is 'ignore'; .*\('raise', 'skip'\)"),
-        ({"workers": -1}, "config.data.workers is -1; it should be at least 0"),
-        ({"threads": 0}, "config.data.threads is 0; it should be at least 1"),
+        ({"damaged": "ignore"}, r"damaged is 'ignore'; .*\('raise', 'skip'\)"),
+        ({"workers": -1}, "workers is -1; it should be at least 0"),
+        ({"threads": 0}, "threads is 0; it should be at least 1"),
         ({"first": 6}, r"first step is 6; it should be in 0\.\.5"),
         ({"share": slice(4, 8)}, r"slice\(4, 8, None\) of batches of 4 images is nothing"),
     ],

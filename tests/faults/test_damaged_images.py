@@ -37,7 +37,7 @@ def test_a_damaged_image_is_named_in_the_error(damage, kind):
     message = str(raised.value)
     assert message.startswith(f"{records.name(4)} is damaged: ")
     assert cause in message
-    assert message.endswith("pass over such images with --config.data.damaged=skip.")
+    assert message.endswith("pass over such images: damaged='skip' (--config.data.damaged=skip).")
 
 
 def test_worker_processes_name_it_too_or_skip_it(damage):
