@@ -24,7 +24,7 @@ from jax import Array
 from sire_jax.backbones.plan import Planned
 from sire_jax.backbones.preactivation import preactivation_resnet
 from sire_jax.reproduce import machine
-from sire_jax.tables import align
+from sire_jax.text import align
 
 # Depths of AuxNet's trunks, the last with bottlenecks.
 DEPTHS = (56, 110, 1001)

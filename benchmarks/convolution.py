@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import torch
 
 from sire_jax.layers.convolution import convolve
-from sire_jax.tables import align
+from sire_jax.text import align
 
 # Side of the images, input and output channels.
 LAYERS = (

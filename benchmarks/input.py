@@ -42,7 +42,7 @@ from PIL import Image
 from sire_jax.data import images
 from sire_jax.data.records import open_records
 from sire_jax.data.stream import Transform, batches
-from sire_jax.tables import align
+from sire_jax.text import align
 
 OUT = Path("docs/results/benchmark_input.json")
 CONTENDERS = ("ours", "grain", "torch")

@@ -19,14 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from sire_jax.fitted_prediction import FittedJointProbability, LinearCombination
 from sire_jax.groups import Groups
 from sire_jax.networks import MAIN
-from sire_jax.prediction import JointProbability
+from sire_jax.predictions import FittedJointProbability, JointProbability, LinearCombination
 from sire_jax.reproduce import machine
 from sire_jax.runs.runs import Runs
 from sire_jax.runs.trained import kept_weights, open_run
-from sire_jax.tables import align
+from sire_jax.text import align
 
 ETAS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 BATCH = 500

@@ -24,7 +24,7 @@ from torch import nn
 from sire_jax import configuration, train
 from sire_jax.data import sources
 from sire_jax.data.tasks import Pairs
-from sire_jax.tables import align, spread
+from sire_jax.text import align, spread
 
 
 class Branches(nn.Module):

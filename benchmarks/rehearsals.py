@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from sire_jax import configuration, files, paper_tables, rehearsal, reproduce, tables
+from sire_jax import configuration, files, paper_tables, rehearsal, reproduce, text
 from sire_jax.rehearsal import Rehearsal
 
 RESULTS = Path("docs/results")
@@ -179,7 +179,7 @@ def _summary(found: dict[str, list[tuple[str, str, Rehearsal | None]]]) -> str:
                 f"{least}{known:,.1f}",
             ]
         )
-    return tables.align(lines)
+    return text.align(lines)
 
 
 def _table(name: str, each: list[tuple[str, str, Rehearsal | None]]) -> str:
@@ -192,7 +192,7 @@ def _table(name: str, each: list[tuple[str, str, Rehearsal | None]]) -> str:
             continue
         cells = rehearsal.cells(called, found)
         lines.append([*cells[:3], *cells[4:]])
-    return tables.align(lines)
+    return text.align(lines)
 
 
 def _contents(all_runs: list[Run]) -> dict[str, Any]:

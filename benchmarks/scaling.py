@@ -44,7 +44,7 @@ from sire_jax.runs.held import DeviceFeed
 from sire_jax.runs.placement import Placement
 from sire_jax.runs.runs import Checkpoint, Runs
 from sire_jax.storage.checkpoint import Checkpoints
-from sire_jax.tables import align
+from sire_jax.text import align
 
 OUT = Path("docs/results/benchmark_scaling.json")
 DEVICES = (1, 2, 4, 8)

@@ -52,7 +52,7 @@ from sire_jax.configuration import experiment
 from sire_jax.inspect import inspect
 from sire_jax.metrics import Average
 from sire_jax.runs import parallel
-from sire_jax.tables import align
+from sire_jax.text import align
 
 # Variants of configs/sire.py and the parameters of each.
 # Decoders that end in a convolution, as the recorded figures have them; batch norm costs nothing.

@@ -17,7 +17,7 @@ from jax.tree_util import DictKey
 
 from sire_jax import configuration, inspect, paper_tables, traced
 from sire_jax.configuration import experiment
-from sire_jax.tables import align
+from sire_jax.text import align
 
 TABLES = ("sire_3", "sire_4", "ssal_1", "ssal_2", "ssal_3")
 # Those of a paper that counted in Keras.

@@ -49,9 +49,9 @@ from sire_jax import configuration, traced
 from sire_jax.configuration import experiment
 from sire_jax.inspect import inspect
 from sire_jax.metrics import Average
-from sire_jax.prediction import Output, Prediction
+from sire_jax.predictions import Output, Prediction
 from sire_jax.runs import parallel
-from sire_jax.tables import align
+from sire_jax.text import align
 
 OUT = Path("docs/results/benchmark_ssal.json")
 NETWORKS = ("resnet50", "resnet18")

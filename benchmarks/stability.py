@@ -21,7 +21,7 @@ from matplotlib.patches import Rectangle
 from rehearsals import write
 
 from sire_jax import paper_tables, reproduce
-from sire_jax.tables import align
+from sire_jax.text import align
 
 TABLE = "sire_readings"
 LAMBDAS = ("0.1", "0.2", "0.5", "1.0")

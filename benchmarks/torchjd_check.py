@@ -26,7 +26,7 @@ import torch
 from torchjd import aggregation
 from torchjd.linalg import QuadprogProjector
 
-from sire_jax.tables import align
+from sire_jax.text import align
 from sire_jax.updates import AGGREGATORS
 
 Theirs = Callable[[torch.Tensor], torch.Tensor]

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import optax
 
-from sire_jax.tables import align
+from sire_jax.text import align
 
 EFFECTIVE_MOST, AGGREGATOR_MOST = 1.05, 1.10
 # Which of our candidates does what one of PyTorch's does.

@@ -81,7 +81,7 @@ from sire_jax.configuration import (
     optimizer,
     prediction,
 )
-from sire_jax.names import listed
+from sire_jax.text import listed
 
 # A branch: position, number of groups, layers (``heads.branch.RELEASED``).
 Branch = tuple[int | str, int, str]

@@ -25,7 +25,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from sire_jax import configuration, registry, tables
+from sire_jax import configuration, registry, text
 from sire_jax.configuration import experiment
 from sire_jax.job import command
 from sire_jax.storage.workdir import Workdir, at, read_results
@@ -286,20 +286,20 @@ def collect(found: Sequence[Combination], split: str, metrics: Sequence[str]) ->
         results = [ended[each]["splits"].get(split, {}) for each in members if each in ended]
         rows.append([name, f"{len(results)} of {len(members)}"])
         rows[-1] += [_spread([v for r in results for v in r.get(m, ())]) for m in chosen]
-    return tables.align(rows)
+    return text.align(rows)
 
 
 def _spread(values: Sequence[float]) -> str:
     if not values:
         return ""
-    mean, deviation = tables.spread(values)
-    spread = f" ± {tables.number(deviation)}" if len(values) > 1 else ""
-    return f"{tables.number(mean)}{spread} ({len(values)})"
+    mean, deviation = text.spread(values)
+    spread = f" ± {text.number(deviation)}" if len(values) > 1 else ""
+    return f"{text.number(mean)}{spread} ({len(values)})"
 
 
 def overview(states: Mapping[Combination, str]) -> str:
     """Tables combinations and what became of each."""
-    return tables.align(
+    return text.align(
         [["workdir", "state"], *([str(each.path), state] for each, state in states.items())]
     )
 

@@ -10,8 +10,6 @@ from . import metrics as metrics
 from . import optimizers as optimizers
 from . import traced as traced
 from . import updates as updates
-from .fitted_prediction import FittedJointProbability as FittedJointProbability
-from .fitted_prediction import LinearCombination as LinearCombination
 from .fitting import fit as fit
 from .losses import SmoothedCrossEntropy as SmoothedCrossEntropy
 from .losses import binary_cross_entropy as binary_cross_entropy
@@ -23,9 +21,11 @@ from .metrics import means as means
 from .networks import Network as Network
 from .objectives import Objective as Objective
 from .objectives import depth_weights as depth_weights
-from .prediction import DigitOrder as DigitOrder
-from .prediction import JointProbability as JointProbability
-from .prediction import Output as Output
+from .predictions import DigitOrder as DigitOrder
+from .predictions import FittedJointProbability as FittedJointProbability
+from .predictions import JointProbability as JointProbability
+from .predictions import LinearCombination as LinearCombination
+from .predictions import Output as Output
 from .runs.divergence import NonFiniteLossError as NonFiniteLossError
 from .state import TrainState as TrainState
 from .step import find_reach as find_reach

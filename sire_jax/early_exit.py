@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from sire_jax import tables
+from sire_jax import text
 from sire_jax.inference import calibration, exit_rules
 from sire_jax.inference.cascade import Cascade
 from sire_jax.inference.exit_rules import RULES, Rule
@@ -196,7 +196,7 @@ def report(found: Mapping[str, Any]) -> str:
     whole = found["whole"]
     return "\n".join(
         [
-            tables.align(rows),
+            text.align(rows),
             f"early exit:       accuracy {found['accuracy']:.4f},"
             f" {found['multiply_adds']:,.0f} multiply-adds an image"
             f" ({found['multiply_adds_done']:,.0f} with the rows that fill up batches),"
@@ -208,7 +208,7 @@ def report(found: Mapping[str, Any]) -> str:
 
 
 def _cell(value: float | None) -> str:
-    return "-" if value is None else tables.number(value)
+    return "-" if value is None else text.number(value)
 
 
 def draw(found: Mapping[str, Any]) -> Figure:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from sire_jax import configuration, tables
+from sire_jax import configuration, text
 from sire_jax.job import command
 from sire_jax.runs import divergence
 from sire_jax.runs.divergence import DIVERGED, converged
@@ -80,7 +80,7 @@ def _statistics(
     for metric in METRICS:
         runs = found.get(f"{name}/{metric}")
         if runs is not None:
-            mean, deviation = tables.spread(converged(runs.tolist(), steps))
+            mean, deviation = text.spread(converged(runs.tolist(), steps))
             statistics[metric] = {"mean": mean, "std": deviation, "runs": runs.tolist()}
     return statistics
 
@@ -92,14 +92,14 @@ def report(results: Mapping[str, Any]) -> str:
         for name, statistics in results[kind].items():
             label = name if kind == "outputs" else f"{name} (prediction)"
             rows.append([label, *(_cell(statistics.get(metric)) for metric in METRICS)])
-    return tables.align(rows)
+    return text.align(rows)
 
 
 def _cell(statistics: Mapping[str, Any] | None) -> str:
     if statistics is None:
         return "-"
-    deviation = f" ± {tables.number(statistics['std'])}" if len(statistics["runs"]) > 1 else ""
-    return f"{tables.number(statistics['mean'])}{deviation}"
+    deviation = f" ± {text.number(statistics['std'])}" if len(statistics["runs"]) > 1 else ""
+    return f"{text.number(statistics['mean'])}{deviation}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -22,9 +22,9 @@ from sire_jax.data.tasks import Images
 from sire_jax.diagnostics.activation_maps import draw, titles
 from sire_jax.diagnostics.activation_maps import explain as explained_images
 from sire_jax.job import command
-from sire_jax.names import printable
 from sire_jax.runs.runs import Runs
 from sire_jax.runs.trained import kept_weights, of_first_seed, open_run
+from sire_jax.text import printable
 
 
 def read_image(path: str | Path, data: ConfigDict) -> tuple[np.ndarray, str]:

@@ -17,17 +17,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from sire_jax import configuration, objectives, tables, traced, untrusted
+from sire_jax import configuration, objectives, text, traced, untrusted
 from sire_jax.configuration.experiment import Experiment
 from sire_jax.inference.exported import load as load
 from sire_jax.inference.exported import needed, paths, save
 from sire_jax.job import command
-from sire_jax.names import nearest
 from sire_jax.networks import MAIN
 from sire_jax.runs.runs import Runs
 from sire_jax.runs.trained import kept_weights, open_run
 from sire_jax.state import Best, TrainState
 from sire_jax.storage.workdir import is_own
+from sire_jax.text import nearest
 
 PyTree = Any
 # In place of an output's name: the best on validation images.
@@ -186,7 +186,7 @@ def export(
 def report(out: str | Path, written: Mapping[str, Any]) -> str:
     """Says what was written, and how it is loaded."""
     chosen = [[name, f"{each:.4f}"] for name, each in written["validation"].items()]
-    lines = [tables.align([["output", "on validation"], *chosen]), ""] if chosen else []
+    lines = [text.align([["output", "on validation"], *chosen]), ""] if chosen else []
     lines += [f"{out}: the output '{written['output']}', {written['bytes']:,} bytes"]
     for key, what in (("parameters", "parameters"), ("multiply_adds", "multiply-adds an image")):
         share = written[key] / max(1, written["whole"][key])

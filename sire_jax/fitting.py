@@ -12,11 +12,10 @@ from jax import Array
 from tqdm import tqdm
 
 from sire_jax.data.augmentation import Augmentation
-from sire_jax.fitted_prediction import is_fitted
 from sire_jax.metrics import Average, Metrics, is_label, means
 from sire_jax.objectives import Objectives, accurate
-from sire_jax.prediction import Prediction
-from sire_jax.prediction import check as check_predictions
+from sire_jax.predictions import Prediction, is_fitted
+from sire_jax.predictions import check as check_predictions
 from sire_jax.runs.divergence import NonFiniteLossError, first_broken, what_broke
 from sire_jax.runs.parallel import NEVER, never_broken, one_step, shuffle
 from sire_jax.state import INITIAL, TrainState, parted

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sire_jax import configuration, files, groups, tables
+from sire_jax import configuration, files, groups, text
 from sire_jax.data import sources
 from sire_jax.groups import Groups, coarse, make, mean_confusion
 from sire_jax.groups import balanced as balanced
@@ -25,9 +25,9 @@ from sire_jax.groups import distances as distances
 from sire_jax.groups.clustering import CRITERIA, METHODS, check_number
 from sire_jax.inference import confusion
 from sire_jax.job import command
-from sire_jax.names import nearest
 from sire_jax.runs.trained import open_run
 from sire_jax.storage.workdir import read_config
+from sire_jax.text import nearest
 
 
 def report(groupings: dict[int, Groups], confusion: np.ndarray | None = None) -> str:
@@ -38,9 +38,9 @@ def report(groupings: dict[int, Groups], confusion: np.ndarray | None = None) ->
         sizes = np.bincount(each.assignment)
         row = [str(number), str(sizes.min()), str(sizes.max())]
         if confusion is not None:
-            row += [tables.number(mean) for mean in mean_confusion(confusion, each.assignment)]
+            row += [text.number(mean) for mean in mean_confusion(confusion, each.assignment)]
         rows.append(row)
-    return tables.align(rows)
+    return text.align(rows)
 
 
 def _numbers(text: str) -> list[int]:

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import Array
 from ml_collections import ConfigDict
 
-from sire_jax import configuration, tables, traced
+from sire_jax import configuration, text, traced
 from sire_jax.configuration import experiment
 from sire_jax.job import command
 from sire_jax.networks import MAIN
@@ -91,7 +91,7 @@ def report(found: Mapping[str, Any]) -> str:
         rows.append([name, shape, f"{counts['parameters']:,}", f"{counts['multiply_adds']:,}"])
     for title, counts in (("without heads", found["without_heads"]), ("whole network", found)):
         rows.append([title, "", f"{counts['parameters']:,}", f"{counts['multiply_adds']:,}"])
-    return tables.align(rows)
+    return text.align(rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

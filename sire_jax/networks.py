@@ -9,7 +9,7 @@ import jax
 from flax import linen as nn
 from jax import Array
 
-from sire_jax.names import nearest
+from sire_jax.text import nearest
 
 MAIN = "main"
 

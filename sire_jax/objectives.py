@@ -19,7 +19,7 @@ from jax import Array
 from sire_jax import traced
 from sire_jax.losses import BINARY, Loss, classifies, sum_positions
 from sire_jax.metrics import is_classification
-from sire_jax.names import nearest
+from sire_jax.text import nearest
 
 # At which the weights of schedules are checked.
 _CHECKED_STEPS = (0, 1_000_000)

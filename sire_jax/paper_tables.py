@@ -7,7 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from sire_jax import configuration, registry, tables
+from sire_jax import configuration, registry, text
 from sire_jax.runs import divergence
 from sire_jax.runs.divergence import DIVERGED
 
@@ -144,7 +144,7 @@ def _figure(paper: Any, runs: list[float] | None) -> Figure:
         paper = [paper, None]
     if runs is None:
         return dict.fromkeys(("ours", "difference", "deviations", "runs")) | {"paper": paper}
-    mean, deviation = tables.spread(runs)
+    mean, deviation = text.spread(runs)
     difference = None if paper is None else mean - paper[0]
     return {
         "paper": paper,
@@ -171,7 +171,7 @@ def markdown(lines: Sequence[Mapping[str, Any]], table: Table) -> str:
         ]
         name = line["name"] + divergence.described(line.get(DIVERGED, []))
         rows.append([name, *cells, f"{line['seconds']:.0f}"])
-    return tables.align(rows)
+    return text.align(rows)
 
 
 def _cells(figure: Figure, has_paper: bool, form: str) -> list[str]:

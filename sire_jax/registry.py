@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from types import GenericAlias, NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
 
-from sire_jax.names import nearest
+from sire_jax.text import nearest
 
 # Fields that Flax adds to every module and that a config never sets.
 _FLAX_FIELDS = {"parent", "name"}

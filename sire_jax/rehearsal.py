@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from sire_jax import tables, traced
+from sire_jax import text, traced
 from sire_jax.configuration import experiment
 from sire_jax.data.dataset import Source
 from sire_jax.data.tasks import Pairs
@@ -271,7 +271,7 @@ def markdown(rehearsals: Mapping[str, Rehearsal]) -> str:
     unknown = len(hours) - len(known)
     note = f", {unknown} without a figure left out" * (unknown > 0)
     total = f"All of these, every seed after the other, here: {sum(known):,.1f} hours{note}."
-    return f"{tables.align(rows)}\n\n{total}"
+    return f"{text.align(rows)}\n\n{total}"
 
 
 def cells(name: str, found: Rehearsal) -> list[str]:

@@ -26,10 +26,10 @@ from sire_jax import (
     __version__,
     configuration,
     files,
-    names,
     paper_tables,
     registry,
     rehearsal,
+    text,
 )
 from sire_jax.configuration import experiment
 from sire_jax.diagnostics import figures, gradient_flow
@@ -62,7 +62,7 @@ def load_rows(
         ValueError: If the table has no such option, or a config is wrong; it names the row.
     """
     if option and option not in table.get("options", ()):
-        hint = names.nearest(option, table.get("options", ()))
+        hint = text.nearest(option, table.get("options", ()))
         raise ValueError(f"The table has no option '{option}'.{hint}")
     found = {}
     for row in rows:
@@ -113,8 +113,8 @@ def rehearse(
 
     def note(name: str, shown: rehearsal.Rehearsal) -> None:
         found[name] = shown
-        text = f"{title}\n\n{paper_tables.note(overrides)}{rehearsal.markdown(found)}\n"
-        files.replace(workdir / "rehearsal.md", text)
+        page = f"{title}\n\n{paper_tables.note(overrides)}{rehearsal.markdown(found)}\n"
+        files.replace(workdir / "rehearsal.md", page)
         details = {
             "title": title,
             "option": option,

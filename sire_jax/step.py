@@ -11,9 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sire_jax import metrics, prediction, traced
+from sire_jax import metrics, traced
 from sire_jax.data.augmentation import Augmentation, Batch
-from sire_jax.fitted_prediction import is_fitted
 from sire_jax.layers import batch_over
 from sire_jax.metrics import Average, Metrics
 from sire_jax.objectives import (
@@ -25,6 +24,7 @@ from sire_jax.objectives import (
     weighted_sum,
 )
 from sire_jax.objectives import weights as weights_at
+from sire_jax.predictions import Prediction, is_fitted
 from sire_jax.state import TrainState, parted, plain
 from sire_jax.updates import Losses, UpdateRule
 
@@ -275,7 +275,7 @@ def _counted(objectives: Objectives, batch: Batch, shared: Shared | None) -> dic
 def make_measure(
     apply: Apply,
     objectives: Objectives,
-    predictions: Mapping[str, prediction.Prediction] | None = None,
+    predictions: Mapping[str, Prediction] | None = None,
 ) -> Measure:
     """Makes the measurement of a batch in evaluation mode.
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from sire_jax import configuration, files, rehearsal, tables, traced
+from sire_jax import configuration, files, rehearsal, text, traced
 from sire_jax.configuration import experiment
 from sire_jax.diagnostics import figures, gradient_flow
 from sire_jax.job import command, distributed, lock
@@ -216,9 +216,9 @@ def summary(results: Mapping[str, Any]) -> str:
     for split, values in results["splits"].items():
         for name, each in values.items():
             kept = converged(each, diverged)
-            mean, deviation = tables.spread(kept)
-            spread = f" ± {tables.number(deviation)}" if len(kept) > 1 else ""
-            lines.append(f"  {split:<11}{name:<{longest + 2}}{tables.number(mean)}{spread}")
+            mean, deviation = text.spread(kept)
+            spread = f" ± {text.number(deviation)}" if len(kept) > 1 else ""
+            lines.append(f"  {split:<11}{name:<{longest + 2}}{text.number(mean)}{spread}")
     return "\n".join(lines)
 
 

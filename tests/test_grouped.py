@@ -19,9 +19,8 @@ from sire_jax.configuration import (
     optimizer,
     prediction,
 )
-from sire_jax.fitted_prediction import FittedJointProbability, LinearCombination
 from sire_jax.groups import Groups, partition
-from sire_jax.prediction import JointProbability
+from sire_jax.predictions import FittedJointProbability, JointProbability, LinearCombination
 from sire_jax.runs.loading import ignored, load_data
 from sire_jax.runs.trained import kept_weights, open_run
 

@@ -8,10 +8,10 @@ import sire_jax
 PACKAGE = Path(sire_jax.__file__).parent
 # Later ones may import earlier ones, and those of a line each other.
 ORDER = """
-names tables files metrics
+text files metrics
 registry
 job untrusted layers
-traced slices jaxprs networks losses objectives prediction fitted_prediction optimizers
+traced slices jaxprs networks losses objectives predictions optimizers
 backbones heads groups updates data
 state step
 configuration

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sire_jax import configuration, groups, paper_tables, tables
+from sire_jax import configuration, groups, paper_tables, text
 from sire_jax.configuration import experiment
 from sire_jax.groups import clustering
 from sire_jax.networks import MAIN
@@ -328,7 +328,7 @@ def test_the_maps_of_what_trains_are_what_was_recorded(benchmark):
         assert (recorded["steps"], recorded["batch_size"]) == (chosen.steps, chosen.batch)
         assert set(recorded["rows"]) == {called for *_, called in chosen.cells()}
         for width in chosen.widths:
-            assert tables.align(stability.rows(chosen, recorded["rows"], width)) in said
+            assert text.align(stability.rows(chosen, recorded["rows"], width)) in said
 
 
 def test_what_is_said_of_readings_is_what_was_recorded(benchmark):

@@ -24,7 +24,7 @@ from sire_jax.losses import (
 from sire_jax.metrics import means
 from sire_jax.networks import Network
 from sire_jax.objectives import Objective
-from sire_jax.prediction import JointProbability, Output
+from sire_jax.predictions import JointProbability, Output
 from sire_jax.state import TrainState
 from sire_jax.step import Shared, find_reach, make_measure, make_step
 from sire_jax.updates import UPDATES, joint, multiway

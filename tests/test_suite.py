@@ -26,7 +26,6 @@ THROUGH_OTHERS = {
     "job.coordination": "test_distributed.py",
     "job.signals": "faults/test_starts.py",
     "jaxprs": "test_traced.py",
-    "names": "test_configuration.py",
     "runs.feed": "test_streamed_runs.py",
     "runs.placement": "test_distributed.py",
     "runs.program": "test_distributed.py",

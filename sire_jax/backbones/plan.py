@@ -12,7 +12,7 @@ from jax import Array, lax
 
 from sire_jax.backbones.blocks import Block
 from sire_jax.layers import Dropout, uniform_fan_in
-from sire_jax.names import nearest
+from sire_jax.text import nearest
 
 Endpoints = dict[str, Array]
 IMAGE = "image"

@@ -12,8 +12,8 @@ from sire_jax import objectives, optimizers, registry
 from sire_jax.groups import Groups
 from sire_jax.losses import classifies
 from sire_jax.metrics import is_classification
-from sire_jax.names import nearest
 from sire_jax.networks import MAIN
+from sire_jax.text import nearest
 
 _UNITS = ("step", "epoch", "run")
 

@@ -11,18 +11,18 @@ import optax
 from jax import Array
 from ml_collections import ConfigDict
 
-from sire_jax import objectives, optimizers, prediction, registry, traced, untrusted
+from sire_jax import objectives, optimizers, registry, traced, untrusted
 from sire_jax.configuration import compatibility, validation
 from sire_jax.configuration import objectives as objective_sections
 from sire_jax.configuration.sections import NAMED, SINGLE, TASK
 from sire_jax.data import augmentation, batches, crops, tasks
 from sire_jax.data.augmentation import RandomCrop
 from sire_jax.data.dataset import Source
-from sire_jax.fitted_prediction import is_fitted
 from sire_jax.groups.partition import Groups, from_section
 from sire_jax.layers.initialization import as_pytorch
-from sire_jax.names import nearest
 from sire_jax.networks import MAIN, Network
+from sire_jax.predictions import check as check_predictions
+from sire_jax.predictions import is_fitted
 from sire_jax.state import INITIAL, TrainState
 from sire_jax.step import (
     Apply,
@@ -35,6 +35,7 @@ from sire_jax.step import (
     make_predict,
     make_step,
 )
+from sire_jax.text import nearest
 from sire_jax.updates import UpdateRule, weighted
 
 PyTree = Any
@@ -356,7 +357,7 @@ def build(config: ConfigDict) -> Experiment:
     of_outputs = branches(chosen, parts.groups)
     assignments = {name: each.assignment for name, each in of_outputs.items()}
     predictions = _parts(config, "predictions", groups=assignments)
-    prediction.check(predictions, outputs)
+    check_predictions(predictions, outputs)
     compatibility.labels(predictions, chosen)
     compatibility.names(predictions, outputs, chosen)
     jax.eval_shape(lambda o, b: objectives.evaluate(chosen, o, b), dict(outputs), batch)

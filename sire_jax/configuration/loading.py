@@ -13,7 +13,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from sire_jax import files, names, registry
+from sire_jax import files, registry, text
 from sire_jax.configuration.sections import SINGLE, augmentation
 from sire_jax.data.augmentation import AUGMENTATIONS
 from sire_jax.groups import partition
@@ -44,7 +44,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
         shipped = repository_configs()
         known = [each.name for each in shipped.glob("*.py")]
         raise FileNotFoundError(
-            f"There is no config file {file}.{names.nearest(Path(file).name, known)} It was looked"
+            f"There is no config file {file}.{text.nearest(Path(file).name, known)} It was looked"
             f" for in {Path.cwd()}, in {CONFIGS} there, and among those known, in {shipped}."
         )
     get_config = runpy.run_path(str(place)).get("get_config")
@@ -203,7 +203,7 @@ def _check_override(config: ConfigDict, argument: str) -> None:
     for key in argument.removeprefix("--config.").partition("=")[0].split("."):
         if not isinstance(section, ConfigDict) or key not in section:
             known = section.keys() if isinstance(section, ConfigDict) else ()
-            raise ValueError(f"{where} has no key '{key}'.{names.nearest(key, known)}")
+            raise ValueError(f"{where} has no key '{key}'.{text.nearest(key, known)}")
         section, where = section[key], f"{where}.{key}"
     if section is None:
         raise ValueError(

@@ -13,10 +13,10 @@ from sire_jax import registry
 from sire_jax.backbones import BACKBONES
 from sire_jax.data.augmentation import AUGMENTATIONS
 from sire_jax.data.tasks import TASKS
-from sire_jax.fitted_prediction import PREDICTIONS
 from sire_jax.heads import HEADS
 from sire_jax.losses import LOSSES, LOSSES_WITH_SETTINGS
 from sire_jax.optimizers import OPTIMIZERS
+from sire_jax.predictions import PREDICTIONS
 from sire_jax.updates import AGGREGATORS, UPDATES, WEIGHTINGS
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from sire_jax import names, registry
+from sire_jax import registry, text
 from sire_jax.configuration import SPLITS, compatibility, default
 from sire_jax.configuration import objectives as objective_sections
 from sire_jax.configuration.sections import NAMED, SINGLE, TASK
@@ -43,7 +43,7 @@ def validate(config: ConfigDict) -> None:
         raise ValueError(f"config.seed is {config.seed}; seeds should be below 2**31.")
     for split in config.evaluate_splits:
         if split not in SPLITS:
-            raise ValueError(f"config.evaluate_splits has '{split}'.{names.nearest(split, SPLITS)}")
+            raise ValueError(f"config.evaluate_splits has '{split}'.{text.nearest(split, SPLITS)}")
     _check_devices(config)
     _check_data(config.data)
     _check_feed(config)
@@ -69,7 +69,7 @@ def _check_least(key: str, value: int, least: int) -> None:
 
 def _check_choice(key: str, value: str, known: Sequence[str]) -> None:
     if value not in known:
-        raise ValueError(f"config.{key} is '{value}'.{names.nearest(value, known)}")
+        raise ValueError(f"config.{key} is '{value}'.{text.nearest(value, known)}")
 
 
 def _check_devices(config: ConfigDict) -> None:
@@ -185,7 +185,7 @@ _OPEN_DATA = ("config.data.task", "config.data.classes", "config.data.groups")
 def _check_section(where: str, given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
     for key in given:
         if key not in known:
-            raise ValueError(f"{where} has no key '{key}'.{names.nearest(key, known)}")
+            raise ValueError(f"{where} has no key '{key}'.{text.nearest(key, known)}")
     for key, value in known.items():
         if key not in given:
             raise ValueError(f"{where} lacks the key '{key}'; start from configuration.default().")

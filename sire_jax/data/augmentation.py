@@ -14,7 +14,7 @@ from jax import Array
 from jax.scipy.ndimage import map_coordinates
 
 from sire_jax.data.tasks import ordered
-from sire_jax.names import nearest
+from sire_jax.text import nearest
 
 Batch = dict[str, Array]
 Augmentation = Callable[[Array, Batch], Batch]

@@ -19,7 +19,7 @@ from typing import Any
 
 from sire_jax import files, untrusted
 from sire_jax.data.dataset import Dataset, Listed
-from sire_jax.names import listed
+from sire_jax.text import listed
 
 FILE, FILES = "data.json", "data_files.gz"
 # Of the list of images, unpacked: that of several million.

@@ -19,7 +19,7 @@ from sire_jax.data import shares
 from sire_jax.data.dataset import Dataset, Listed, Selection
 from sire_jax.data.images import EXTENSIONS
 from sire_jax.files import expanded
-from sire_jax.names import listed, printable
+from sire_jax.text import listed, printable
 
 _LAYOUT = "an image folder is <folder>/<split>/<class>/*.jpg"
 # The whole of a folder that has no splits, for shares of it.

@@ -16,7 +16,7 @@ from sire_jax import untrusted
 from sire_jax.data import copies
 from sire_jax.data.dataset import Dataset, Listed, Selection
 from sire_jax.data.images import DamagedImageError
-from sire_jax.names import listed
+from sire_jax.text import listed
 
 # Bytes that are read of the files of a set, in blocks, to tell it from another.
 _BLOCK, _BLOCKS = 2**16, 256

@@ -12,7 +12,7 @@ from sire_jax.data import folders, images, prepared
 from sire_jax.data.dataset import EVERYTHING, Dataset, Listed, Selection, draw_classes
 from sire_jax.data.images import DamagedImageError
 from sire_jax.files import expanded
-from sire_jax.names import nearest
+from sire_jax.text import nearest
 
 
 class Split(Protocol):

@@ -16,7 +16,7 @@ from sire_jax.data.folders import FolderSplit
 from sire_jax.data.images import DamagedImageError
 from sire_jax.data.prepared import PreparedSplit, copy_place
 from sire_jax.data.records import Records, open_records
-from sire_jax.names import listed, nearest
+from sire_jax.text import listed, nearest
 
 DIGITS = Path(__file__).with_name("digits.npz")
 # Images that a thread decodes at a time: single small ones would cost more to pass on.

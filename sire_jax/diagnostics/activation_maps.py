@@ -29,7 +29,7 @@ from sire_jax.groups import Groups
 from sire_jax.inference.exits import classified
 from sire_jax.job import command
 from sire_jax.networks import MAIN
-from sire_jax.prediction import JointProbability, Output
+from sire_jax.predictions import JointProbability, Output
 from sire_jax.runs.runs import Runs
 from sire_jax.runs.trained import kept_weights, of_first_seed, open_run
 

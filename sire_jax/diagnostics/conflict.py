@@ -23,7 +23,7 @@ from sire_jax.networks import MAIN
 from sire_jax.runs.trained import Trained
 from sire_jax.step import make_losses
 from sire_jax.updates import Losses, gradients
-from sire_jax.updates.aggregated import gramians
+from sire_jax.updates.gradients import gramians
 from sire_jax.updates.reached import Reached
 
 PyTree = Any

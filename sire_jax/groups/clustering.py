@@ -6,7 +6,7 @@ import numpy as np
 
 from sire_jax.groups.confusion import check_confusion
 from sire_jax.groups.partition import Groups
-from sire_jax.names import listed, nearest
+from sire_jax.text import listed, nearest
 
 CRITERIA = ("join", "split")
 METHODS = ("paper", "released")

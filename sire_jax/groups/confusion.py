@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from sire_jax import files
-from sire_jax.names import listed
+from sire_jax.text import listed
 
 
 def check_confusion(confusion: np.ndarray, names: Sequence[str] | None = None) -> None:

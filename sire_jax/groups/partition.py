@@ -12,7 +12,7 @@ from jax import Array
 
 from sire_jax import files, registry, untrusted
 from sire_jax.metrics import is_label
-from sire_jax.names import listed, nearest
+from sire_jax.text import listed, nearest
 
 SHAPE = (
     '{"made": "how", "classes": ["apple", "oak", "pear"], "groups": {"2": [["apple", "pear"],'

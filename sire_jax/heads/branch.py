@@ -18,7 +18,7 @@ from sire_jax.heads.branch_blocks import (
     Recalibration,
 )
 from sire_jax.layers import uniform_fan_in
-from sire_jax.names import nearest
+from sire_jax.text import nearest
 
 LAYERS = {
     "convolution": Convolution,

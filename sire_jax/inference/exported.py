@@ -17,7 +17,7 @@ from sire_jax.data.dataset import Source
 from sire_jax.inference.stages import cut_out
 from sire_jax.job import command
 from sire_jax.metrics import class_logits
-from sire_jax.names import nearest
+from sire_jax.text import nearest
 
 PyTree = Any
 # What a file says that it is, with the version of its layout.

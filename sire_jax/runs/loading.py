@@ -6,9 +6,9 @@ from typing import Any
 from sire_jax.configuration.experiment import Experiment
 from sire_jax.data import records, sources, tasks
 from sire_jax.data.dataset import Dataset, Selection, Source
-from sire_jax.fitted_prediction import is_fitted
 from sire_jax.groups.partition import check_names
-from sire_jax.names import listed
+from sire_jax.predictions import is_fitted
+from sire_jax.text import listed
 
 
 def load_data(parts: Experiment) -> tuple[Dataset[Any], list[tasks.Draw]]:

@@ -11,9 +11,9 @@ from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
 from sire_jax.configuration import experiment
-from sire_jax.fitted_prediction import MOST, is_fitted
 from sire_jax.job import compilation
 from sire_jax.metrics import Average, Metrics, means
+from sire_jax.predictions import MOST, is_fitted
 from sire_jax.runs import gradient_flow
 from sire_jax.runs.feed import Feed, Totals
 from sire_jax.runs.held import DeviceFeed

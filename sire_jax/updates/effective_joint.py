@@ -9,8 +9,8 @@ import optax
 from jax import Array
 
 from sire_jax.optimizers import LinearOptimizer
-from sire_jax.updates.aggregated import aggregated_gradient, check_aggregator
 from sire_jax.updates.aggregators import SUM, Aggregator
+from sire_jax.updates.gradients import aggregated_gradient, check_aggregator
 from sire_jax.updates.reached import Reached, masked, move, scale
 from sire_jax.updates.rule import Losses, Updated, UpdateRule
 

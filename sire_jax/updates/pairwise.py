@@ -9,8 +9,8 @@ from jax import Array
 
 from sire_jax import traced
 from sire_jax.updates import gradients
-from sire_jax.updates.aggregated import check_aggregator, factors
 from sire_jax.updates.aggregators import SUM, Aggregator, Sum
+from sire_jax.updates.gradients import check_aggregator, factors
 from sire_jax.updates.reached import Reached, scale
 from sire_jax.updates.rule import Losses, Updated, UpdateRule
 from sire_jax.updates.steps import Steps

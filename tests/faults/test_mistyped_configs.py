@@ -13,11 +13,11 @@ from sire_jax.backbones import BACKBONES
 from sire_jax.configuration import experiment, validation
 from sire_jax.data.augmentation import AUGMENTATIONS
 from sire_jax.data.tasks import TASKS
-from sire_jax.fitted_prediction import PREDICTIONS
 from sire_jax.heads import HEADS
 from sire_jax.job import compilation
 from sire_jax.losses import LOSSES_WITH_SETTINGS
 from sire_jax.optimizers import OPTIMIZERS, SCHEDULES
+from sire_jax.predictions import PREDICTIONS
 from sire_jax.updates import AGGREGATORS, UPDATES, WEIGHTINGS
 
 CONFIGS = configuration.repository_configs()

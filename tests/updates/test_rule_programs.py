@@ -33,8 +33,8 @@ from sire_jax.heads.classifier import Classifier
 from sire_jax.networks import Network
 from sire_jax.storage.checkpoint import Checkpoints
 from sire_jax.updates import UPDATES, effective_joint, joint, multiway, pairwise
-from sire_jax.updates.aggregated import factors, gramians
 from sire_jax.updates.aggregators import SUM, UPGrad
+from sire_jax.updates.gradients import factors, gramians
 from sire_jax.updates.reached import Reached
 from sire_jax.updates.rule import Updated
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from sire_jax import prediction
-from sire_jax.prediction import DigitOrder, JointProbability, Output, log_joint
+from sire_jax import predictions
+from sire_jax.predictions import DigitOrder, JointProbability, Output, log_joint
 
 _order = jax.jit(DigitOrder())
 quickly = settings(max_examples=25, deadline=None)
@@ -94,10 +94,10 @@ def test_one_logits_prediction_is_its_sigmoid():
 
 def test_check_names_a_missing_output():
     rules = {"order": DigitOrder("digit"), "plain": Output()}
-    prediction.check(rules, {"digit": 0, "main": 0})
+    predictions.check(rules, {"digit": 0, "main": 0})
     message = r"'order' uses the output 'digit'.*Did you mean 'digits'.*Known: digits, main"
     with pytest.raises(ValueError, match=message):
-        prediction.check(rules, {"digits": 0, "main": 0})
+        predictions.check(rules, {"digits": 0, "main": 0})
     assert (Output("a").needs(), DigitOrder().needs()) == (("a",), ("digits",))
 
 
@@ -261,4 +261,4 @@ def test_joint_probabilities_need_the_main_output_and_their_branches():
     assert JointProbability(GROUPS, branches=("b",)).needs() == ("main", "b")
     rules = {"joint": JointProbability(GROUPS)}
     with pytest.raises(ValueError, match=r"'joint' uses the output 'b'"):
-        prediction.check(rules, {"main": 0, "a": 0})
+        predictions.check(rules, {"main": 0, "a": 0})

@@ -5,13 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sire_jax.fitted_prediction import (
+from sire_jax.predictions import (
     PREDICTIONS,
     FittedJointProbability,
+    JointProbability,
     LinearCombination,
+    Output,
     is_fitted,
 )
-from sire_jax.prediction import JointProbability, Output
 
 ASSIGNMENT = (0, 1, 2, 0, 1, 2)
 GROUPS = {"branch": ASSIGNMENT}
