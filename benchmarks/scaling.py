@@ -40,7 +40,7 @@ import numpy as np
 from sire_jax import configuration
 from sire_jax.configuration import experiment
 from sire_jax.job import distributed
-from sire_jax.runs.held import DeviceFeed
+from sire_jax.runs.on_device import DeviceFeed
 from sire_jax.runs.placement import Placement
 from sire_jax.runs.runs import Checkpoint, Runs
 from sire_jax.storage.checkpoint import Checkpoints

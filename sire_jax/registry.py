@@ -193,10 +193,15 @@ def check_settings(
 
 @contextmanager
 def located(where: str) -> Iterator[None]:
-    """Puts the path of a section ahead of the messages on what is done with it."""
+    """Puts the path of a section ahead of the messages on what is done with it.
+
+    Errors of a kind of their own, such as one on a damaged image, stay what they are.
+    """
     try:
         yield
     except ValueError as error:
+        if type(error) is not ValueError:
+            raise
         raise ValueError(f"{where}: {error}") from error
 
 

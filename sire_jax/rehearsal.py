@@ -22,7 +22,7 @@ from sire_jax.data.tasks import Pairs
 from sire_jax.groups.partition import is_dealt
 from sire_jax.job.memory import available
 from sire_jax.runs import gradient_flow, parallel
-from sire_jax.runs.held import DeviceFeed
+from sire_jax.runs.on_device import DeviceFeed
 from sire_jax.runs.placement import Placement
 from sire_jax.runs.runs import Runs
 

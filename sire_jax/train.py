@@ -23,7 +23,8 @@ from sire_jax.runs.divergence import DIVERGED, NonFiniteLossError, converged, de
 from sire_jax.runs.gradient_flow import check as check_gradient_flow
 from sire_jax.runs.runs import Runs
 from sire_jax.runs.training import Training
-from sire_jax.storage.checkpoint import Checkpoints
+from sire_jax.storage import trees
+from sire_jax.storage.checkpoint import Checkpoints, room
 from sire_jax.storage.logs import Logs
 from sire_jax.storage.workdir import Workdir, read_results
 
@@ -88,7 +89,7 @@ def _train_in(
     with distributed.together("opening the workdir"):
         directory.check_data(runs.feed.contents)
         shapes = runs.checkpoint_shapes()
-        directory.check_room(sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes)))
+        directory.check_room(room(map(trees.numbers_of, jax.tree.leaves(shapes))))
         logs = Logs(directory, config.tensorboard)
         directory.write_data(runs.feed.contents)
         directory.write_config()

@@ -396,3 +396,18 @@ def test_the_quickstart_without_its_auxiliary_output_is_the_same_network(auxilia
     assert all(
         k == "name" or k.split(".")[0] in ("heads", "objectives", "predictions") for k in keys
     )
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("draw_classes=1", r"config\.data: draw_classes is 1; it should be at least 2"),
+        ("train_splits=('a','a')", r"config\.data: train_splits is \('a', 'a'\) .*named twice"),
+        ("task.train=-1", r"config\.data\.task: train is -1; it should be at least"),
+    ],
+)
+def test_the_config_adds_the_path_to_what_is_wrong_with_data(override, message):
+    path = f"{configuration.repository_configs()}/quickstart.py"
+    config = configuration.load(path, [f"--config.data.{override}"])
+    with pytest.raises(ValueError, match=message):
+        experiment.forward(config)

@@ -271,7 +271,7 @@ def test_the_program_needs_no_data_and_says_the_names_of_the_run(
     described = json.loads((run / "data.json").read_text())
     described["classes"]["label"] = [f"class {i}" for i in range(10)]
     (run / "data.json").write_text(json.dumps(described))
-    monkeypatch.setattr("sire_jax.runs.held.load_data", None)
+    monkeypatch.setattr("sire_jax.runs.on_device.load_data", None)
     monkeypatch.setattr("sire_jax.runs.streamed.load_data", None)
     # Two dollar signs are a formula to who draws.
     odd = digit.rename(tmp_path / "$a$_$.png")

@@ -597,17 +597,13 @@ class Normalized(nn.Module):
 def _pmapped(norm, batch_norm):
     network, batch = Network(Normalized(norm), {}), _batch()
     state, _ = _start(network, {"main": MAIN}, batch)
-    rule = joint(optax.sgd(0.1), find_reach(network.apply, {"main": MAIN}, _shapes(state), batch))
+    rule = joint(optax.sgd(0.1), find_reach(network.apply, {"main": MAIN}, state.variables, batch))
     shared = Shared("data", batch_norm=batch_norm)
     step = make_step(network.apply, {"main": MAIN}, rule, shared=shared)
     split = jax.tree.map(lambda x: x[None], batch)
     return jax.pmap(step, "data", in_axes=(None, 0), out_axes=None, devices=jax.devices()[:1])(
         state, split
     )
-
-
-def _shapes(state):
-    return state.variables
 
 
 def test_batch_statistics_of_one_device_are_refused_where_the_whole_batchs_are_asked_for():

@@ -11,7 +11,7 @@ from pictured import picture, write, write_folder
 
 from sire_jax import configuration, evaluate, train
 from sire_jax.configuration import experiment
-from sire_jax.runs.held import DeviceFeed
+from sire_jax.runs.on_device import DeviceFeed
 from sire_jax.runs.runs import Runs
 from sire_jax.runs.streamed import StreamFeed, ahead
 from sire_jax.runs.trained import restore

@@ -20,7 +20,7 @@ import pytest
 from sire_jax import configuration, evaluate, inspect, paper_tables, reproduce, train
 from sire_jax.configuration import experiment
 from sire_jax.job import command, lock
-from sire_jax.runs.held import DeviceFeed
+from sire_jax.runs.on_device import DeviceFeed
 from sire_jax.runs.runs import Runs
 from sire_jax.runs.trained import restore
 from sire_jax.storage import workdir

@@ -30,6 +30,9 @@ def test_arrays_of_one_path_are_refused():
         trees.flatten(_Twins(jnp.zeros(1), jnp.ones(1)))
     with pytest.raises(ValueError, match="Two arrays of the tree have the same path"):
         trees.flatten({"a/b": jnp.zeros(1), "a": {"b": jnp.ones(1)}})
+    # Others of orbax's, whose paths are joined with dots.
+    with pytest.raises(ValueError, match=r"the same path: a/b\.c and a\.b/c\."):
+        trees.flatten({"a": {"b.c": jnp.zeros(1)}, "a.b": {"c": jnp.ones(1)}})
 
 
 def test_a_tree_is_nested_by_what_a_person_calls_its_nodes():
@@ -57,9 +60,9 @@ def test_numbers_are_copies_placed_like_arrays():
     for name, each in arrays.items():
         described = trees.numbers_of(each)
         assert (described.shape, described.dtype) == (numbers[name].shape, numbers[name].dtype)
-    assert trees.place(numbers["columns"], columns) is numbers["columns"]
+    assert trees.placed_like(numbers["columns"], columns) is numbers["columns"]
     shape = jax.ShapeDtypeStruct((), key.dtype)
     assert jnp.array_equal(
-        jax.random.normal(trees.place(numbers["key"], shape)), jax.random.normal(key)
+        jax.random.normal(trees.placed_like(numbers["key"], shape)), jax.random.normal(key)
     )
-    assert trees.place(numbers["x"], arrays["x"]).dtype == jnp.bfloat16
+    assert trees.placed_like(numbers["x"], arrays["x"]).dtype == jnp.bfloat16

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -18,35 +18,44 @@ class Block(nn.Module):
 
     It is called with ``(x, before, train=…)``, where ``before`` is what the block before it was
     given (its own input, of a stage's first block). A block that can be mirrored also has a method
-    ``decoder(outputs, last)``, not wrapped by Flax (``nn.nowrap``): it returns the module that
-    reads the block backwards, from its output to its input of ``outputs`` channels and ``stride``
-    times the size. The ``last`` block of a decoder ends linearly: its output may take any value.
+    ``decoder(outputs, last)``: it returns a module (without a parent: ``parent=None``) that reads
+    the block backwards, called with ``(x, train=…)``, from its output to its input of ``outputs``
+    channels and ``stride`` times the size. The ``last`` block of a decoder ends linearly: its
+    output may take any value.
 
-    >>> import jax.numpy as jnp
-    >>> class Scale(Block):
-    ...     @nn.compact
+    >>> class Half(Block):
+    ...     stride: int = 2
     ...     def __call__(self, x, before, *, train):
-    ...         return x * self.param("scale", nn.initializers.ones, (x.shape[-1],))
-    >>> Scale().channels(3), Scale().stride
-    (3, 1)
+    ...         return x[:, ::2, ::2]
+    ...     def decoder(self, outputs, last):
+    ...         return Repeat(parent=None)
+    >>> class Repeat(nn.Module):
+    ...     def __call__(self, x, *, train):
+    ...         return upsample(x, 2)
+    >>> mirror = Half().decoder(outputs=3, last=False)
+    >>> Half().channels(3), mirror(jnp.ones((1, 2, 2, 3)), train=False).shape
+    (3, (1, 4, 4, 3))
 
     Attributes:
-        stride: By how much the block divides height and width.
+        stride: By how much the block divides height and width. As a field it comes after those
+            without a default, as it has one.
+        layers: How many layers it counts as, one if it doesn't say.
         skips: Whether decoders have a long skip connection around its mirror.
         loops: Whether equal blocks may be applied in a loop: it does not use ``before``.
     """
 
-    # Not fields, which those of a block would follow.
+    # Without annotations they are no fields, which those of a block would have to follow.
     stride = 1
-    skips: ClassVar[bool] = True
-    loops: ClassVar[bool] = False
+    layers = 1
+    skips = True
+    loops = False
 
-    @property
-    def layers(self) -> int:
-        """How many layers it counts as: one if it doesn't say."""
-        return 1
+    def __init_subclass__(cls, **settings: Any) -> None:
+        # Neither computes anything: Flax would make what they return a child of the block.
+        for name in {"channels", "decoder"} & vars(cls).keys():
+            setattr(cls, name, nn.nowrap(vars(cls)[name]))
+        super().__init_subclass__(**settings)
 
-    @nn.nowrap
     def channels(self, inputs: int) -> int:
         """Returns the output channels for so many input channels; as many if it doesn't say."""
         return inputs
@@ -222,17 +231,15 @@ class Convolution(Block):
         y = Unit(*unit, use_bias=self.use_bias, name="unit")(x, train=train)
         return nn.relu(y + _as_channels(before, y.shape) if self.residual else y)
 
-    @nn.nowrap
     def channels(self, inputs: int) -> int:
         """Returns ``width``."""
         return self.width
 
-    @nn.nowrap
     def decoder(self, outputs: int, last: bool) -> nn.Module:
         """Returns a transposed convolution with batch norm and ReLU; alone and biased if last."""
         unit = (outputs, self.kernel_size, self.stride)
         norm = self.decoder_norm and not last
-        return _MirroredConvolution(unit, self.use_bias or last, norm, last)
+        return _MirroredConvolution(unit, self.use_bias or last, norm, last, parent=None)
 
 
 def _as_channels(x: Array, shape: Sequence[int]) -> Array:
@@ -272,8 +279,8 @@ class MaxPool(Block):
     stride: int = 2
     padding: tuple[int, int] = (0, 0)
     # It has no parameters: a decoder has no long skip connection around its mirror.
-    skips: ClassVar[bool] = False
-    layers: ClassVar[int] = 0
+    skips = False
+    layers = 0
 
     def __post_init__(self) -> None:
         check_stride("MaxPool", self.stride)
@@ -288,7 +295,6 @@ class MaxPool(Block):
         """Maps ``[b, h, w, c]`` to ``[b, h', w', c]``."""
         return max_pool(x, self.size, self.stride, self.padding)
 
-    @nn.nowrap
     def decoder(self, outputs: int, last: bool) -> nn.Module:
         """Returns nearest up-sampling.
 
@@ -301,7 +307,7 @@ class MaxPool(Block):
                 f"{self} doesn't divide sizes by {self.stride}: its padding should sum to at least"
                 f" {self.size - self.stride} and less than {self.size}."
             )
-        return _Upsample(self.stride)
+        return _Upsample(self.stride, parent=None)
 
 
 class _Upsample(nn.Module):
@@ -340,7 +346,7 @@ class Residual(Block):
         super().__post_init__()
 
     @property
-    def layers(self) -> int:
+    def layers(self) -> int:  # type: ignore[override]
         """How many layers it counts as: its convolutions, without the shortcut's."""
         return len(self.widths)
 
@@ -349,16 +355,14 @@ class Residual(Block):
         """Maps ``[b, h, w, c]`` to ``[b, h / stride, w / stride, widths[-1]]``."""
         return nn.relu(_residual(x, self._units(self.widths), self.stride, False, train))
 
-    @nn.nowrap
     def channels(self, inputs: int) -> int:
         """Returns the last width."""
         return self.widths[-1]
 
-    @nn.nowrap
     def decoder(self, outputs: int, last: bool) -> nn.Module:
         """Returns the block read backwards: its last convolution first, each to its input."""
         units = self._units((outputs, *self.widths[:-1]))[::-1]
-        return _MirroredResidual(units, self.stride, last)
+        return _MirroredResidual(units, self.stride, last, parent=None)
 
     @nn.nowrap
     def _units(self, widths: Sequence[int]) -> tuple[tuple[int, int, int], ...]:

@@ -53,11 +53,10 @@ class DenseLayers(Block):
         super().__post_init__()
 
     @property
-    def layers(self) -> int:
+    def layers(self) -> int:  # type: ignore[override]
         """How many layers it counts as: its convolutions."""
         return 2 * self.number
 
-    @nn.nowrap
     def channels(self, inputs: int) -> int:
         """Returns ``inputs + number growth``."""
         return inputs + self.number * self.growth
@@ -103,7 +102,6 @@ class Transition(Block):
             raise ValueError(f"reduction is {self.reduction}; it should be in (0, 1].")
         super().__post_init__()
 
-    @nn.nowrap
     def channels(self, inputs: int) -> int:
         """Returns ``floor(reduction inputs)``.
 

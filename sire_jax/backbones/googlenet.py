@@ -1,7 +1,6 @@
 """GoogLeNet (Szegedy et al., 2015), with batch norm."""
 
 import functools
-from typing import ClassVar
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -62,7 +61,7 @@ class Inception(Block):
     large: int
     pooled: int
     kernel_size: int = 3
-    layers: ClassVar[int] = 2
+    layers = 2
 
     def __post_init__(self) -> None:
         check_widths("Inception", self.direct, self.reduced, self.middle)
@@ -86,12 +85,10 @@ class Inception(Block):
         ]
         return nn.relu(jnp.concatenate(parts, axis=-1))
 
-    @nn.nowrap
     def channels(self, inputs: int) -> int:
         """Returns the sum of the widths of the four paths."""
         return self.direct + self.middle + self.large + self.pooled
 
-    @nn.nowrap
     def decoder(self, outputs: int, last: bool) -> nn.Module:
         """Returns the four paths read backwards, split and summed."""
         paths = (
@@ -101,7 +98,7 @@ class Inception(Block):
             ((outputs, 1),),
         )
         widths = (self.direct, self.middle, self.large, self.pooled)
-        return _MirroredInception(paths, widths, last)
+        return _MirroredInception(paths, widths, last, parent=None)
 
 
 def _path(

@@ -36,8 +36,8 @@ class Plan:
             where a branch may be attached (Palacio et al., *Contextual Classification*, Fig. 4).
     """
 
-    stages: tuple[tuple[Any, ...], ...]
-    tail: tuple[Any, ...] = ()
+    stages: tuple[tuple[Block, ...], ...]
+    tail: tuple[Block, ...] = ()
     positions: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -47,11 +47,14 @@ class Plan:
                 f" ((Convolution(16), MaxPool()),); it is given {self.stages}."
             )
         for block in (*(block for stage in self.stages for block in stage), *self.tail):
-            if not isinstance(block, Block):
+            if not isinstance(block, Block) or type(block) is Block:
                 raise ValueError(
                     f"{block} is not a block of a plan; a block is a module of a class derived from"
                     " Block, such as Convolution(16) or MaxPool()."
                 )
+        # Where a plan is written inside of a module, Flax has named its blocks: equal ones differ.
+        object.__setattr__(self, "stages", tuple(map(_unnamed, self.stages)))
+        object.__setattr__(self, "tail", _unnamed(self.tail))
         for i, name in enumerate(self.positions, start=1):
             if name not in self.names():
                 raise ValueError(
@@ -59,7 +62,7 @@ class Plan:
                     f"{nearest(name, self.names())}"
                 )
 
-    def blocks(self, stage: int) -> Iterator[tuple[str, Any]]:
+    def blocks(self, stage: int) -> Iterator[tuple[str, Block]]:
         """Yields the names and blocks of a stage, ``1`` being the first."""
         for i, block in enumerate(self.stages[stage - 1], start=1):
             yield f"stage_{stage}_block_{i}", block
@@ -121,6 +124,10 @@ class Plan:
                         f" 'decoder', leave the decoders from stage {each} on out, or move it to"
                         " the plan's tail."
                     )
+
+
+def _unnamed(blocks: tuple[Block, ...]) -> tuple[Block, ...]:
+    return tuple(block.clone(parent=None, name=None) for block in blocks)
 
 
 def around_stages(blocks: int) -> tuple[str, ...]:
@@ -237,7 +244,7 @@ class Planned(nn.Module):
 
     def _apply(
         self,
-        blocks: list[tuple[str, Any]],
+        blocks: list[tuple[str, Block]],
         x: Array,
         endpoints: Endpoints,
         shape: tuple[int, ...],
@@ -264,13 +271,13 @@ class Planned(nn.Module):
         return x
 
     def _runs(
-        self, blocks: list[tuple[str, Any]], channels: int
-    ) -> Iterator[list[tuple[str, Any]]]:
+        self, blocks: list[tuple[str, Block]], channels: int
+    ) -> Iterator[list[tuple[str, Block]]]:
         """Yields the blocks, equal ones together that one loop can do.
 
         They keep the shape, which the first of equal blocks may not, and nothing between is asked.
         """
-        run: list[tuple[str, Any]] = []
+        run: list[tuple[str, Block]] = []
         keeps = False
         for name, block in blocks:
             joins = keeps and block == run[-1][1] and not self._asked(run[-1][0])
@@ -279,12 +286,12 @@ class Planned(nn.Module):
                 run = []
             run.append((name, block))
             outputs = block.channels(channels)
-            loops = block.loops
-            keeps, channels = loops and block.stride == 1 and outputs == channels, outputs
+            same = block.stride == 1 and outputs == channels
+            keeps, channels = block.loops and same, outputs
         if run:
             yield run
 
-    def _loop(self, names: list[str], block: Any, x: Array, train: bool) -> Array:
+    def _loop(self, names: list[str], block: Block, x: Array, train: bool) -> Array:
         """Applies equal blocks one after another, each with the variables of its own name."""
         module = block.clone(parent=None, name=None)
         own = {k: [v[name] for name in names] for k, v in self.variables.items() if names[0] in v}
@@ -302,7 +309,7 @@ class Planned(nn.Module):
         self._put(names, changed)
         return x
 
-    def _make(self, names: list[str], block: Any, x: Array, key: Array) -> Array:
+    def _make(self, names: list[str], block: Block, x: Array, key: Array) -> Array:
         """Makes the variables of equal blocks, by keys of their names; returns such a feature."""
         module = block.clone(parent=None, name=None)
         keys = jnp.stack([jax.random.fold_in(key, zlib.crc32(name.encode())) for name in names])

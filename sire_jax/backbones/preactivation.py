@@ -1,7 +1,7 @@
 """Residual networks with pre-activation (He et al., *Identity Mappings*, 2016)."""
 
 import math
-from typing import Any, ClassVar
+from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -30,7 +30,6 @@ class Stem(Block):
         check_odd("Stem", self.kernel_size)
         super().__post_init__()
 
-    @nn.nowrap
     def channels(self, inputs: int) -> int:
         """Returns ``width``."""
         return self.width
@@ -49,7 +48,7 @@ def _convolution(width: int, kernel_size: int, stride: int, name: str) -> Conv:
 class Activation(Block):
     """Batch norm and ReLU: the end of a network with pre-activation."""
 
-    layers: ClassVar[int] = 0
+    layers = 0
 
     @nn.compact
     def __call__(self, x: Array, before: Array, *, train: bool) -> Array:
@@ -84,7 +83,7 @@ class PreActivation(Block):
     shortcut_scale: float = 1.0
     dropout: float = 0.0
     squeeze: int = 0
-    loops: ClassVar[bool] = True
+    loops = True
 
     def __post_init__(self) -> None:
         if len(self.widths) != len(self.kernel_sizes):
@@ -112,11 +111,10 @@ class PreActivation(Block):
         super().__post_init__()
 
     @property
-    def layers(self) -> int:
+    def layers(self) -> int:  # type: ignore[override]
         """How many layers it counts as: its convolutions; a shortcut's is not counted."""
         return len(self.widths)
 
-    @nn.nowrap
     def channels(self, inputs: int) -> int:
         """Returns the last width."""
         return self.widths[-1]

@@ -163,7 +163,7 @@ def open_splits(
         )
     root = expanded(name, "folder:")
     if not root.is_absolute():
-        root = expanded(directory, "directory=") / root
+        root = expanded(directory, "the data directory ") / root
     if not root.is_dir():
         raise FileNotFoundError(
             f"There is no image folder {root}; {_LAYOUT}. Name the directory that has it"
@@ -194,7 +194,8 @@ def open_splits(
 
 _ADVICE = (
     f" Where directories are classes, the whole folder is the split '{ALL}', to be shared:"
-    f" train_splits=('{ALL}[:80%]',), test_split='{ALL}[80%:]'."
+    f" train_splits=('{ALL}[:80%]',), test_split='{ALL}[80%:]'"
+    f" (--config.data.train_splits=\"('{ALL}[:80%]',)\" --config.data.test_split='{ALL}[80%:]')."
 )
 
 

@@ -248,7 +248,7 @@ def open_records(
     own = 3
     if kind == "tfds":
         given = None if selection.draw_classes else classes
-        root = expanded(directory, "directory=")
+        root = expanded(directory, "the data directory ")
         opened, own = prepared.open_splits(rest, root, cache, selection, given)
     elif kind == "folder":
         opened = folders.open_splits(rest, directory, selection)

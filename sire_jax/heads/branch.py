@@ -8,7 +8,7 @@ from flax import linen as nn
 from jax import Array
 
 from sire_jax import registry
-from sire_jax.backbones.blocks import Convolution, MaxPool, check_widths, scaled
+from sire_jax.backbones.blocks import Block, Convolution, MaxPool, check_widths, scaled
 from sire_jax.backbones.plan import OFFSETS, Plan
 from sire_jax.heads.branch_blocks import (
     AveragePool,
@@ -67,7 +67,7 @@ class Branch(nn.Module):
 
     endpoints: tuple[str, ...]
     classes: int
-    layers: tuple[Any, ...] = ()
+    layers: tuple[Block, ...] = ()
 
     def __post_init__(self) -> None:
         check_widths("Branch: classes", self.classes)

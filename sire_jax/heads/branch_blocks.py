@@ -1,7 +1,5 @@
 """Blocks of the branches that SSAL attaches; any block of a plan can be one, too."""
 
-from typing import ClassVar
-
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
@@ -28,13 +26,12 @@ class ExpandedInception(Block):
     width: int = 128
     reduced: int = 160
     pooled: int = 108
-    layers: ClassVar[int] = 3
+    layers = 3
 
     def __post_init__(self) -> None:
         check_widths("ExpandedInception", self.width, self.reduced, self.pooled)
         super().__post_init__()
 
-    @nn.nowrap
     def channels(self, inputs: int) -> int:
         """Returns the sum of the widths of the paths."""
         return 5 * self.width + self.pooled
@@ -82,7 +79,7 @@ class AveragePool(Block):
     """
 
     size: int = 3
-    layers: ClassVar[int] = 0
+    layers = 0
 
     def __post_init__(self) -> None:
         check_odd("AveragePool", self.size)
@@ -102,7 +99,7 @@ class Recalibration(Block):
     """
 
     reduction: int = 16
-    layers: ClassVar[int] = 2
+    layers = 2
 
     @nn.compact
     def __call__(self, x: Array, before: Array, *, train: bool) -> Array:
@@ -113,7 +110,7 @@ class Recalibration(Block):
 class GlobalPool(Block):
     """The mean over all pixels: ``[b, h, w, c]`` becomes ``[b, c]``."""
 
-    layers: ClassVar[int] = 0
+    layers = 0
 
     def __call__(self, x: Array, before: Array, *, train: bool) -> Array:
         """Maps ``[b, h, w, c]`` to ``[b, c]``."""
@@ -133,7 +130,6 @@ class Dense(Block):
         check_widths("Dense", self.width)
         super().__post_init__()
 
-    @nn.nowrap
     def channels(self, inputs: int) -> int:
         """Returns ``width``."""
         return self.width

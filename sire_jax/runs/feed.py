@@ -12,8 +12,8 @@ from sire_jax.metrics import Metrics
 from sire_jax.state import TrainState
 
 PyTree = Any
-# Measures a batch: ``(params, model_state, batch, mask, fitted)`` to sums over what is masked in.
-Measured = Callable[[PyTree, PyTree, Batch, jax.Array, PyTree], PyTree]
+# ``(params, model_state, batch, mask, fitted)`` to sums over what is masked in.
+Measure = Callable[[PyTree, PyTree, Batch, jax.Array, PyTree], PyTree]
 # Measures a split: ``(params, model_state, fitted, split)`` to the sums, for each run.
 Totals = Callable[[PyTree, PyTree, Mapping[str, PyTree], str], PyTree]
 Taken = tuple[TrainState, Metrics, dict[str, jax.Array]]
@@ -25,7 +25,6 @@ class Feed(Protocol):
     Attributes:
         names: For each kind of label, of the images, the names of its classes.
         contents: What the data are, wherever they lie.
-        arrays: All images and labels, on every device.
         examples: The examples of each split, as indices, ``[runs, n, …]``.
         steps_per_epoch: Whole batches of an epoch.
     """
@@ -44,12 +43,25 @@ class Feed(Protocol):
         """
 
     def order(self, state: TrainState, epoch: int) -> Any:
-        """Returns the examples of an epoch in their order, for ``take_steps``."""
+        """Returns the examples of an epoch in their order, for ``take_steps``.
+
+        Args:
+            state: The states of all runs, whose keys say the order.
+            epoch: Its number, from 0.
+        """
 
     def take_steps(
         self, state: TrainState, sums: Metrics, order: Any, first: int, count: int
     ) -> Taken:
-        """Takes steps in all runs; see ``parallel.over_steps``."""
+        """Takes steps in all runs; see ``parallel.over_steps``.
+
+        Args:
+            state: The states of all runs, which are donated.
+            sums: Of the metrics so far, which are donated.
+            order: What ``order`` returned of the epoch.
+            first: The first step of the epoch that is taken.
+            count: How many.
+        """
 
     def planned_memory(self, state: TrainState, sums: Metrics) -> int | None:
         """Returns the bytes that a step takes with all arrays, as the compiler plans; may be None.
@@ -57,7 +69,7 @@ class Feed(Protocol):
         The program is compiled; the call that follows doesn't compile it again.
         """
 
-    def totals(self, measure: Measured, crop: str) -> Totals:
+    def totals(self, measure: Measure, crop: str) -> Totals:
         """Makes the program that measures a split.
 
         Args:
@@ -96,6 +108,25 @@ class Feed(Protocol):
 
     def number_skipped(self) -> int:
         """Returns how many damaged images have been skipped, by all processes."""
+
+
+class NoFeed:
+    """No data: for what needs only weights and the names of classes.
+
+    Args:
+        names: For each kind of label the names of its classes.
+
+    Raises:
+        ValueError: If anything else is asked for.
+    """
+
+    def __init__(self, names: Mapping[str, tuple[str, ...]]):
+        self.names = names
+
+    def __getattr__(self, asked: str) -> Any:
+        if asked.startswith("__"):
+            raise AttributeError(asked)
+        raise ValueError(f"This needs the data of the run ({asked}), which were not loaded.")
 
 
 def some(chosen: int | Sequence[int]) -> slice | np.ndarray:

@@ -8,6 +8,7 @@ from sire_jax.data import records, sources, tasks
 from sire_jax.data.dataset import Dataset, Selection, Source
 from sire_jax.groups.partition import check_names
 from sire_jax.predictions import is_fitted
+from sire_jax.registry import located
 from sire_jax.text import listed
 
 
@@ -43,7 +44,8 @@ def load_data(parts: Experiment) -> tuple[Dataset[Any], list[tasks.Draw]]:
     for name, groups in parts.groups.items():
         check_names(f"config.data.groups.{name}", groups, dataset.names["label"])
     seeds = range(parts.config.seed, parts.config.seed + parts.config.seeds)
-    draws = [parts.task.draw(dataset, seed) for seed in seeds]
+    with located("config.data.task"):
+        draws = [parts.task.draw(dataset, seed) for seed in seeds]
     if len(draws[0].train) < parts.config.batch_size:
         raise ValueError(
             f"config.batch_size is {parts.config.batch_size}, but there are only"
@@ -66,18 +68,19 @@ def load_data(parts: Experiment) -> tuple[Dataset[Any], list[tasks.Draw]]:
 
 def _decoded(parts: Experiment) -> Dataset[Source]:
     data = parts.config.data
-    dataset = sources.load(
-        data.name,
-        data.dir,
-        data.cache,
-        Selection.of(data),
-        data.resize,
-        data.shape[-1],
-        data.threads,
-        data.damaged,
-        data.classes.to_dict(),
-        ignored(parts),
-    )
+    with located("config.data"):
+        dataset = sources.load(
+            data.name,
+            data.dir,
+            data.cache,
+            Selection.of(data),
+            data.resize,
+            data.shape[-1],
+            data.threads,
+            data.damaged,
+            data.classes.to_dict(),
+            ignored(parts),
+        )
     for split, source in (("training", dataset.train), ("test", dataset.test)):
         if source.image.shape[1:] != tuple(data.shape):
             raise ValueError(
@@ -89,15 +92,16 @@ def _decoded(parts: Experiment) -> Dataset[Source]:
 
 def _streamed(parts: Experiment) -> Dataset[records.Records]:
     data = parts.config.data
-    return records.open_records(
-        data.name,
-        data.dir,
-        data.cache,
-        Selection.of(data),
-        data.shape[-1],
-        data.classes.to_dict(),
-        ignored(parts),
-    )
+    with located("config.data"):
+        return records.open_records(
+            data.name,
+            data.dir,
+            data.cache,
+            Selection.of(data),
+            data.shape[-1],
+            data.classes.to_dict(),
+            ignored(parts),
+        )
 
 
 def ignored(parts: Experiment) -> dict[str, set[int]]:

@@ -16,7 +16,7 @@ from sire_jax.metrics import Average, Metrics, means
 from sire_jax.predictions import MOST, is_fitted
 from sire_jax.runs import gradient_flow
 from sire_jax.runs.feed import Feed, Totals
-from sire_jax.runs.held import DeviceFeed
+from sire_jax.runs.on_device import DeviceFeed
 from sire_jax.runs.placement import Placement
 from sire_jax.runs.program import Program
 from sire_jax.runs.streamed import StreamFeed
@@ -41,17 +41,6 @@ class Checkpoint(NamedTuple):
     seconds: jax.Array
 
 
-class Unloaded:
-    """No data: for what needs only weights and the names of classes.
-
-    Args:
-        names: For each kind of label the names of its classes.
-    """
-
-    def __init__(self, names: Mapping[str, tuple[str, ...]]):
-        self.names = names
-
-
 class Runs:
     """The compiled programs of a number of independent runs, and their data.
 
@@ -71,15 +60,15 @@ class Runs:
     def __init__(
         self,
         parts: experiment.Experiment,
-        feed: Callable[[experiment.Experiment, Placement], Any] | None = None,
+        feed: Callable[[experiment.Experiment, Placement], Feed] | None = None,
     ):
         self.config, self.parts = parts.config, parts
         compilation.keep(self.config.compilation_cache)
         self.placement = Placement(self.config)
         self.feed: Feed = (feed or _feed(self.config))(parts, self.placement)
-        self._compile()
+        self._make_programs()
 
-    def _compile(self) -> None:
+    def _make_programs(self) -> None:
         everywhere, of_runs = self.placement.everywhere, self.placement.of_runs
         # Runs once: not worth the compiler's seconds of optimization.
         quick = {"xla_backend_optimization_level": 0}
@@ -87,9 +76,8 @@ class Runs:
             self.parts.initial_state, (), of_runs, compiler_options=quick
         )
         best = of_runs if "validation" in self.config.evaluate_splits else None
-        # In a checkpoint each part has its own place.
-        parts: Any = of_runs, of_runs, best, everywhere
-        places = Checkpoint(*parts)
+        # Of each part of a checkpoint its place.
+        places: Any = Checkpoint._make((of_runs, of_runs, best, everywhere))
         self._start = Program(jax.jit(self._first_checkpoint, out_shardings=places))
         self._no_metrics = Program(jax.jit(self._nothing, out_shardings=of_runs))
         self._finite = Program(jax.jit(_finite, out_shardings=everywhere))

@@ -22,8 +22,9 @@ from sire_jax.data import contents, stream
 from sire_jax.data.augmentation import Batch
 from sire_jax.job import distributed
 from sire_jax.metrics import Metrics
+from sire_jax.registry import located
 from sire_jax.runs import parallel
-from sire_jax.runs.feed import Measured, Taken, Totals, some
+from sire_jax.runs.feed import Measure, Taken, Totals, some
 from sire_jax.runs.loading import load_data
 from sire_jax.runs.placement import Placement
 from sire_jax.runs.program import Program
@@ -77,9 +78,10 @@ class StreamFeed:
         self._said = 0
         self._split_over_devices = NamedSharding(placement.mesh, PartitionSpec("data"))
         shape = tuple(data.shape)
-        self._still = stream.Transform(shape, data.resize)
         random = data.random_resized_crop
-        self._training = stream.Transform(shape, data.resize, data.crop, random)
+        with located("config.data"):
+            self._still = stream.Transform(shape, data.resize)
+            self._training = stream.Transform(shape, data.resize, data.crop, random)
         # The stream that is open: its epoch, its next step, its batches.
         self._open: tuple[int, int, Iterator[Batch]] | None = None
         self._shuffle = Program(jax.jit(self._shuffled))
@@ -195,7 +197,7 @@ class StreamFeed:
         memory: int | None = self._steps.memory(state, sums, broken, batch)
         return memory
 
-    def totals(self, measure: Measured, crop: str) -> Totals:
+    def totals(self, measure: Measure, crop: str) -> Totals:
         """Makes the program that measures a split; see ``Feed``."""
 
         def one(params: PyTree, model_state: PyTree, fitted: PyTree, batch: Batch) -> PyTree:

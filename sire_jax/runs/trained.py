@@ -15,7 +15,8 @@ from sire_jax.configuration.experiment import Experiment
 from sire_jax.data import contents
 from sire_jax.data.augmentation import Batch
 from sire_jax.runs.divergence import DIVERGED
-from sire_jax.runs.runs import Runs, Unloaded
+from sire_jax.runs.feed import NoFeed
+from sire_jax.runs.runs import Runs
 from sire_jax.state import Best, TrainState
 from sire_jax.storage.checkpoint import Checkpoints
 from sire_jax.storage.workdir import CHECKPOINTS, at, read_config
@@ -75,7 +76,7 @@ def kept_weights(
         FileNotFoundError: If there is no checkpoint.
         ValueError: If one has diverged.
     """
-    if not (at(workdir) / contents.FILE).exists() and not isinstance(runs.feed, Unloaded):
+    if not (at(workdir) / contents.FILE).exists() and not isinstance(runs.feed, NoFeed):
         warnings.warn(
             f"{workdir} has no {contents.FILE}: whether these are the data of the run, and its"
             " classes, can't be told.",
@@ -124,7 +125,7 @@ def open_run(
     if changed:
         raise ValueError(f"An override would change the run: {'; '.join(changed)}.")
     if kept and not needs_data:
-        return Runs(experiment.build(config), lambda *_: Unloaded(kept.names))
+        return Runs(experiment.build(config), lambda *_: NoFeed(kept.names))
     runs = Runs(experiment.build(config))
     if kept:
         _check_data(workdir, kept, runs.feed.contents, changed_data)

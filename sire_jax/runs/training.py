@@ -92,7 +92,7 @@ class Training:
         """Takes steps of an epoch.
 
         Args:
-            order: The examples of the epoch, as ``Runs.epoch_order`` returns them.
+            order: The examples of the epoch, as ``Feed.order`` returns them.
             first: Of its steps.
             count: How many.
 

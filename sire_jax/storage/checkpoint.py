@@ -8,7 +8,7 @@ The directory has ``<step>/``, which is what orbax wrote and ``manifest``, and `
 saved last. Nothing in it is ever unpickled. What orbax wrote is the tree itself, as nested mappings
 without its empty arrays, and random keys as their numbers; orbax alone restores it, too::
 
-    ocp.StandardCheckpointer().restore(workdir / "checkpoints" / "700")["state"]["params"]
+    ocp.StandardCheckpointer().restore(workdir.resolve() / "checkpoints/700")["state"]["params"]
 """
 
 import concurrent.futures
@@ -17,6 +17,7 @@ import errno
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -51,6 +52,16 @@ _ROOM, _ENTRY = 2**18, 2**10
 
 class CheckpointError(OSError):
     """A checkpoint could not be written or read; the message says why, and which one is left."""
+
+
+def room(arrays: Iterable[Any]) -> int:
+    """Returns the bytes that a checkpoint takes on the disk, at most.
+
+    Args:
+        arrays: Arrays or their shapes; of random keys the numbers that they consist of.
+    """
+    sizes = (math.prod(each.shape) * each.dtype.itemsize + _ENTRY for each in arrays)
+    return _ROOM + sum(sizes)
 
 
 class Checkpoints:
@@ -161,7 +172,8 @@ class Checkpoints:
 
         Raises:
             FileNotFoundError: If there is no intact checkpoint.
-            ValueError: If the checkpoint has other arrays, shapes or dtypes than ``like``.
+            ValueError: If the checkpoint has other arrays, shapes or dtypes than ``like``, or is of
+                another version, which the message names.
             CheckpointError: If it can't be read.
         """
         step, seal = _on_first(self._found)
@@ -268,7 +280,7 @@ class Checkpoints:
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
             self._remove([*self._leftovers(), path])
-            _check_room(self._directory, sum(x.nbytes + _ENTRY for x in numbers.values()))
+            _check_room(self._directory, room(numbers.values()))
             _write_arrays(path, stored)
             manifest.write(path, step, types, _digest(numbers.values()), notes)
             manifest.write_sealed(self._directory / _NEWEST, {"step": step})
@@ -317,11 +329,13 @@ class Checkpoints:
                 " directory."
             )
         saved, wanted = manifest.read(path), trees.flatten(like)
-        if saved.format != manifest.FORMAT:
+        if saved.format < manifest.FORMAT:
             raise ValueError(
-                f"{name} is of an earlier version, which kept all arrays as one; revision 160d875"
-                " of sire_jax can go on with it."
+                f"{name} is of an earlier version of sire_jax, which kept all arrays as one;"
+                " revision 160d875 can read it."
             )
+        if saved.format > manifest.FORMAT:
+            raise ValueError(f"{name} is of a later version of sire_jax; take that one to read it.")
         types = {path: ArrayType.of(each) for path, each in wanted.items()}
         _check_same_types(name, saved.arrays, types)
         shapes = {path: trees.numbers_of(each) for path, each in wanted.items()}
@@ -331,7 +345,7 @@ class Checkpoints:
             raise CheckpointError(f"{name} can't be read: {_reason(error)}.") from error
         if _digest(numbers[path] for path in saved.arrays) != saved.sha256:
             raise CheckpointError(f"{name} can't be read: it differs from what was saved.")
-        placed = [trees.place(numbers[path], each) for path, each in wanted.items()]
+        placed = [trees.placed_like(numbers[path], each) for path, each in wanted.items()]
         return jax.tree.unflatten(jax.tree.structure(like), placed)
 
 
@@ -368,11 +382,11 @@ def _write_arrays(path: Path, stored: PyTree) -> None:
 def _read_arrays(
     path: Path, like: PyTree, shapes: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, np.ndarray]:
-    """Reads the numbers of arrays; the empty ones are none of orbax's."""
+    """Reads the numbers of arrays; orbax stores none that is empty."""
     asked = {name: each for name, each in shapes.items() if each.size}
-    numbers = {name: np.zeros(each.shape, each.dtype) for name, each in shapes.items()}
+    empty = {n: np.zeros(each.shape, each.dtype) for n, each in shapes.items() if not each.size}
     if not asked:
-        return numbers
+        return empty
     stored = trees.nested(like, asked)
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored)
     with _checkpointer() as checkpointer:
@@ -384,7 +398,7 @@ def _read_arrays(
         if (read[name].dtype, read[name].shape) != (each.dtype, each.shape):
             held = f"{read[name].dtype}{list(read[name].shape)}"
             raise ValueError(f"its {name} is {held}, not {each.dtype}{list(each.shape)}")
-    return numbers | read
+    return empty | read
 
 
 def _digest(arrays: Iterable[np.ndarray]) -> str:
@@ -398,10 +412,10 @@ def _digest(arrays: Iterable[np.ndarray]) -> str:
 def _check_room(directory: Path, size: int) -> None:
     """Raises where orbax would fail midway, with less to say."""
     free = shutil.disk_usage(directory).free
-    if free < size + _ROOM:
+    if free < size:
         raise OSError(
             errno.ENOSPC,
-            f"{os.strerror(errno.ENOSPC)} ({free / 1e6:.1f} MB of {(size + _ROOM) / 1e6:.1f} MB)",
+            f"{os.strerror(errno.ENOSPC)} ({free / 1e6:.1f} MB of {size / 1e6:.1f} MB)",
         )
 
 

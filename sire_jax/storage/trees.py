@@ -42,12 +42,18 @@ def flatten(tree: PyTree) -> dict[str, Any]:
         The arrays by their paths, such as ``params/layer_1/kernel``, in the order of the tree.
 
     Raises:
-        ValueError: If two have the same path.
+        ValueError: If two have the same path, or paths that differ only in what joins their steps.
     """
-    leaves = [("/".join(names(path)), leaf) for path, leaf in jax.tree.leaves_with_path(tree)]
-    arrays = {p: leaf if hasattr(leaf, "dtype") else np.asarray(leaf) for p, leaf in leaves}
-    if len(arrays) < len(leaves):
-        raise ValueError("Two arrays of the tree have the same path.")
+    arrays: dict[str, Any] = {}
+    taken: dict[str, str] = {}
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        steps = names(path)
+        name = "/".join(steps)
+        # orbax joins the steps with dots.
+        other = taken.setdefault(".".join(steps), name)
+        if name in arrays or other != name:
+            raise ValueError(f"Two arrays of the tree have the same path: {other} and {name}.")
+        arrays[name] = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
     return arrays
 
 
@@ -62,6 +68,9 @@ def nested(tree: PyTree, leaves: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         tree: Any tree.
         leaves: What takes the place of its leaves, by their paths; the others are left out.
+
+    Returns:
+        Mappings by what ``names`` calls the steps.
     """
     made: dict[str, Any] = {}
     for path, _ in jax.tree.leaves_with_path(tree):
@@ -93,12 +102,15 @@ def to_host(arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return {path: np.array(each, order="C") for path, each in data.items()}
 
 
-def place(numbers: np.ndarray, like: Any) -> Any:
+def placed_like(numbers: np.ndarray, like: Any) -> Any:
     """Puts numbers where an array is, as its shape, dtype and devices say.
 
     Args:
         numbers: What ``to_host`` made of such an array.
-        like: An array, a shape or random keys; for NumPy's arrays the numbers are returned.
+        like: An array, a shape or random keys.
+
+    Returns:
+        Such an array on the same devices; for an array of NumPy's the numbers themselves.
     """
     if not isinstance(like, jax.Array | jax.ShapeDtypeStruct):
         return numbers

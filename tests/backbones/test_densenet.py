@@ -118,10 +118,9 @@ def _activated(x, params, stats, i, train):
 
 
 def _made(block, x):
-    module = block
-    variables = random_like(shapes_of(module, x, x, train=False), seed=1)
+    variables = random_like(shapes_of(block, x, x, train=False), seed=1)
     plain = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables)
-    return module, variables, plain["params"], plain["batch_stats"]
+    return block, variables, plain["params"], plain["batch_stats"]
 
 
 @pytest.mark.parametrize("train", [False, True])

@@ -153,3 +153,17 @@ def test_half_precision_in_a_loop():
     (logits, endpoints), new = jax.eval_shape(train, variables, image)
     assert (logits.dtype, endpoints["stage_1"].dtype) == (jnp.float32, jnp.bfloat16)
     assert new["batch_stats"] == variables["batch_stats"]
+
+
+class _Inside(nn.Module):
+    """Writes its plan where Flax names all modules that are made."""
+
+    @nn.compact
+    def __call__(self, image, *, train=False):
+        blocks = tuple(PreActivation((4, 4)) for _ in range(3))
+        plan = Plan(((Stem(4), *blocks),))
+        return Planned(plan, 2, endpoints=("stage_1",), name="planned")(image, train=train)
+
+
+def test_a_plan_that_is_written_inside_of_a_module_has_loops_too():
+    assert _loops(_Inside(), shape(2, 8, 8, 1)) == [3]

@@ -212,11 +212,10 @@ def _by_hand(block, variables, x, train):
 def test_a_block_by_hand(block, train):
     # Of 5 x 5 pixels the third and the fifth are left by a stride of 2, too.
     x = normal(3, 2, 5, 5, 2)
-    module = block
-    variables = random_like(shapes_of(module, x, x, train=False), seed=1)
+    variables = random_like(shapes_of(block, x, x, train=False), seed=1)
     changes = block.stride > 1 or block.widths[-1] != 2
     assert ("shortcut" in variables["params"]) == (block.shortcut == "B" and changes)
-    y, _ = module.apply(variables, x, x, train=train, mutable=["batch_stats"])
+    y, _ = block.apply(variables, x, x, train=train, mutable=["batch_stats"])
     expected = _by_hand(block, variables, np.asarray(x, np.float64), train)
     assert y.shape[-1] == block.channels(2) == block.widths[-1]
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
@@ -243,17 +242,16 @@ def test_the_stem_is_a_convolution_and_the_end_batch_norm_and_relu():
 def test_dropout_is_before_the_last_convolution():
     x = normal(5, 4, 8, 8, 2)
     block = PreActivation((2, 2), (3, 1), shortcut_scale=0.0, dropout=0.5)
-    module = block
-    variables = random_like(shapes_of(module, x, x, train=False))
+    variables = random_like(shapes_of(block, x, x, train=False))
     # The last convolution passes on what it is given.
     variables["params"]["conv_2"]["kernel"] = jnp.eye(2)[None, None]
 
-    def apply(module, train):
+    def apply(block, train):
         rngs = {"dropout": jax.random.key(0)}
-        return module.apply(variables, x, x, train=train, mutable=["batch_stats"], rngs=rngs)[0]
+        return block.apply(variables, x, x, train=train, mutable=["batch_stats"], rngs=rngs)[0]
 
     never = PreActivation((2, 2), (3, 1), 1, "A", 0.0)
-    applied = jax.jit(lambda: (apply(never, True), apply(module, True), apply(module, False)))()
+    applied = jax.jit(lambda: (apply(never, True), apply(block, True), apply(block, False)))()
     whole, dropped, evaluated = map(np.asarray, applied)
     kept = dropped != 0
     np.testing.assert_allclose(dropped[kept], 2 * whole[kept], rtol=1e-5)

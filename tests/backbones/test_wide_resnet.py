@@ -138,8 +138,7 @@ def test_a_block_scales_its_residual_branch_alone(train):
     x = normal(4, 3, 4, 4, 2)
     plain = PreActivation((3, 4), stride=2, shortcut="B")
     squeezed = PreActivation((3, 4), stride=2, shortcut="B", squeeze=2)
-    module = squeezed
-    variables = random_like(shapes_of(module, x, x, train=False))
+    variables = random_like(shapes_of(squeezed, x, x, train=False))
     params = dict(variables["params"])
     squeeze = params.pop("squeeze")
     kernels = [np.asarray(squeeze[k]["kernel"]) for k in ("reduce", "expand")]

@@ -70,8 +70,8 @@ def test_a_home_that_is_not_there_is_refused_only_where_it_is_needed(folder):
     assert len(copied.train) == 9
     for name, place in (
         ("folder:~nosuchuser/pets", "folder:~nosuchuser/pets"),
-        ("folder:pets", "directory=~nosuchuser"),
-        ("tfds:pets", "directory=~nosuchuser"),
+        ("folder:pets", "the data directory ~nosuchuser"),
+        ("tfds:pets", "the data directory ~nosuchuser"),
     ):
         message = f"{place} starts with the home directory of 'nosuchuser', and there is no such"
         with pytest.raises(FileNotFoundError, match=re.escape(message)):

@@ -151,8 +151,7 @@ def test_inception_a_pool_and_dense_layers_by_hand():
 
 
 def _apply_block(block, x):
-    module = block
-    return module.apply(module.init(jax.random.key(0), x, x, train=False), x, x, train=False)
+    return block.apply(block.init(jax.random.key(0), x, x, train=False), x, x, train=False)
 
 
 def test_an_average_pool_keeps_the_size_and_a_global_pool_leaves_none():

@@ -12,7 +12,7 @@ from sire_jax.data.augmentation import Batch
 from sire_jax.job import distributed
 from sire_jax.metrics import Metrics
 from sire_jax.runs import parallel
-from sire_jax.runs.feed import Measured, Taken, Totals, some
+from sire_jax.runs.feed import Measure, Taken, Totals, some
 from sire_jax.runs.loading import load_data
 from sire_jax.runs.placement import Placement
 from sire_jax.runs.program import Program
@@ -29,7 +29,7 @@ class DeviceFeed:
         placement: The devices.
         arrays: All images and labels, of the host.
         examples: The examples of each split, as indices into ``arrays``, ``[runs, n, …]``.
-        kept: What the data are; ``None`` if they are made up.
+        described: What the data are; ``None`` if they are made up.
         skipped: What is wrong with each damaged image that was left out.
     """
 
@@ -39,11 +39,11 @@ class DeviceFeed:
         placement: Placement,
         arrays: Mapping[str, np.ndarray],
         examples: Mapping[str, np.ndarray],
-        kept: contents.Contents | None = None,
+        described: contents.Contents | None = None,
         skipped: Sequence[str] = (),
     ):
         self._parts, self._config, self._placement = parts, parts.config, placement
-        self.contents = kept or contents.Contents({}, {})
+        self.contents = described or contents.Contents({}, {})
         self.names = self.contents.names
         self._skipped, self._unsaid = len(skipped), list(skipped)
         self.arrays = placement.place(arrays)
@@ -124,7 +124,7 @@ class DeviceFeed:
         )
         return memory
 
-    def totals(self, measure: Measured, crop: str) -> Totals:
+    def totals(self, measure: Measure, crop: str) -> Totals:
         """Makes the program that measures a split; see ``Feed``."""
         size = self._config.evaluate_batch_size
         batches = parallel.over_batches(measure, self._lookup(crop), size, self._placement.sharing)
