@@ -474,6 +474,30 @@ def test_table_1_of_sire_reduced_is_what_reproduce_wrote():
     assert round(apart.mean() / error) == 2
 
 
+def test_the_flow_of_gradients_is_what_was_measured():
+    recorded, said = _recorded("sire_figure_3-reduced.json"), _prose("sire.md")
+    errors, gradients = recorded["errors"].values(), recorded["gradients"]
+    assert f"test errors of {min(errors):.1f} to {max(errors):.1f}%" in said
+    means = {
+        (row, objective): np.array([np.mean(each) for each in convolutions.values()])
+        for row, objectives in gradients.items()
+        for objective, convolutions in objectives.items()
+    }
+    decoders = [key for key in means if key[1].startswith("decoder")]
+    less = [means[row, "main"][0] / means[row, each][0] for row, each in decoders]
+    assert f"between {min(less):.0f} and {max(less):.0f} times less" in said
+    for key in decoders:
+        own = means[key][: 2 * int(key[1][-1])]
+        # Largest at the first, least at its own stage, nothing behind it.
+        assert (np.diff(own) < 0).all()
+        assert not means[key][len(own) :].any()
+    for row in gradients:
+        assert (np.abs(np.log2(means[row, "main"] / means["base", "main"])) < 1).all()
+    for row in ("ae_4", "sire"):
+        ends = means[row, "decoder_4"][[0, -1]]
+        assert 500 < ends[0] / ends[1] < 1000
+
+
 def test_speed_beside_pytorch_is_what_was_measured():
     results = _recorded("benchmark_sire.json")["results"]
     table = _tables("sire.md", "Speed beside PyTorch")[0]
