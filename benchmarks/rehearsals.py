@@ -153,9 +153,10 @@ python benchmarks/rehearsals.py --data=DIR
 {steps} steps a row, the first of which compiles. They say that a row runs, not that it learns:
 losses of so few steps fall by chance. Images that were not at hand are made up, and so are groups
 of labels that have no file yet. Memory is what the compiler plans for a step with all arrays: a
-process takes some more. Hours are those of all epochs and seeds, one after the other, without
-measurements. Of a row that stands in several tables the first is shown in all. `sire_readings`, of
-one network by readings, is [on its own page](sire.md#what-trains).
+process takes some more. Hours are those of all epochs and of the seeds that the config says, one,
+without measurements: of ten seeds, as in the tables of pairs, ten times as many. Of a row that
+stands in several tables the first is shown in all. `sire_readings`, of one network by readings, is
+[on its own page](sire.md#what-trains).
 
 Machine: {machines}. Raw figures: [rehearsal.json](rehearsal.json)."""
 
@@ -176,7 +177,7 @@ def _summary(found: dict[str, list[tuple[str, str, Rehearsal | None]]]) -> str:
                 str(sum(one.diverged is None for one in ran)),
                 str(len(shown) - len(ran)),
                 str(len(each) - len(shown)),
-                f"{least}{known:,.1f}",
+                f"{least}{known:,.1f}" if ran else "",
             ]
         )
     return text.align(lines)

@@ -16,7 +16,9 @@ Of use: ``--config.heads.exit.layers="(15, 35)"``, ``--config.objectives.exit.we
 9), ``--config.backbone.shortcut_scale=0.5`` (Table 10), ``--config.aggregator.name=upgrad``,
 ``--config.weighting.name=uncertainty``, ``--config.data.task.validation_per_class=50`` (for early
 exits, which need validation data; the paper holds none out),
-``--config.backbone.width=0.5 --config.epochs=10`` (a smaller network, a shorter run).
+``--config.backbone.width=0.5 --config.epochs=10`` (a smaller network, a shorter run),
+``--config.evaluate_splits="('train','test')"`` (training errors in the curves, too, as in Figs. 2b,
+3 and 4).
 
 The paper does not say, and this file decides: the dropout rate, 0.3; the ImageNet trunks, which are
 those of He et al. (2016) with activation after the shortcut, so that exits have no batch norm of

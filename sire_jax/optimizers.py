@@ -131,6 +131,11 @@ def number_or_schedule(value: Any, what: str, units: Units | None = None) -> flo
                 " set config.data.images to the number of training images."
             )
         warmup = _check_least(f"warmup of the {what}", section.pop("warmup", 0.0))
+        if unit == "run" and warmup > 1:
+            raise ValueError(
+                f"The warmup of the {what} is {warmup} runs; it should be at most 1, such as 0.025,"
+                " or be counted in the unit 'epoch' or 'step'."
+            )
         schedule = registry.create(SCHEDULES, section, f"schedule of the {what}")
         counted = schedule if length == 1 else lambda step: schedule(step / length)
         return _warmed_up(counted, warmup * length) if warmup else counted

@@ -199,10 +199,10 @@ def located(where: str) -> Iterator[None]:
     """
     try:
         yield
-    except ValueError as error:
-        if type(error) is not ValueError:
+    except (FileNotFoundError, ValueError) as error:
+        if type(error) not in (FileNotFoundError, ValueError) or getattr(error, "errno", None):
             raise
-        raise ValueError(f"{where}: {error}") from error
+        raise type(error)(f"{where}: {error}") from error
 
 
 def is_section(value: Any) -> bool:

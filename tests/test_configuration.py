@@ -98,7 +98,7 @@ def test_a_mistyped_override_is_refused_with_the_nearest_key(override, message):
     ],
 )
 def test_an_override_of_a_wrong_type_is_refused(override):
-    with pytest.raises(ValueError, match=rf"wrong type.*{override.partition('=')[0]}"):
+    with pytest.raises(ValueError, match=rf"(wrong type|should be a number).*{override.partition('=')[0]}"):
         _load(override)
 
 
@@ -430,7 +430,30 @@ def test_a_number_may_take_the_place_of_a_schedule():
     assert _sire("optimizer.learning_rate=1e-3").optimizer.learning_rate == 1e-3
     kept = _sire("optimizer.learning_rate.scale=0.1").optimizer.learning_rate
     assert (kept.name, kept.scale) == ("piecewise", 0.1)
-    with pytest.raises(ValueError, match="wrong type"):
+    with pytest.raises(ValueError, match="should be a number"):
+        _sire("optimizer.learning_rate=fast")
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_number_may_be_given_a_warmup_by_overrides(turned):
+    overrides = [
+        "--config.optimizer.learning_rate=0.001",
+        "--config.optimizer.learning_rate.warmup=0.1",
+        "--config.optimizer.learning_rate.unit=run",
+    ]
+    path = f"{configuration.repository_configs()}/sire.py:cnn"
+    config = configuration.load(path, overrides[::-1] if turned else overrides)
+    expected = {"name": "constant", "value": 0.001, "warmup": 0.1, "unit": "run"}
+    assert config.optimizer.learning_rate.to_dict() == expected
+    # Where the config has a number, too.
+    path = f"{configuration.repository_configs()}/pairs.py:conv"
+    rate = configuration.load(path, overrides[1:2]).optimizer.learning_rate
+    assert rate.to_dict() == {"name": "constant", "value": 0.001, "warmup": 0.1}
+    assert configuration.load(path, overrides[:1]).optimizer.learning_rate == 0.001
+
+
+def test_what_is_no_number_in_place_of_a_schedule_is_refused():
+    with pytest.raises(ValueError, match=r"learning_rate is 'fast'; it should be a number, which"):
         _sire("optimizer.learning_rate=fast")
 
 

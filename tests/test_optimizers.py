@@ -277,6 +277,12 @@ def test_a_warmup_multiplies_any_schedule_by_what_rises_to_one():
     np.testing.assert_allclose(_values(without, [0, 1]), [1.0, 0.9], rtol=1e-6)
 
 
+def test_a_warmup_that_is_longer_than_the_run_is_refused():
+    section = {"name": "constant", "value": 0.1, "unit": "run", "warmup": 2}
+    with pytest.raises(ValueError, match=r"warmup of the rate is 2\.0 runs; .* at most 1"):
+        number_or_schedule(section, "rate", {"run": 100})
+
+
 @pytest.mark.parametrize("warmup", [-1, float("inf"), "long", True])
 def test_what_is_no_warmup_is_refused(warmup):
     section = {"name": "constant", "value": 0.1, "warmup": warmup}

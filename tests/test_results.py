@@ -47,6 +47,7 @@ def _prose(page):
         ("pairs.md", "As reported", "pairs_1.json", "pairs_1"),
         ("pairs.md", "As released", "pairs_1-as_released.json", "pairs_1"),
         ("pairs.md", "One choice at a time", "pairs_choices.json", "pairs_choices"),
+        ("sire.md", "Table 2, reduced", "sire_2-reduced.json", "sire_2"),
         ("auxnet.md", "The rules compared", "auxnet_rules-reduced.json", "auxnet_rules"),
     ],
 )
@@ -248,15 +249,21 @@ def test_what_is_said_of_three_hundred_steps_is_what_was_recorded():
     assert f"between {least:.0f} ms (SIRe-CNN) and {most:.0f} ms (ResNet50)" in said
     assert f"between {hours['cnn']:.1f} and {hours['resnet50']:.1f} hours" in said
     assert f"ResNet50 to {max(recorded['resnet50']['losses']['main']):.0f}." in said
-    for row in recorded.values():
-        main, decoders = row["losses"]["main"], _decoders(row)
-        assert np.mean(main[290:]) < np.mean(main[90:100]) < np.log(100)
+    of_ten = {
+        name: np.convolve(row["losses"]["main"], np.ones(10) / 10, "valid")
+        for name, row in recorded.items()
+    }
+    for name, row in recorded.items():
+        main, decoders = of_ten[name], _decoders(row)
+        assert main[-1] < main[90] < np.log(100)
+        assert name == "cnn" or (main[90:] < np.log(100)).all()
         assert decoders[-1] < decoders[0] / 200
+    again = of_ten["cnn"][90:]
+    assert f"once more, {again.max():.2f} around step {90 + again.argmax() + 10:.0f}" in said
 
 
 def test_what_was_recorded_with_former_initial_values_says_so():
     assert "--option=linear,he" in _recorded("sire_1-reduced.json")["note"]
-    assert "--config.initialization=modules" in _recorded("sire_2-reduced.json")["note"]
 
 
 def test_figures_between_the_lines_of_pairs_are_of_its_tables():
@@ -403,15 +410,12 @@ def test_rehearsals_of_all_kinds_are_shown(benchmark):
     ]
 
 
-def test_both_rows_of_table_2_reduced_were_recorded():
-    rows = _recorded("sire_2-reduced.json")["rows"]
-    assert [row["variant"] for row in rows] == ["lambda_0.2", "lambda_0.5"]
-    # As the page says: one in a hundred is right by guessing.
-    for row in rows:
-        assert row["top_1_error"]["ours"][0] == pytest.approx(99, abs=0.5)
-        assert row["top_5_error"]["ours"][0] == pytest.approx(95, abs=0.7)
-    seconds = sum(row["seconds"] for row in rows)
-    assert f"both rows, which take {seconds:.0f} s" in _prose("sire.md")
+def test_a_row_that_diverges_was_recorded():
+    fine, diverged = _recorded("sire_2-reduced.json")["rows"]
+    assert (fine["variant"], fine["diverged"]) == ("lambda_0.2", [None])
+    assert (diverged["variant"], diverged["diverged"]) == ("lambda_0.5", [8])
+    assert fine["top_1_error"]["ours"][0] == pytest.approx(99, abs=1)
+    assert diverged["top_1_error"]["ours"][0] == 100
 
 
 def _mean(figure):

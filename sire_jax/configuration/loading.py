@@ -121,6 +121,7 @@ def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     config = ConfigDict(config.to_dict())
     _switch(config, overrides)
     _prepare(config, overrides)
+    overrides = _numbers_within(config, overrides)
     for argument in overrides:
         _check_override(config, argument)
     # The last one of a key counts; absl would join those of a tuple.
@@ -154,10 +155,11 @@ def _switch(config: ConfigDict, overrides: Sequence[str]) -> None:
 def _prepare(config: ConfigDict, overrides: Sequence[str]) -> None:
     """Makes a place for overrides that name none yet.
 
-    An augmentation that the config does not have; the ``warmup`` or the ``unit`` of a schedule; a
-    number in place of a schedule, or of another section that stands for one.
+    An augmentation that the config does not have; a number in place of a schedule, or of another
+    section that stands for one; the ``warmup`` or the ``unit`` of a schedule, or of a number, which
+    becomes a constant one.
     """
-    for argument in overrides:
+    for argument in sorted(overrides, key=_is_of_schedule):
         path, _, value = argument.removeprefix("--config.").partition("=")
         *sections, last = path.split(".")
         augmentations = _section_at(config, sections[:1])
@@ -165,12 +167,21 @@ def _prepare(config: ConfigDict, overrides: Sequence[str]) -> None:
             name = sections[1]
             if name not in augmentations and name in AUGMENTATIONS:
                 augmentations[name] = augmentation(name)
+        owner = _section_at(config, sections[:-1])
+        if last in _OF_SCHEDULES and owner is not None and sections[-1] in _NUMBERS:
+            _make_schedule(owner, sections[-1])
         section = _section_at(config, sections)
         if section is None:
             continue
         if section.get("name") in SCHEDULES and last in _OF_SCHEDULES:
             section.update({last: section.get(last, _OF_SCHEDULES[last])})
-        if last in _NUMBERS and isinstance(section.get(last), ConfigDict) and _is_number(value):
+        if last in _NUMBERS and isinstance(section.get(last), ConfigDict):
+            if not _is_number(value):
+                raise ValueError(
+                    f"--config.{path} is {value!r}; it should be a number, which takes the place of"
+                    f" the schedule '{section[last].get('name')}', or name one of its settings:"
+                    f" --config.{path}.{next(iter(sorted(section[last])))}=…."
+                )
             with section.ignore_type():
                 section[last] = float(value)
 
@@ -180,6 +191,32 @@ _OF_SCHEDULES = {"unit": "step", "warmup": 0.0}
 
 
 _NUMBERS = ("learning_rate", "weight", "weight_decay")
+
+
+def _is_of_schedule(argument: str) -> bool:
+    """Tells what is added to a schedule or a number, which has to be there first."""
+    return argument.partition("=")[0].rpartition(".")[2] in _OF_SCHEDULES
+
+
+def _numbers_within(config: ConfigDict, overrides: Sequence[str]) -> list[str]:
+    """Gives a number that has become a constant schedule to that."""
+    given = []
+    for argument in overrides:
+        path, equals, value = argument.partition("=")
+        *sections, last = path.removeprefix("--config.").split(".")
+        schedule = _section_at(config, [*sections, last])
+        constant = last in _NUMBERS and schedule is not None and schedule.get("name") == "constant"
+        within = ".value" if constant and _is_number(value) else ""
+        given.append(f"{path}{within}{equals}{value}")
+    return given
+
+
+def _make_schedule(owner: ConfigDict, key: str) -> None:
+    """Puts a constant schedule in the place of a number."""
+    number = owner.get(key)
+    if isinstance(number, int | float) and not isinstance(number, bool):
+        with owner.ignore_type():
+            owner[key] = ConfigDict({"name": "constant", "value": float(number)})
 
 
 def _section_at(config: ConfigDict, keys: Sequence[str]) -> ConfigDict | None:
