@@ -48,7 +48,12 @@ Metrics = dict[str, Average]
 
 
 def add(a: Metrics, b: Metrics) -> Metrics:
-    """Merges the metrics of two batches."""
+    """Merges the metrics of two batches.
+
+    >>> one = {"loss": Average(total=jnp.array(3.0), count=jnp.array(2.0))}
+    >>> means(add(one, one))["loss"].item()
+    1.5
+    """
     return jax.tree.map(jnp.add, a, b)
 
 
@@ -63,13 +68,20 @@ def is_classification(output: jax.ShapeDtypeStruct | Array, target: Array) -> bo
 
 
 def is_label(labels: Array, classes: int) -> Array:
-    """Tells which integers, or booleans, are labels: those in [0, classes)."""
+    """Tells which integers, or booleans, are labels: those in [0, classes).
+
+    >>> is_label(jnp.array([0, 9, 10, -1]), 10).tolist()
+    [True, True, False, False]
+    """
     whole = labels.astype(jnp.int32)
     return (whole >= 0) & (whole < classes)
 
 
 def at_label(values: Array, labels: Array) -> Array:
     """Looks up the value of each example's label.
+
+    >>> at_label(jnp.array([[0.25, 0.75], [0.5, 0.5]]), jnp.array([1, 0])).tolist()
+    [0.75, 0.5]
 
     Args:
         values: A value for each class, ``[b, …, classes]``.
@@ -85,7 +97,11 @@ def at_label(values: Array, labels: Array) -> Array:
 
 
 def class_logits(logits: Array) -> Array:
-    """Returns logits with a value per class: ``[…, 1]``, of a binary choice, becomes ``[…, 2]``."""
+    """Returns logits with a value per class: ``[…, 1]``, of a binary choice, becomes ``[…, 2]``.
+
+    >>> class_logits(jnp.array([[2.0]])).tolist()  # one logit is a choice of two
+    [[0.0, 2.0]]
+    """
     if logits.shape[-1] > 1:
         return logits
     return jnp.concatenate([jnp.zeros_like(logits), logits], axis=-1)
@@ -126,6 +142,10 @@ def top_k(logits: Array, labels: Array, k: int) -> Array:
 def classification(prefix: str, logits: Array, labels: Array, mask: Array | None = None) -> Metrics:
     """Measures top-1 accuracy, and top-5 where there are more than five classes.
 
+    >>> measured = classification("main", jnp.array([[2.0, 0.0], [2.0, 0.0]]), jnp.array([0, 1]))
+    >>> means(measured)["main/top_1"].item()
+    0.5
+
     Args:
         prefix: Start of the names.
         logits: ``[b, …, classes]``, or ``[b, 1]`` of a binary choice.
@@ -141,5 +161,9 @@ def classification(prefix: str, logits: Array, labels: Array, mask: Array | None
 
 
 def means(metrics: Mapping[str, Average]) -> dict[str, Array]:
-    """Divides all metrics."""
+    """Divides all metrics.
+
+    >>> means({"loss": Average(total=jnp.array(3.0), count=jnp.array(2.0))})["loss"].item()
+    1.5
+    """
     return {name: metric.mean() for name, metric in metrics.items()}

@@ -103,6 +103,10 @@ SCHEDULES = {
 def number_or_schedule(value: Any, what: str, units: Units | None = None) -> float | optax.Schedule:
     """Reads a setting that is a number or a schedule.
 
+    >>> rate = number_or_schedule({"name": "constant", "value": 0.1, "warmup": 4}, "learning rate")
+    >>> [round(float(rate(step)), 3) for step in (0, 2, 8)]
+    [0.025, 0.075, 0.1]
+
     Args:
         value: A number; a function from steps to one; or ``{"name": "linear", "init_value": …, …}``
             with the arguments of the ``optax`` schedule; a ``"unit"`` in which it counts:

@@ -201,7 +201,12 @@ def _count_equation(equation: core.JaxprEqn) -> int:
 
 
 def size(params: PyTree, chosen: PyTree | None = None) -> int:
-    """Counts the values of a tree of arrays, or of those that a tree from ``reach`` chooses."""
+    """Counts the values of a tree of arrays, or of those that a tree from ``reach`` chooses.
+
+    >>> import jax.numpy as jnp
+    >>> size({"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)})
+    16
+    """
 
     def count(param: Any, chosen: Any) -> int:
         shape = jnp.shape(param)

@@ -98,7 +98,9 @@ def test_a_mistyped_override_is_refused_with_the_nearest_key(override, message):
     ],
 )
 def test_an_override_of_a_wrong_type_is_refused(override):
-    with pytest.raises(ValueError, match=rf"(wrong type|should be a number).*{override.partition('=')[0]}"):
+    with pytest.raises(
+        ValueError, match=rf"(wrong type|should be a number).*{override.partition('=')[0]}"
+    ):
         _load(override)
 
 

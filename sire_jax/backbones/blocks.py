@@ -200,6 +200,10 @@ def check_stride(what: str, stride: int) -> None:
 class Convolution(Block):
     """A convolution with batch norm and ReLU.
 
+    >>> block = Convolution(16, stride=2)
+    >>> block.channels(3), block.stride, block.layers
+    (16, 2, 1)
+
     Attributes:
         width: Output channels.
         kernel_size: Side of the kernel, in pixels, odd.
@@ -269,6 +273,10 @@ class _MirroredConvolution(nn.Module):
 class MaxPool(Block):
     """Max pooling; its mirror is nearest up-sampling.
 
+    >>> x = jnp.ones((2, 8, 8, 3))
+    >>> MaxPool().apply({}, x, x, train=False).shape
+    (2, 4, 4, 3)
+
     Attributes:
         size: Side of the windows, in pixels.
         stride: By how much it divides height and width.
@@ -322,6 +330,9 @@ class Residual(Block):
 
     The shortcut is the identity, or a 1 x 1 convolution with batch norm where the shape changes
     (their option B). Read backwards it is a residual block of transposed convolutions.
+
+    >>> Residual((64, 64, 256), (1, 3, 1)).channels(64)  # a bottleneck
+    256
 
     Attributes:
         widths: Output channels of the convolutions.

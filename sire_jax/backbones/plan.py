@@ -29,6 +29,11 @@ class Plan:
 
     A stage is what one decoder undoes last: commonly the blocks between two down-samplings.
 
+    >>> from sire_jax.backbones import Convolution, MaxPool
+    >>> plan = Plan(((Convolution(4), MaxPool()), (Convolution(8), MaxPool())))
+    >>> plan.layers()["stage_2_block_1"], plan.block_of("stage_1")
+    (2, 'stage_1_block_2')
+
     Attributes:
         stages: Blocks of each stage, in order.
         tail: Blocks that follow and that no decoder mirrors.

@@ -60,6 +60,10 @@ class Swap:
 class Flip:
     """Mirrors images left to right.
 
+    >>> image = jnp.arange(4, dtype=jnp.uint8).reshape(1, 1, 4, 1)
+    >>> Flip(probability=1.0)(jax.random.key(0), {"image": image})["image"].ravel().tolist()
+    [3, 2, 1, 0]
+
     Attributes:
         probability: Of mirroring an image.
     """
@@ -83,6 +87,10 @@ _BORDERS = {"zeros": "constant", "reflection": "reflect"}
 @dataclass(frozen=True)
 class Crop:
     """Shifts images by whole pixels.
+
+    >>> image = jnp.ones((2, 8, 8, 3), jnp.uint8)
+    >>> Crop(padding=2)(jax.random.key(0), {"image": image})["image"].shape
+    (2, 8, 8, 3)
 
     Attributes:
         padding: The largest shift in each direction, in pixels.
@@ -152,6 +160,10 @@ class Affine:
     Each amount is uniform between minus and plus the given one; the report gives none. Pixels are
     interpolated linearly; what comes in from outside is 0.
 
+    >>> image = jnp.ones((2, 8, 8, 3), jnp.float32)
+    >>> Affine(rotation=5.0)(jax.random.key(0), {"image": image})["image"].shape
+    (2, 8, 8, 3)
+
     Attributes:
         rotation: In degrees.
         translation: As a share of the image's side.
@@ -190,6 +202,11 @@ AUGMENTATIONS = {"swap": Swap, "flip": Flip, "crop": Crop, "affine": Affine}
 
 def chain(augmentations: Mapping[str, Augmentation]) -> Augmentation:
     """Applies augmentations one after another, each under a key of its own.
+
+    >>> image = jnp.ones((2, 8, 8, 3), jnp.uint8)
+    >>> augment = chain({"flip": Flip(), "crop": Crop(1)})
+    >>> augment(jax.random.key(0), {"image": image})["image"].shape
+    (2, 8, 8, 3)
 
     Args:
         augmentations: Augmentations by name, in the order of application.

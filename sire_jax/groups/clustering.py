@@ -22,6 +22,9 @@ def distances(confusion: np.ndarray, criterion: str = "join") -> np.ndarray:
     (Palacio et al., *Contextual Classification Using Self-Supervised Auxiliary Models for Deep
     Neural Networks*, Section 3.1, Eqs. 1 and 2).
 
+    >>> distances(np.array([[8, 2], [1, 9]])).round(2).tolist()
+    [[0.0, 0.85], [0.85, 0.0]]
+
     Args:
         confusion: ``[classes, classes]``, counts, a row for each true label.
         criterion: ``"join"`` or ``"split"``.
@@ -57,6 +60,10 @@ def balanced(distances: np.ndarray, number: int, seed: int) -> tuple[int, ...]:
     Of C labels every group gets ``floor(C / k)``, and ``C mod k`` groups one more, so that sizes
     are within one of each other. (The paper's "fewer than c / k" lets all groups grow to
     ``ceil(C / k)``, which leaves others smaller than that where k does not divide C.)
+
+    >>> far = np.array([[0, 1, 9, 8], [1, 0, 7, 7], [9, 7, 0, 1], [8, 7, 1, 0]])
+    >>> balanced(far, 2, seed=0)
+    (0, 0, 1, 1)
 
     Args:
         distances: ``[classes, classes]``, symmetric; the diagonal is not read.

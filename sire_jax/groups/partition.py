@@ -134,6 +134,9 @@ def save(path: str | Path, groupings: Mapping[int, Groups], made: str) -> None:
 def deal(classes: int, number: int) -> Groups:
     """Deals labels to groups in turn, where only the number of groups counts.
 
+    >>> deal(4, 2).assignment
+    (0, 1, 0, 1)
+
     Args:
         classes: How many labels, called ``label_0`` and so on.
         number: How many groups, at least 1 and at most ``classes``.

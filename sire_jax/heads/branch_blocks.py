@@ -74,6 +74,10 @@ class _LineUnit(nn.Module):
 class AveragePool(Block):
     """Average pooling of windows around each pixel, which keeps the size.
 
+    >>> x = jnp.ones((2, 4, 4, 8))
+    >>> AveragePool(3).apply({}, x, x, train=False).shape
+    (2, 4, 4, 8)
+
     Attributes:
         size: Side of the windows, in pixels, odd; what is outside the image does not count.
     """
@@ -108,7 +112,12 @@ class Recalibration(Block):
 
 
 class GlobalPool(Block):
-    """The mean over all pixels: ``[b, h, w, c]`` becomes ``[b, c]``."""
+    """The mean over all pixels: ``[b, h, w, c]`` becomes ``[b, c]``.
+
+    >>> x = jnp.ones((2, 4, 4, 8))
+    >>> GlobalPool().apply({}, x, x, train=False).shape
+    (2, 8)
+    """
 
     layers = 0
 

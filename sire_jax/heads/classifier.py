@@ -12,6 +12,11 @@ from sire_jax.layers import BatchNorm, Dropout, he_normal, uniform_fan_in
 class Classifier(nn.Module):
     """Global average pooling, where there is something to pool, and a dense layer.
 
+    >>> import jax
+    >>> head = Classifier(endpoints=("middle",), classes=10)
+    >>> head.init_with_output(jax.random.key(0), jnp.ones((2, 4, 4, 8)))[0].shape
+    (2, 10)
+
     Attributes:
         endpoints: The one endpoint that it classifies.
         classes: Number of classes.

@@ -14,6 +14,12 @@ class Combination(nn.Module):
     Attached to ``"pooled"`` and branches without a loss of their own it is *GapCatNoSSAL*; to
     ``"main"`` and a branch, with 2,048 hidden units, *CatFCNoSSAL* (Palacio et al., Section 4.3).
 
+    >>> import jax
+    >>> head = Combination(endpoints=("early", "late"), classes=10)
+    >>> features = jnp.ones((2, 4, 4, 8)), jnp.ones((2, 16))
+    >>> head.init_with_output(jax.random.key(0), *features)[0].shape
+    (2, 10)
+
     Attributes:
         endpoints: What it concatenates: endpoints, ``"main"``, or heads.
         classes: Number of classes.

@@ -34,6 +34,9 @@ def _check_floating(x: Array) -> None:
 class Conv(nn.Module):
     """A convolution, in the dtype of its input; parameters are float32.
 
+    >>> Conv(8, 3, padding=1).init_with_output(jax.random.key(0), jnp.ones((2, 4, 4, 3)))[0].shape
+    (2, 4, 4, 8)
+
     Attributes:
         features: Output channels.
         kernel_size: Side of the square kernel, in pixels.
@@ -85,6 +88,10 @@ class TransposedConv(nn.Module):
     ``y[n, i, j, o] = sum_{u, v, c} kernel[u, v, o, c] x[n, i - u + p, j - v + p, c]``, with
     ``p = (k - 1) / 2``: the kernel is that of the convolution from ``features`` channels that this
     one reads backwards.
+
+    >>> layer = TransposedConv(3, 3)
+    >>> layer.init_with_output(jax.random.key(0), jnp.ones((2, 4, 4, 8)))[0].shape
+    (2, 4, 4, 3)
 
     Attributes:
         features: Output channels.
@@ -139,6 +146,10 @@ def random_bits(key: Array, shape: tuple[int, ...]) -> Array:
 
 class Dropout(nn.Module):
     """Sets a share of the values to 0 and scales the others up (Srivastava et al., 2014).
+
+    >>> x = jnp.ones(8)
+    >>> Dropout(0.5).apply({}, x, train=False).tolist() == x.tolist()
+    True
 
     Attributes:
         rate: The share, in [0, 1).
@@ -332,6 +343,10 @@ class SqueezeExcitation(nn.Module):
     ``y = s x``, ``s = sigmoid(W_2 relu(W_1 z))``, ``z`` the means over all pixels (Hu et al., 2018,
     Section 3, Eqs. 2 to 4), without biases, which they found better in residual networks. The gates
     are computed in float32.
+
+    >>> layer = SqueezeExcitation(4)
+    >>> layer.init_with_output(jax.random.key(0), jnp.ones((2, 4, 4, 8)))[0].shape
+    (2, 4, 4, 8)
 
     Attributes:
         reduction: r: ``W_1`` leads from c channels to ``c // r``, at least 1.

@@ -37,7 +37,11 @@ class Aggregator(Protocol):
 
 @dataclass(frozen=True)
 class Sum:
-    """The sum of the gradients, ``c_k = 1``: joint backpropagation."""
+    """The sum of the gradients, ``c_k = 1``: joint backpropagation.
+
+    >>> Sum()(jnp.eye(2), jax.random.key(0)).tolist()
+    [1.0, 1.0]
+    """
 
     def __call__(self, gramian: Array, key: Array) -> Array:
         """Returns ones, ``[k]``."""
@@ -56,6 +60,11 @@ class PCGrad:
     |g_j|^2`` for all ``j != i`` in a random order. Scale: without conflict the sum; ``d`` grows as
     the gradients do. A gradient of zeros changes which orders are drawn. (Yu, Kumar,
     Gupta, Levine, Hausman and Finn, *Gradient Surgery for Multi-Task Learning*, 2020, Algorithm 1)
+
+    >>> gradients = jnp.array([[1.0, 0.0], [-0.6, 0.8]])  # they conflict
+    >>> coefficients = PCGrad()(gradients @ gradients.T, jax.random.key(0))
+    >>> [f"{x:.2f}" for x in coefficients @ gradients]
+    ['0.64', '1.28']
     """
 
     def __call__(self, gramian: Array, key: Array) -> Array:
@@ -92,6 +101,11 @@ class MGDA:
     ``smallest_correction`` as the level that is asked for grows. (Désidéri, *Multiple-gradient
     descent algorithm (MGDA) for multiobjective optimization*, 2012; Sener and Koltun, *Multi-Task
     Learning as Multi-Objective Optimization*, 2018)
+
+    >>> gradients = jnp.array([[1.0, 0.0], [0.0, 3.0]])
+    >>> coefficients = MGDA()(gradients @ gradients.T, jax.random.key(0))
+    >>> [f"{x:.2f}" for x in coefficients @ gradients]  # the shortest of all means
+    ['0.90', '0.30']
     """
 
     def __call__(self, gramian: Array, key: Array) -> Array:
@@ -122,6 +136,11 @@ class CAGrad:
     0 where the gradients cancel. Scale: around the sum, K times the paper's, which is around the
     mean. (Liu, Liu, Jin, Stone and Liu, *Conflict-Averse Gradient Descent for Multi-task Learning*,
     2021, Algorithm 1)
+
+    >>> gradients = jnp.array([[1.0, 0.0], [0.0, 3.0]])
+    >>> coefficients = CAGrad(0.0)(gradients @ gradients.T, jax.random.key(0))
+    >>> (coefficients @ gradients).round(2).tolist()  # without c the sum
+    [1.0, 3.0]
 
     Attributes:
         radius: ``r``, at least 0; the paper's ``c``, which recommends [0, 1). 0 is the sum.
@@ -163,6 +182,11 @@ class UPGrad:
     ``d = sum_i p_i``, with ``p_i = argmin { |p - g_i|^2 : g_k . p >= 0 for all k }``. Scale:
     without conflict the sum (K times the paper's mean); ``d`` grows as the gradients do. (Quinton
     and Rey, *Jacobian Descent for Multi-Objective Optimization*, 2024)
+
+    >>> gradients = jnp.array([[1.0, 0.0], [-0.6, 0.8]])  # they conflict
+    >>> coefficients = UPGrad()(gradients @ gradients.T, jax.random.key(0))
+    >>> bool((gradients @ (coefficients @ gradients) >= 0).all())  # no loss rises
+    True
     """
 
     def __call__(self, gramian: Array, key: Array) -> Array:
@@ -195,6 +219,12 @@ class IMTLG:
     gradients; multiplying one of them changes the length of ``d`` only. Coefficients can be
     negative, and where the sum that normalizes them is, ``d`` ascends on all losses. (Liu,
     Li, Kuang, Xue, Chen, Yang, Liao and Zhang, *Towards Impartial Multi-task Learning*, 2021)
+
+    >>> gradients = jnp.array([[1.0, 0.0], [0.0, 3.0]])
+    >>> coefficients = IMTLG()(gradients @ gradients.T, jax.random.key(0))
+    >>> d = coefficients @ gradients
+    >>> (d @ gradients.T / jnp.array([1.0, 3.0])).round(2).tolist()  # equal projections
+    [0.75, 0.75]
     """
 
     def __call__(self, gramian: Array, key: Array) -> Array:
@@ -226,6 +256,11 @@ class NashMTL:
     authors' program also shortens ``d`` to a norm of 1; clip the gradient in the optimizer for
     that. (Navon, Shamsian, Achituve, Maron, Kawaguchi, Chechik and Fetaya, *Multi-Task Learning as
     a Bargaining Game*, 2022, Algorithm 1)
+
+    >>> gradients = jnp.array([[1.0, 0.0], [0.0, 3.0]])
+    >>> coefficients = NashMTL()(gradients @ gradients.T, jax.random.key(0))
+    >>> (gradients @ (coefficients @ gradients) * coefficients).round(2).tolist()
+    [1.0, 1.0]
     """
 
     def __call__(self, gramian: Array, key: Array) -> Array:

@@ -91,7 +91,11 @@ def _check_at_least_0(what: str, value: float) -> None:
 
 @dataclass(frozen=True)
 class Fixed:
-    """The objectives' own weights alone, ``f_k = 1``."""
+    """The objectives' own weights alone, ``f_k = 1``.
+
+    >>> Fixed().weights(Fixed().init(["main", "exit"]), jax.random.key(0))["exit"].item()
+    1.0
+    """
 
     def init(self, names: Sequence[str]) -> PyTree:
         """Returns the factors, all 1."""
@@ -235,6 +239,10 @@ class Random:
     """Random weights, drawn anew at each step, RLW (Lin, Ye, Zhang and Tsang, 2022).
 
     ``f = K softmax(n)``, with ``n`` K standard normal numbers; K times the paper's, whose sum is 1.
+
+    >>> factors = Random().weights(Random().init(["main", "exit"]), jax.random.key(0))
+    >>> round(float(sum(factors.values())), 4)  # they add up to their number
+    2.0
     """
 
     def init(self, names: Sequence[str]) -> PyTree:
