@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sire_jax.storage import checkpoint, manifest
+from sire_jax.storage import manifest, trees
 from sire_jax.storage.checkpoint import CheckpointError, Checkpoints
 
 
@@ -170,8 +170,8 @@ def test_what_was_restored_can_be_donated_on_every_device(checkpoints):
 
 def test_arrays_may_be_donated_as_soon_as_save_returns(tmp_path, monkeypatch):
     begin = threading.Event()
-    write = checkpoint._write_arrays
-    monkeypatch.setattr(checkpoint, "_write_arrays", lambda *args: (begin.wait(20), write(*args)))
+    write = trees.write
+    monkeypatch.setattr(trees, "write", lambda *args: (begin.wait(20), write(*args)))
     tree = {f"{i}": jnp.full(2**16, i, jnp.float32) for i in range(8)} | {"key": jax.random.key(1)}
     made = Checkpoints(tmp_path)
     made.save(1, tree)
@@ -187,7 +187,7 @@ def test_arrays_may_be_donated_as_soon_as_save_returns(tmp_path, monkeypatch):
 
 
 def test_what_is_written_in_several_pieces_is_restored(checkpoints, monkeypatch):
-    monkeypatch.setattr(checkpoint, "_CHUNK", 1000)
+    monkeypatch.setattr(trees, "_CHUNK", 1000)
     tree = {"x": jax.random.normal(jax.random.key(0), (999,)), "y": jnp.arange(3, dtype=jnp.uint8)}
     checkpoints.save(1, tree)
     _assert_same(checkpoints.restore(tree), tree)
@@ -539,7 +539,7 @@ def test_a_process_may_be_killed_at_any_moment_of_a_save(tmp_path, monkeypatch):
         monkeypatch.setattr(owner, name, copying)
 
     copies.mkdir()
-    around(checkpoint, "_write_arrays")
+    around(trees, "write")
     around(manifest, "write")
     around(manifest, "_sync")
     around(Path, "replace")
@@ -568,7 +568,7 @@ def _failing(monkeypatch, error, begin=None):
         assert begin is None or begin.wait(20)
         raise error
 
-    monkeypatch.setattr(checkpoint, "_write_arrays", fail)
+    monkeypatch.setattr(trees, "write", fail)
 
 
 def test_a_failed_save_is_told_by_check_once(tmp_path, monkeypatch):
@@ -654,7 +654,7 @@ jax.config.update("jax_num_cpu_devices", 2)
 process, port, directory, alone = int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4]
 jax.distributed.initialize(f"localhost:{port}", 2, process)
 from jax.sharding import NamedSharding, PartitionSpec
-from sire_jax.storage import checkpoint
+from sire_jax.storage import checkpoint, trees
 from sire_jax.storage.checkpoint import Checkpoints
 
 mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -701,27 +701,27 @@ report["latest"], report["notes"] = checkpoints.latest(), checkpoints.notes()
 report["restored"] = bits(checkpoints.restore(tree(0)))
 report["shapes"] = failure(lambda: checkpoints.restore({"kernel": tree(0)["kernel"]}))
 
-write = checkpoint._write_arrays
+write = trees.write
 def full(*args):
     assert process == 0
     raise OSError(28, "No space left on device")
-checkpoint._write_arrays = full
+trees.write = full
 checkpoints.save(2, tree(2))
 report["check"] = process and failure(checkpoints.check)
 report["save"] = failure(lambda: checkpoints.save(3, tree(3)))
-checkpoint._write_arrays = write
+trees.write = write
 checkpoints.save(4, tree(4))
 checkpoints.wait()
 report["files"] = sorted(os.listdir(directory))
 
-read = checkpoint._read_arrays
+read = trees.read
 def broken(*args):
     if process == 1:
         raise OSError(5, "Input/output error")
     return read(*args)
-checkpoint._read_arrays = broken
+trees.read = broken
 report["read"] = failure(lambda: checkpoints.restore(tree(0)))
-checkpoint._read_arrays = read
+trees.read = read
 other = Checkpoints(directory if process == 0 else directory + "-elsewhere")
 report["elsewhere"] = failure(lambda: other.restore(tree(0)))
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a run, the one place that knows orbax.
+"""Checkpoints of a run: what is saved, when, and what is done about damage.
 
 A checkpoint counts only once all of it is on the disk and a manifest of it, written last, says so;
 older ones are removed only after that. One that differs from its manifest in a single bit is never
@@ -14,7 +14,6 @@ without its empty arrays, and random keys as their numbers; orbax alone restores
 import concurrent.futures
 import contextlib
 import errno
-import hashlib
 import itertools
 import json
 import math
@@ -28,7 +27,6 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
 from sire_jax.job import distributed
 from sire_jax.storage import manifest, trees
@@ -42,10 +40,6 @@ _NEWEST = "newest"
 _LEFTOVERS = (".removing-*", "*.orbax-checkpoint-tmp*")
 # Written by orbax into each of its directories.
 _ORBAX = "_CHECKPOINT_METADATA"
-# Bytes of an array that are read and written at a time.
-_CHUNK = 2**26
-# What orbax, which stores no tree of nothing, is given of one.
-_NOTHING = {"nothing": np.zeros(1, np.uint8)}
 # Bytes that a checkpoint needs beside those of its arrays: in all, and for each array's own entry.
 _ROOM, _ENTRY = 2**18, 2**10
 
@@ -281,8 +275,8 @@ class Checkpoints:
             self._directory.mkdir(parents=True, exist_ok=True)
             self._remove([*self._leftovers(), path])
             _check_room(self._directory, room(numbers.values()))
-            _write_arrays(path, stored)
-            manifest.write(path, step, types, _digest(numbers.values()), notes)
+            trees.write(path, stored)
+            manifest.write(path, step, types, trees.digest(numbers.values()), notes)
             manifest.write_sealed(self._directory / _NEWEST, {"step": step})
             self._verified[step] = manifest.state(path), None
         except Exception as error:
@@ -340,10 +334,10 @@ class Checkpoints:
         _check_same_types(name, saved.arrays, types)
         shapes = {path: trees.numbers_of(each) for path, each in wanted.items()}
         try:
-            numbers = _read_arrays(path, like, shapes)
+            numbers = trees.read(path, like, shapes)
         except Exception as error:
             raise CheckpointError(f"{name} can't be read: {_reason(error)}.") from error
-        if _digest(numbers[path] for path in saved.arrays) != saved.sha256:
+        if trees.digest(numbers[path] for path in saved.arrays) != saved.sha256:
             raise CheckpointError(f"{name} can't be read: it differs from what was saved.")
         placed = [trees.placed_like(numbers[path], each) for path, each in wanted.items()]
         return jax.tree.unflatten(jax.tree.structure(like), placed)
@@ -359,54 +353,6 @@ def _check_same_types(
                 f"{name} does not fit: {path} is {found} in it, but {asked} here. It is of another"
                 " network, optimizer or config."
             )
-
-
-# ---- orbax, in one process at a time: none waits for another within it.
-
-
-def _checkpointer() -> ocp.Checkpointer:
-    own = jax.process_index()
-    alone = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
-    # Numbers hardly compress, and trying takes half of the time.
-    handler = ocp.PyTreeCheckpointHandler(use_compression=False, multiprocessing_options=alone)
-    return ocp.Checkpointer(handler, multiprocessing_options=alone)
-
-
-def _write_arrays(path: Path, stored: PyTree) -> None:
-    stored = stored or _NOTHING
-    chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK), stored)
-    with _checkpointer() as checkpointer:
-        checkpointer.save(path, args=ocp.args.PyTreeSave(stored, save_args=chunks))
-
-
-def _read_arrays(
-    path: Path, like: PyTree, shapes: Mapping[str, jax.ShapeDtypeStruct]
-) -> dict[str, np.ndarray]:
-    """Reads the numbers of arrays; orbax stores none that is empty."""
-    asked = {name: each for name, each in shapes.items() if each.size}
-    empty = {n: np.zeros(each.shape, each.dtype) for n, each in shapes.items() if not each.size}
-    if not asked:
-        return empty
-    stored = trees.nested(like, asked)
-    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored)
-    with _checkpointer() as checkpointer:
-        found = checkpointer.restore(
-            path, args=ocp.args.PyTreeRestore(stored, restore_args=as_numpy)
-        )
-    read = trees.flatten(found)
-    for name, each in asked.items():
-        if (read[name].dtype, read[name].shape) != (each.dtype, each.shape):
-            held = f"{read[name].dtype}{list(read[name].shape)}"
-            raise ValueError(f"its {name} is {held}, not {each.dtype}{list(each.shape)}")
-    return empty | read
-
-
-def _digest(arrays: Iterable[np.ndarray]) -> str:
-    """Returns the SHA-256 of the bytes of arrays, one after another."""
-    digest = hashlib.sha256()
-    for each in arrays:
-        digest.update(np.ascontiguousarray(each).reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
 
 
 def _check_room(directory: Path, size: int) -> None:
