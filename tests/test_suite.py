@@ -20,6 +20,7 @@ THROUGH_OTHERS = {
     "configuration.stored": "test_configuration.py",
     "data.prepared": "data/test_records.py",
     "data.shares": "data/test_records.py",
+    "data.walk": "data/test_records.py",
     "fitting": "test_fitting.py",
     "heads.combination": "test_grouped.py",
     "heads.identity": "test_networks.py",

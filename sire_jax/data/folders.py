@@ -3,14 +3,11 @@
 import contextlib
 import hashlib
 import os
-import unicodedata
 import warnings
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeAlias
 
 import numpy as np
 from tqdm import tqdm
@@ -18,6 +15,7 @@ from tqdm import tqdm
 from sire_jax.data import shares
 from sire_jax.data.dataset import Dataset, Listed, Selection
 from sire_jax.data.images import EXTENSIONS
+from sire_jax.data.walk import Owners, Walk, composed, directories, is_image
 from sire_jax.files import expanded
 from sire_jax.text import listed, printable
 
@@ -26,18 +24,9 @@ _LAYOUT = "an image folder is <folder>/<split>/<class>/*.jpg"
 ALL = "all"
 # Names of directories that are splits, not classes.
 _SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation"}
-# What systems and programs leave in directories, beside what starts with a dot.
-_LEFT = {
-    *("@eadir", "thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "lost+found"),
-    *("#recycle", "@recycle", "$recycle.bin", "system volume information", "icon\r"),
-}
-
-
 # Files whose ends are read, to tell a set from another of the same names and sizes; bytes of an
 # end; and files at a time.
 _FILES, _END, _THREADS = 512, 2**16, 16
-# The split and the class that each directory belongs to, by its number.
-_Owners: TypeAlias = dict[tuple[int, int], tuple[str, str]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +59,7 @@ class FolderSplit:
         # As Python's values all at once: millions, one by one, take seconds.
         rows = (each.tolist() if chosen is None else each[chosen].tolist() for each in columns)
         for file, size, label in zip(*rows, strict=True):
-            yield Listed(_composed(os.fsdecode(file)), size, self.classes[label])
+            yield Listed(composed(os.fsdecode(file)), size, self.classes[label])
 
     def sampled(self, chosen: np.ndarray | None = None) -> str:
         """Returns a digest of both ends of files, evenly chosen of all or those of these numbers.
@@ -88,7 +77,7 @@ class FolderSplit:
 
     def listed(self, index: int) -> str:
         """Returns the path of a file below the split, the same on all systems."""
-        return _composed(os.fsdecode(bytes(self.files[index])))
+        return composed(os.fsdecode(bytes(self.files[index])))
 
     def open(self) -> None:
         """Does nothing: each image is a file of its own."""
@@ -172,9 +161,9 @@ def open_splits(
     places = _places(root)
     selection.check_splits(root, places, "" if ALL not in places else _ADVICE)
     ignored: list[Path] = []
-    owners: _Owners = {}
+    owners: Owners = {}
     splits = dict.fromkeys(share.split for share in selection.shares)
-    classes = tuple(_directories(places[selection.shares[0].split]))
+    classes = tuple(directories(places[selection.shares[0].split]))
     whole = {split: _split(places[split], classes, ignored, owners) for split in splits}
     spans = selection.spans({split: len(files) for split, files in whole.items()})
     *train, test = (
@@ -201,44 +190,13 @@ _ADVICE = (
 
 def _places(root: Path) -> dict[str, Path]:
     """Returns the directories of splits; a folder without any is the split ``"all"`` itself."""
-    found = {name: root / actual for name, actual in _directories(root).items()}
+    found = {name: root / actual for name, actual in directories(root).items()}
     if ALL in found or {name.casefold() for name in found} & _SPLITS:
         return found
     return {**found, ALL: root}
 
 
-def _directories(path: Path) -> dict[str, str]:
-    """Returns the directories in one, by their names as all systems write them, sorted."""
-    found: dict[str, str] = {}
-    for each in sorted(path.iterdir()):
-        if _is_left_out(each.name):
-            continue
-        if not each.is_dir():
-            continue
-        name = _composed(each.name)
-        if name in found:
-            raise ValueError(
-                f"{path} has two directories '{name}', whose accents are written in two ways"
-                " (Unicode NFC and NFD); make them one."
-            )
-        found[name] = each.name
-    return dict(sorted(found.items()))
-
-
-def _composed(name: str) -> str:
-    """Writes accents as most systems do (NFC): some take them apart, and no name is the same."""
-    return unicodedata.normalize("NFC", name)
-
-
-def _is_left_out(name: str) -> bool:
-    return name.startswith(".") or name.casefold() in _LEFT
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(EXTENSIONS) and not _is_left_out(name)
-
-
-def _split(path: Path, classes: Sequence[str], ignored: list[Path], owners: _Owners) -> FolderSplit:
+def _split(path: Path, classes: Sequence[str], ignored: list[Path], owners: Owners) -> FolderSplit:
     """Lists a split; files left out are added to ``ignored``, its directories to ``owners``."""
     annotations = path / f"{path.name}_annotations.txt"
     if annotations.is_file():
@@ -275,12 +233,12 @@ def _size_and_number(path: str) -> tuple[int, int]:
 
 
 def _by_directory(
-    path: Path, classes: Sequence[str], ignored: list[Path], owners: _Owners
+    path: Path, classes: Sequence[str], ignored: list[Path], owners: Owners
 ) -> tuple[list[str], np.ndarray]:
     _check_links(path)
-    found = _directories(path)
+    found = directories(path)
     if not found:
-        direct = sum(_is_image(each.name) for each in path.iterdir())
+        direct = sum(is_image(each.name) for each in path.iterdir())
         raise ValueError(
             f"{path} has no directories of classes, and {direct} images outside of any; {_LAYOUT}."
         )
@@ -293,7 +251,7 @@ def _by_directory(
         )
     # None: a bar on a terminal, nothing elsewhere.
     bar = tqdm(found.items(), desc=f"Listing {path}", unit="class", disable=None)
-    walk = _Walk(path, found, owners)
+    walk = Walk(path, found, owners)
     listings = {name: _images(path / actual, walk.files(name), ignored) for name, actual in bar}
     start = _length_of_prefix(path)
     files = [each[start:] for listing in listings.values() for each in listing]
@@ -310,7 +268,7 @@ def _length_of_prefix(directory: Path) -> int:
 def _check_links(path: Path) -> None:
     """Checks that no class is a link to nothing: it would be missing without a word."""
     for each in path.iterdir():
-        if each.is_symlink() and not each.exists() and not _is_image(each.name):
+        if each.is_symlink() and not each.exists() and not is_image(each.name):
             raise ValueError(
                 f"{each} is a link to {each.readlink()}, where there is nothing; mend or remove it."
             )
@@ -318,100 +276,23 @@ def _check_links(path: Path) -> None:
 
 def _images(root: Path, files: Iterator[str], ignored: list[Path]) -> list[str]:
     """Sorts the files below a directory and returns the images; others are ``ignored``."""
-    ordered = sorted(files, key=_composed)
+    ordered = sorted(files, key=composed)
     # Tiny ImageNet's boxes around objects are part of its layout.
     boxes = str(root / f"{root.name}_boxes.txt")
-    images = [each for each in ordered if _is_image(each.rpartition("/")[2])]
+    images = [each for each in ordered if is_image(each.rpartition("/")[2])]
     ignored += [Path(each) for each in sorted({*ordered} - {*images, boxes})]
     return images
 
 
-class _Walk:
-    """Lists the files of the classes of a split, each directory once, whatever links lead to it.
-
-    Args:
-        split: The directory of the split.
-        classes: The directories in it by the names of their classes.
-        owners: The directories of other splits, to which those of this one are added.
-
-    Raises:
-        ValueError: If two classes or splits have the same directory, or one has the split in it.
-    """
-
-    def __init__(self, split: Path, classes: Mapping[str, str], owners: _Owners):
-        self._split, self._owners = split.name, owners
-        # Where a link in a loop leads: to other data.
-        places = split, split.parent
-        above = {*places, *(each for place in places for each in place.resolve().parents)}
-        self._above = {_number(str(each)) for each in above}
-        self._roots = {name: str(split / actual) for name, actual in classes.items()}
-        for name, root in self._roots.items():
-            if not self._take(root, name):
-                raise ValueError(
-                    f"{printable(root)} is a link to {printable(str(Path(root).resolve()))}, which"
-                    " has the split itself in it; mend or remove it."
-                )
-
-    def _take(self, directory: str, name: str) -> bool:
-        """Takes a directory for a class; False if it has been, or is above all classes."""
-        number = _number(directory)
-        if number in self._above:
-            return False
-        taken = number in self._owners
-        split, owner = self._owners.setdefault(number, (self._split, name))
-        if split != self._split:
-            raise ValueError(
-                f"{printable(directory)} leads to images of the split '{split}', which would be"
-                f" those of '{self._split}' at the same time; an image is in one split. Share one"
-                " out instead: 'train[:80%]' and 'train[80%:]'."
-            )
-        if owner != name:
-            raise ValueError(
-                f"{printable(directory)} leads to images of the class '{owner}', which would be"
-                f" '{name}' at the same time; an image has one class."
-            )
-        return not taken
-
-    def files(self, name: str) -> Iterator[str]:
-        """Yields the files of a class, in no order: those in real directories ahead of links."""
-        real, links = [self._roots[name]], deque[str]()
-        while real:
-            for entry in sorted(os.scandir(real.pop()), key=lambda entry: entry.name):
-                if _is_left_out(entry.name):
-                    continue
-                if not _is_directory(entry):
-                    yield entry.path
-                elif entry.is_symlink():
-                    links.append(entry.path)
-                elif self._take(entry.path, name):
-                    real.append(entry.path)
-            while links and not real:
-                link = links.popleft()
-                real += [link] * self._take(link, name)
-
-
-def _is_directory(entry: "os.DirEntry[str]") -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # Of a link to itself.
-        return False
-
-
-def _number(path: str) -> tuple[int, int]:
-    """Returns what tells a directory from any other, whatever its name."""
-    status = os.stat(path)  # noqa: PTH116 (as above)
-    return status.st_dev, status.st_ino
-
-
 def _annotated(
-    annotations: Path, classes: Sequence[str], owners: _Owners
+    annotations: Path, classes: Sequence[str], owners: Owners
 ) -> tuple[list[str], np.ndarray]:
     """Reads lines of a file name, a tab and its class; the files are in ``images``."""
     numbers = {name: i for i, name in enumerate(classes)}
     label: dict[str, int] = {}
     for i, line in enumerate(annotations.read_text().splitlines(), 1):
         file, _, rest = line.partition("\t")
-        kind = _composed(rest.partition("\t")[0])
+        kind = composed(rest.partition("\t")[0])
         if kind not in numbers:
             raise ValueError(
                 f"{annotations}, line {i}, is {line!r}; it should be the name of an image, a tab"
@@ -419,7 +300,7 @@ def _annotated(
             )
         label[f"images/{file}"] = numbers[kind]
     root = annotations.parent
-    files = _Walk(root, {"images": "images"}, owners).files("images")
+    files = Walk(root, {"images": "images"}, owners).files("images")
     start = _length_of_prefix(root)
     present = {each[start:] for each in _images(root / "images", files, [])}
     for what, names in (
