@@ -48,6 +48,7 @@ def _prose(page):
         ("pairs.md", "As released", "pairs_1-as_released.json", "pairs_1"),
         ("pairs.md", "One choice at a time", "pairs_choices.json", "pairs_choices"),
         ("sire.md", "Table 2, reduced", "sire_2-reduced.json", "sire_2"),
+        ("auxnet.md", "Every exit, by rule", "auxnet_exits-reduced.json", "auxnet_exits"),
         ("auxnet.md", "The rules compared", "auxnet_rules-reduced.json", "auxnet_rules"),
     ],
 )
@@ -169,6 +170,14 @@ def test_effective_weights_are_those_of_the_rule():
     # The main output's share is 1.
     decays = [sum(shares[i:]) + 1 for i in range(len(exits))]
     assert "{:.2f}, {:.2f}, {:.2f} and {:.0f} times as large in".format(*decays) in text
+
+
+def test_what_is_said_of_exits_by_rule_is_what_was_measured():
+    probes, *rules = _recorded("auxnet_exits-reduced.json")["rows"]
+    last = [row["output_56"]["ours"][0] for row in (probes, *rules)]
+    assert max(last) - min(last) <= 0.25
+    first = [row["output_15"]["ours"][0] - probes["output_15"]["ours"][0] for row in rules]
+    assert min(first) > 1
 
 
 def test_how_rules_differ_in_each_seed_is_what_was_recorded():
