@@ -142,8 +142,8 @@ def test_an_image_of_another_size_is_named_with_what_to_set(tmp_path):
     records = open_records("folder:pets", str(tmp_path)).train
     order = np.arange(9, dtype=np.int32)[None]
     message = (
-        r"bee/1.png has 5 x 6 pixels and 3 channels; config.data.shape is \(4, 6, 3\). Give the"
-        r" size of the images, or .*config.data.resize=SIDE"
+        r"bee/1.png has 5 x 6 pixels and 3 channels; the shape asked for is \(4, 6, 3\)."
+        r" Give the size of the images .*config.data.resize=SIDE"
     )
     for damaged in ("raise", "skip"):
         with pytest.raises(ValueError, match=message):
