@@ -20,14 +20,29 @@ MODULES = sorted(
 )
 
 pytestmark = pytest.mark.optax_dtypes
+# Examples of these compile for a second or more.
+LONG = {
+    f"sire_jax.{name}"
+    for name in (
+        *("backbones.plan", "data.augmentation", "fitting", "layers.modules", "losses"),
+        *("metrics", "networks", "updates.aggregators"),
+    )
+}
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name in LONG else ()) for name in MODULES],
+)
 def test_examples_run(name):
     module = importlib.import_module(name)
     found = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)
     assert found.attempted > 0
     assert found.failed == 0
+
+
+def test_modules_whose_examples_take_long_have_some():
+    assert set(MODULES) > LONG
 
 
 class MyNetwork(nn.Module):
