@@ -56,6 +56,7 @@ class Block(nn.Module):
             setattr(cls, name, nn.nowrap(vars(cls)[name]))
         super().__init_subclass__(**settings)
 
+    @nn.nowrap
     def channels(self, inputs: int) -> int:
         """Returns the output channels for so many input channels; as many if it doesn't say."""
         return inputs

@@ -175,12 +175,14 @@ def _prepare(config: ConfigDict, overrides: Sequence[str]) -> None:
             continue
         if section.get("name") in SCHEDULES and last in _OF_SCHEDULES:
             section.update({last: section.get(last, _OF_SCHEDULES[last])})
-        if last in _NUMBERS and isinstance(section.get(last), ConfigDict):
+        # Settings in braces are ml_collections' own.
+        braced = value.lstrip().startswith("{")
+        if last in _NUMBERS and isinstance(section.get(last), ConfigDict) and not braced:
             if not _is_number(value):
                 raise ValueError(
                     f"--config.{path} is {value!r}; it should be a number, which takes the place of"
-                    f" the schedule '{section[last].get('name')}', or name one of its settings:"
-                    f" --config.{path}.{next(iter(sorted(section[last])))}=…."
+                    f" the settings there, or change one of them: --config.{path}.KEY=…, of"
+                    f" {', '.join(sorted(section[last]))}."
                 )
             with section.ignore_type():
                 section[last] = float(value)
