@@ -127,7 +127,7 @@ def fit(
                 measured = _measured(measure, state, test, evaluate_batch_size)
                 rows["test"].append(means(measured))
                 bar.set_postfix_str(_shown(rows["test"][-1]))
-    return state, {split: _columns(each) for split, each in rows.items() if each}
+    return state, {split: _columns(lines) for split, lines in rows.items() if lines}
 
 
 def _check_numbers(
@@ -228,7 +228,7 @@ def _some(batch: Batch, examples: Any) -> dict[str, Any]:
 
 def _nothing(objectives: Objectives) -> Metrics:
     zeros = {f"{name}/loss": jnp.zeros(2) for name in (*objectives, "total")}
-    return {name: Average(*each) for name, each in zeros.items()}
+    return {name: Average(*sums) for name, sums in zeros.items()}
 
 
 def _check_finite(broken: Mapping[str, Array], state: TrainState, seed: int) -> None:
@@ -239,7 +239,7 @@ def _check_finite(broken: Mapping[str, Array], state: TrainState, seed: int) -> 
     if steps[name] != NEVER:
         raise NonFiniteLossError(f"{what_broke(name, steps[name], seed)} {advice}")
     # Losses are taken before an update.
-    if not all(bool(jnp.isfinite(each).all()) for each in jax.tree.leaves(state.params)):
+    if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(state.params)):
         raise NonFiniteLossError(
             f"The parameters are not finite after {int(state.step)} steps. {advice}"
         )
@@ -254,7 +254,7 @@ def _measured(measure: Any, state: TrainState, test: Batch, size: int) -> Metric
         indices = np.arange(start, start + size)
         batch = _some(test, np.minimum(indices, total - 1))
         sums.append(measure(state.params, state.model_state, batch, jnp.asarray(indices < total)))
-    return jax.tree.map(lambda *each: sum(each[1:], each[0]), *sums)
+    return jax.tree.map(lambda first, *others: sum(others, first), *sums)
 
 
 def _shown(measured: Mapping[str, Array]) -> str:

@@ -103,13 +103,13 @@ class Objective:
         """
         mask = None
         if self.mask is not None:
-            given = batch[self.mask].astype(jnp.float32)
-            mask = jnp.where(given > 0, given, 0)
+            counts = batch[self.mask].astype(jnp.float32)
+            mask = jnp.where(counts > 0, counts, 0)
         if self.ignore is None:
             return mask
         # Labels of few bits would wrap what is ignored: 256 to 0.
-        known = (batch[self.target].astype(jnp.int32) != int(self.ignore)).astype(jnp.float32)
-        return known if mask is None else known * _beside(mask, known)
+        labelled = (batch[self.target].astype(jnp.int32) != int(self.ignore)).astype(jnp.float32)
+        return labelled if mask is None else labelled * _beside(mask, labelled)
 
     def values(self, output: Array, batch: Mapping[str, Any]) -> Array:
         """Returns the loss of each example, without its weight.
@@ -241,8 +241,8 @@ def example_counts(objectives: Objectives, batch: Mapping[str, Any]) -> dict[str
     """
     counts = {name: objective.counts(batch) for name, objective in objectives.items()}
     return {
-        name: each if each is None else each.reshape(len(each), -1).max(1)
-        for name, each in counts.items()
+        name: values if values is None else values.reshape(len(values), -1).max(1)
+        for name, values in counts.items()
     }
 
 
@@ -314,7 +314,7 @@ def check(objectives: Objectives, outputs: Mapping[str, Any], batch: Mapping[str
     """
     check_keys(objectives, batch)
     for name, objective in objectives.items():
-        _check_known(name, "output", objective.output, outputs)
+        _check_exists(name, "output", objective.output, outputs)
         _check_name(name, objective, outputs)
         if objective.labelled or objective.ignore is not None:
             _check_labels(name, objective, outputs[objective.output], batch[objective.target])
@@ -335,16 +335,16 @@ def check_keys(objectives: Objectives, batch: Mapping[str, Any]) -> None:
     if not objectives:
         raise ValueError("There is no objective; give config.objectives at least one.")
     for name, objective in objectives.items():
-        _check_known(name, "target", objective.target, batch)
+        _check_exists(name, "target", objective.target, batch)
         if objective.mask is not None:
-            _check_known(name, "mask", objective.mask, batch)
+            _check_exists(name, "mask", objective.mask, batch)
 
 
-def _check_known(name: str, kind: str, key: str, known: Mapping[str, Any]) -> None:
-    if key not in known:
+def _check_exists(name: str, kind: str, key: str, names: Mapping[str, Any]) -> None:
+    if key not in names:
         raise ValueError(
             f"The objective '{name}' is on the {kind} '{key}', which does not"
-            f" exist.{nearest(key, known)}"
+            f" exist.{nearest(key, names)}"
         )
 
 

@@ -42,10 +42,10 @@ def choose(registry: Mapping[str, Any], name: str, what: str, where: str = "") -
         try:
             if not module or module.startswith(".") or not attribute:
                 raise ValueError("it should be package.module:Name")
-            found = getattr(importlib.import_module(module), attribute)
-            if not callable(found):
+            part = getattr(importlib.import_module(module), attribute)
+            if not callable(part):
                 raise ValueError("it is no class or function")
-            return found
+            return part
         except (ImportError, AttributeError, ValueError) as error:
             raise ValueError(f"{start}The {what} '{name}' can't be imported: {error}.") from error
     text = name if isinstance(name, str) else shown(name)
@@ -59,14 +59,14 @@ def settings(part: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     return {k: p for k, p in parameters.items() if k not in _FLAX_FIELDS and p.kind in named}
 
 
-def describe(registry: Mapping[str, Any], name: str, what: str, **given: Any) -> dict[str, Any]:
+def describe(registry: Mapping[str, Any], name: str, what: str, **changes: Any) -> dict[str, Any]:
     """Writes a part down as a section that shows every setting with its value.
 
     Args:
         registry: Known parts by name.
         name: The part.
         what: What the part is, for messages.
-        **given: Settings that differ from the part's defaults.
+        **changes: Settings that differ from the part's defaults.
 
     Returns:
         ``{"name": name, …}`` with all settings that have a value.
@@ -74,12 +74,14 @@ def describe(registry: Mapping[str, Any], name: str, what: str, **given: Any) ->
     Raises:
         ValueError: If the part or a setting does not exist.
     """
-    known = settings(choose(registry, name, what))
-    for key in given:
-        if key not in known:
-            raise ValueError(f"The {what} '{name}' has no setting '{key}'.{nearest(key, known)}")
-    defaults = {k: p.default for k, p in known.items() if p.default is not inspect.Parameter.empty}
-    return {"name": name, **defaults, **given}
+    parameters = settings(choose(registry, name, what))
+    for key in changes:
+        if key not in parameters:
+            raise ValueError(
+                f"The {what} '{name}' has no setting '{key}'.{nearest(key, parameters)}"
+            )
+    defaults = {k: p.default for k, p in parameters.items() if p.default is not p.empty}
+    return {"name": name, **defaults, **changes}
 
 
 def create(
@@ -101,10 +103,10 @@ def create(
         ValueError: If the part or a setting does not exist, a setting without a default is missing,
             or a value has another type than the setting's default.
     """
-    part, given = _checked(registry, section, what, supplied)
-    wanted = settings(part)
-    given = {key: _as_kind(value, wanted[key].annotation) for key, value in given.items()}
-    return part(**given, **{k: value for k, value in supplied.items() if k in wanted})
+    part, values = _checked(registry, section, what, supplied)
+    parameters = settings(part)
+    values = {key: _as_kind(value, parameters[key].annotation) for key, value in values.items()}
+    return part(**values, **{k: value for k, value in supplied.items() if k in parameters})
 
 
 def check(
@@ -149,14 +151,14 @@ def _checked(
     if "name" not in section:
         raise ValueError(f"{start}A {what} needs a 'name'; it has only {sorted(section)}.")
     part = choose(registry, section["name"], what, where and f"{where}.name")
-    given = {key: _plain(value) for key, value in section.items() if key != "name"}
-    check_settings(part, given, f"{what} '{section['name']}'", where, supplied, optional)
-    return part, given
+    values = {key: _plain(value) for key, value in section.items() if key != "name"}
+    check_settings(part, values, f"{what} '{section['name']}'", where, supplied, optional)
+    return part, values
 
 
 def check_settings(
     part: Callable[..., Any],
-    given: Mapping[str, Any],
+    values: Mapping[str, Any],
     what: str,
     where: str = "",
     supplied: Iterable[str] = (),
@@ -166,7 +168,7 @@ def check_settings(
 
     Args:
         part: The class or function.
-        given: The settings.
+        values: The settings.
         what: What the part is, with its name, for messages: ``"backbone 'vgg'"``.
         where: The path of its section, for messages.
         supplied: Names of the arguments that come from the program.
@@ -177,16 +179,16 @@ def check_settings(
             of the setting's type.
     """
     start = f"{where}: " if where else ""
-    known = {k: p for k, p in settings(part).items() if k not in supplied}
-    for key, value in given.items():
+    parameters = {k: p for k, p in settings(part).items() if k not in supplied}
+    for key, value in values.items():
         path = f"{where}.{key}" if where else f"{what}: {key}"
-        if key in known:
-            _check_kind(path, value, known[key].annotation, known[key].default)
+        if key in parameters:
+            _check_kind(path, value, parameters[key].annotation, parameters[key].default)
         elif key not in optional:
-            hint = nearest(key, [*known, *optional])
+            hint = nearest(key, [*parameters, *optional])
             raise ValueError(f"{start}The {what} has no setting '{key}'.{hint}")
-    needed = [k for k, p in known.items() if p.default is p.empty and k not in optional]
-    missing = [key for key in needed if key not in given]
+    needed = [k for k, p in parameters.items() if p.default is p.empty and k not in optional]
+    missing = [key for key in needed if key not in values]
     if missing:
         raise ValueError(f"{start}The {what} needs a value for {', '.join(missing)}.")
 
@@ -254,8 +256,8 @@ def check_type(where: str, value: Any, default: Any) -> None:
 def _check_kind(where: str, value: Any, kind: Any, default: Any) -> None:
     _check_numbers(where, value)
     if not _is_of(value, kind):
-        known = default is not inspect.Parameter.empty and default is not None
-        example = f" like {default!r}" if known else ""
+        has_default = default is not inspect.Parameter.empty and default is not None
+        example = f" like {default!r}" if has_default else ""
         of_type = "" if value is None else f", {_described(type(value))}"
         raise ValueError(
             f"{where} is {shown(value)}{of_type}; it should be {_described(kind)}{example}."
@@ -264,8 +266,8 @@ def _check_kind(where: str, value: Any, kind: Any, default: Any) -> None:
 
 def _check_numbers(where: str, value: Any) -> None:
     """Checks that numbers can be computed with, those of tuples and sections, too."""
-    for key, each in _elements(value):
-        _check_numbers(f"{where}{key}", each)
+    for key, element in _elements(value):
+        _check_numbers(f"{where}{key}", element)
     if isinstance(value, float) and not abs(value) < _FLOAT_LIMIT:
         raise ValueError(f"{where} is {value}; it should be finite, as a float32.")
     if isinstance(value, int) and abs(value) >= _INT_LIMIT:
@@ -275,19 +277,19 @@ def _check_numbers(where: str, value: Any) -> None:
 def _elements(value: Any) -> Iterator[tuple[str, Any]]:
     """Yields what a tuple or a section holds, with how a path goes on to it."""
     if is_section(value):
-        yield from ((f".{key}", each) for key, each in value.items())
+        yield from ((f".{key}", element) for key, element in value.items())
     elif isinstance(value, tuple | list):
-        yield from ((f"[{i}]", each) for i, each in enumerate(value))
+        yield from ((f"[{i}]", element) for i, element in enumerate(value))
 
 
 def _is_of(value: Any, kind: Any) -> bool:
     """Tells whether a value is of an annotated type, as far as a config can say."""
     arguments, origin = get_args(kind), get_origin(kind) or kind
     if origin in (Union, UnionType):
-        return any(_is_of(value, each) for each in _alternatives(arguments))
+        return any(_is_of(value, member) for member in _alternatives(arguments))
     if origin in (bool, int, float):
-        known = (int, float) if origin is float else origin
-        return isinstance(value, known) and isinstance(value, bool) == (origin is bool)
+        numbers = (int, float) if origin is float else origin
+        return isinstance(value, numbers) and isinstance(value, bool) == (origin is bool)
     if origin in (str, NoneType):
         return isinstance(value, origin)
     if origin is tuple and arguments and arguments[-1] is not Ellipsis:
@@ -321,7 +323,7 @@ def _as_kind(value: Any, kind: Any) -> Any:
 def _described(kind: Any) -> str:
     arguments, origin = get_args(kind), get_origin(kind) or kind
     if origin in (Union, UnionType):
-        return " or ".join(_described(each) for each in _alternatives(arguments))
+        return " or ".join(_described(member) for member in _alternatives(arguments))
     if origin in (tuple, Sequence):
         of = f" of {arguments[0].__name__}" if arguments and isinstance(arguments[0], type) else ""
         return f"a tuple{of}"

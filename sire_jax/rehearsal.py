@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from sire_jax import text, traced
 from sire_jax.configuration import experiment
+from sire_jax.configuration.groups import is_dealt
 from sire_jax.data.dataset import Source
 from sire_jax.data.tasks import Pairs
-from sire_jax.groups.partition import is_dealt
 from sire_jax.job.memory import available
 from sire_jax.runs import gradient_flow, parallel
 from sire_jax.runs.on_device import DeviceFeed

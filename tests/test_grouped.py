@@ -19,6 +19,7 @@ from sire_jax.configuration import (
     optimizer,
     prediction,
 )
+from sire_jax.configuration import groups as group_sections
 from sire_jax.groups import Groups, partition
 from sire_jax.predictions import FittedJointProbability, JointProbability, LinearCombination
 from sire_jax.runs.loading import ignored, load_data
@@ -124,8 +125,8 @@ def test_where_only_sizes_count_labels_are_dealt_to_the_groups_of_a_file_that_is
     section = dealt.data.groups.coarse
     assert section.assignment == (0, 1, 2, 0, 1, 2, 0, 1, 2, 0)
     assert section.classes[:2] == ("label_0", "label_1")
-    assert partition.is_dealt(section)
-    assert not partition.is_dealt(config.data.groups.coarse)
+    assert group_sections.is_dealt(section)
+    assert not group_sections.is_dealt(config.data.groups.coarse)
     assert experiment.build(dealt).groups["coarse"].number == 3
     with pytest.raises(ValueError, match=r"10 labels can't be dealt to 11 groups; 1..10 can"):
         partition.deal(10, 11)
@@ -134,7 +135,7 @@ def test_where_only_sizes_count_labels_are_dealt_to_the_groups_of_a_file_that_is
 def test_a_file_that_is_there_is_read_although_labels_might_be_dealt(file):
     read = configuration.with_groups(_config(file), dealt=True).data.groups.coarse
     assert read.assignment == THREE.assignment
-    assert not partition.is_dealt(read)
+    assert not group_sections.is_dealt(read)
 
 
 def test_a_file_edited_badly_is_refused(tmp_path):

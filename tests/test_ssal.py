@@ -205,9 +205,9 @@ def test_what_does_not_go_together_is_refused(variant, message):
 
 
 def test_a_branch_without_a_file_of_groups_says_how_to_make_one():
-    match = r"(?s)no file of groups .*tiny_imagenet_join.json.*python -m sire_jax.grouping"
+    match = r"(?s)no file of groups .*tiny_imagenet_join.json.*sire_jax.grouping .*--groups=20,33 "
     with pytest.raises(FileNotFoundError, match=match):
-        experiment.forward(_load("resnet18,tiny,1"))
+        experiment.forward(_load("resnet18,tiny,2"))
 
 
 @pytest.mark.slow  # It traces a large network.

@@ -37,20 +37,20 @@ def widths(
     """Checks that an output has as many logits as its target has classes."""
     for name, objective in chosen.items():
         width = outputs[objective.output].shape[-1]
-        known = classes.get(objective.target, width)
-        if classifies(objective.loss) and width != known:
+        number = classes.get(objective.target, width)
+        if classifies(objective.loss) and width != number:
             raise ValueError(
                 f"The objective '{name}' compares '{objective.output}', which has {width} logits,"
-                f" with '{objective.target}', which has {known} classes."
+                f" with '{objective.target}', which has {number} classes."
             )
 
 
 def groups(groups: Mapping[str, Groups], classes: int, batch: Mapping[str, Any]) -> None:
     """Checks that groups are of all labels, and have names of their own."""
-    for name, each in groups.items():
-        if len(each.classes) != classes:
+    for name, partition in groups.items():
+        if len(partition.classes) != classes:
             raise ValueError(
-                f"config.data.groups.{name} groups {len(each.classes)} labels, but there are"
+                f"config.data.groups.{name} groups {len(partition.classes)} labels, but there are"
                 f" {classes}."
             )
         if name in batch:
@@ -111,14 +111,14 @@ def selection(
 
 def augmentations(augmentations: Mapping[str, Any], batch: Mapping[str, Any]) -> None:
     """Checks that a batch has what each augmentation changes, and that it can be changed."""
-    for name, each in augmentations.items():
-        for key in getattr(each, "needs", ("image",)):
+    for name, augment in augmentations.items():
+        for key in getattr(augment, "needs", ("image",)):
             if key not in batch:
                 raise ValueError(
                     f"The augmentation '{name}' needs '{key}', which the task's batches don't have;"
                     f" they have {', '.join(sorted(batch))}."
                 )
-        jax.eval_shape(each, jax.random.key(0), dict(batch))
+        jax.eval_shape(augment, jax.random.key(0), dict(batch))
 
 
 def crop(side: int, ten: bool, image: Sequence[int]) -> None:

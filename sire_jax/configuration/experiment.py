@@ -13,12 +13,13 @@ from ml_collections import ConfigDict
 
 from sire_jax import objectives, optimizers, registry, traced, untrusted
 from sire_jax.configuration import compatibility, validation
+from sire_jax.configuration import groups as group_sections
 from sire_jax.configuration import objectives as objective_sections
 from sire_jax.configuration.sections import NAMED, SINGLE, TASK
 from sire_jax.data import augmentation, batches, crops, tasks
 from sire_jax.data.augmentation import RandomCrop
 from sire_jax.data.dataset import Source
-from sire_jax.groups.partition import Groups, from_section
+from sire_jax.groups.partition import Groups
 from sire_jax.layers.initialization import as_pytorch
 from sire_jax.networks import MAIN, Network
 from sire_jax.predictions import check as check_predictions
@@ -131,7 +132,7 @@ class Experiment(Forward):
 
     def size(self) -> int:
         """Returns the number of parameters that some objective reaches; others are not trained."""
-        reached = jax.tree.map(lambda *each: any(each), *self.reach.values())
+        reached = jax.tree.map(lambda *reaches: any(reaches), *self.reach.values())
         return traced.size(self.variables["params"], reached)
 
     def accuracy(self) -> str | None:
@@ -166,7 +167,8 @@ class Experiment(Forward):
 
     def predict(self) -> Predict:
         """Returns the outputs that fitted prediction rules need, of such a batch."""
-        needed = {n for each in self.predictions.values() if is_fitted(each) for n in each.needs()}
+        fitted = [rule for rule in self.predictions.values() if is_fitted(rule)]
+        needed = {output for rule in fitted for output in rule.needs()}
         return make_predict(self._measured(), sorted(needed), self.objectives)
 
     def _measured(self) -> Apply:
@@ -188,8 +190,8 @@ def _example_batch(
     arrays = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, task.prepare(blank)))
     shape = (2, 2) if isinstance(task, tasks.Pairs) else (2,)
     examples = jax.ShapeDtypeStruct(shape, jnp.int32)
-    found = jax.eval_shape(task.batch, arrays, examples)
-    compatibility.groups(groups, task.classes(config.data.classes)["label"], found)
+    raw = jax.eval_shape(task.batch, arrays, examples)
+    compatibility.groups(groups, task.classes(config.data.classes)["label"], raw)
     batch = jax.eval_shape(
         lambda a, e: batches.ready(config.data, groups, task.batch(a, e)), arrays, examples
     )
@@ -204,9 +206,9 @@ def _parts(config: ConfigDict, key: str, **supplied: Any) -> dict[str, Any]:
     for name, section in config[key].items():
         with registry.located(f"config.{key}.{name}"):
             made[name] = kind.create(section, **supplied)
-    known = list(kind.parts)
+    order = list(kind.parts)
     place = {
-        k: known.index(s.name) if s.name in known else len(known) for k, s in config[key].items()
+        k: order.index(s.name) if s.name in order else len(order) for k, s in config[key].items()
     }
     return {k: made[k] for k in sorted(made, key=lambda k: place[k])}
 
@@ -262,7 +264,7 @@ def _heads(config: ConfigDict, plan: Any) -> tuple[dict[str, Any], dict[str, lis
     families: dict[str, list[str]] = {}
     for name, part in _parts(config, "heads", plan=plan).items():
         family = isinstance(part, Mapping)
-        members = {f"{name}_{key}": each for key, each in part.items()} if family else {name: part}
+        members = {f"{name}_{key}": head for key, head in part.items()} if family else {name: part}
         for output in members.keys() & heads.keys():
             raise ValueError(f"Two heads have the output '{output}'; rename one of them.")
         if family:
@@ -281,17 +283,17 @@ def branches(chosen: objectives.Objectives, groups: Mapping[str, Groups]) -> dic
     Raises:
         ValueError: If an output has several groupings as targets.
     """
-    found: dict[str, Groups] = {}
+    grouped: dict[str, Groups] = {}
     for name, objective in chosen.items():
         if objective.target not in groups:
             continue
-        if objective.output in found:
+        if objective.output in grouped:
             raise ValueError(
                 f"The objective '{name}' gives the output '{objective.output}' a second grouping as"
                 " target; a branch has one. Add another branch."
             )
-        found[objective.output] = groups[objective.target]
-    return found
+        grouped[objective.output] = groups[objective.target]
+    return grouped
 
 
 def main_objective(chosen: objectives.Objectives) -> str:
@@ -318,7 +320,7 @@ def forward(config: ConfigDict) -> Forward:
         backbone = SINGLE["backbone"].create(config.backbone)
     heads, families = _heads(config, getattr(backbone, "plan", None))
     network = Network(backbone, heads)
-    groups = {k: from_section(k, each) for k, each in config.data.groups.items()}
+    groups = group_sections.create(config.data.groups)
     batch = _example_batch(task, config, groups)
     try:
         variables = jax.eval_shape(network.init, jax.random.key(0), batch["image"])
@@ -355,7 +357,7 @@ def build(config: ConfigDict) -> Experiment:
     objectives.check(chosen, outputs, batch)
     compatibility.ignored(chosen, isinstance(parts.task, tasks.Pairs))
     of_outputs = branches(chosen, parts.groups)
-    assignments = {name: each.assignment for name, each in of_outputs.items()}
+    assignments = {name: partition.assignment for name, partition in of_outputs.items()}
     predictions = _parts(config, "predictions", groups=assignments)
     check_predictions(predictions, outputs)
     compatibility.labels(predictions, chosen)
@@ -381,8 +383,8 @@ def build(config: ConfigDict) -> Experiment:
         aggregator=SINGLE["aggregator"].create(config.aggregator),
     )
     # A weighting by averages takes them over an epoch, if the config doesn't say otherwise.
-    given = "period" in config.weighting or not units.get("epoch")
-    period = {} if given else {"period": units["epoch"]}
+    chosen_period = "period" in config.weighting or not units.get("epoch")
+    period = {} if chosen_period else {"period": units["epoch"]}
     weighting = SINGLE["weighting"].create(config.weighting, **period)
     return Experiment(
         **vars(parts),

@@ -14,9 +14,10 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from sire_jax import files, registry, text
+from sire_jax.configuration import groups
 from sire_jax.configuration.sections import SINGLE, augmentation
 from sire_jax.data.augmentation import AUGMENTATIONS
-from sire_jax.groups import partition
+from sire_jax.groups.partition import deal
 from sire_jax.optimizers import SCHEDULES
 
 # The directory of configs, tables and groups, in the repository and in one of the user's.
@@ -42,9 +43,9 @@ def load(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
     place = find(file)
     if place is None:
         shipped = repository_configs()
-        known = [each.name for each in shipped.glob("*.py")]
+        names = [path.name for path in shipped.glob("*.py")]
         raise FileNotFoundError(
-            f"There is no config file {file}.{text.nearest(Path(file).name, known)} It was looked"
+            f"There is no config file {file}.{text.nearest(Path(file).name, names)} It was looked"
             f" for in {Path.cwd()}, in {CONFIGS} there, and among those known, in {shipped}."
         )
     get_config = runpy.run_path(str(place)).get("get_config")
@@ -66,7 +67,7 @@ def with_groups(config: ConfigDict, dealt: bool = False) -> ConfigDict:
         config: The config; it is left as it is.
         dealt: Whether labels are dealt in turn to the groups of a file that does not exist, with a
             warning: groups of the right number, which say nothing. Their section keeps the name of
-            its file (``partition.is_dealt``).
+            its file (``groups.is_dealt``).
 
     Returns:
         A config with ``assignment`` and ``classes`` of each section of ``config.data.groups``; a
@@ -79,14 +80,14 @@ def with_groups(config: ConfigDict, dealt: bool = False) -> ConfigDict:
     """
     config = config.copy_and_resolve_references()
     data = config.get("data")
-    found = data.get("groups") if isinstance(data, ConfigDict) else None
+    sections = data.get("groups") if isinstance(data, ConfigDict) else None
     # Whether these are sections `experiment.build` checks.
-    for name, section in found.items() if isinstance(found, ConfigDict) else ():
-        partition.check_section(name, section)
+    for name, section in sections.items() if isinstance(sections, ConfigDict) else ():
+        groups.check(name, section)
         place = None if section.assignment else find(section.file)
         if place is not None:
-            read = partition.from_section(name, {**section, "file": str(place)})
-            section.update(file="", classes=read.classes, assignment=read.assignment)
+            grouping = groups.of_section(name, {**section, "file": str(place)})
+            section.update(file="", classes=grouping.classes, assignment=grouping.assignment)
         elif dealt and section.file and not section.assignment and _counted(data):
             warnings.warn(
                 f"There is no file of groups {section.file}: labels are dealt to {section.groups}"
@@ -94,8 +95,8 @@ def with_groups(config: ConfigDict, dealt: bool = False) -> ConfigDict:
                 stacklevel=2,
             )
             with registry.located(f"config.data.groups.{name}"):
-                made = partition.deal(data.classes["label"], section.groups)
-            section.update(classes=made.classes, assignment=made.assignment)
+                grouping = deal(data.classes["label"], section.groups)
+            section.update(classes=grouping.classes, assignment=grouping.assignment)
     return config
 
 
@@ -202,15 +203,15 @@ def _is_of_schedule(argument: str) -> bool:
 
 def _numbers_within(config: ConfigDict, overrides: Sequence[str]) -> list[str]:
     """Gives a number that has become a constant schedule to that."""
-    given = []
+    arguments = []
     for argument in overrides:
         path, equals, value = argument.partition("=")
         *sections, last = path.removeprefix("--config.").split(".")
         schedule = _section_at(config, [*sections, last])
         constant = last in _NUMBERS and schedule is not None and schedule.get("name") == "constant"
         within = ".value" if constant and _is_number(value) else ""
-        given.append(f"{path}{within}{equals}{value}")
-    return given
+        arguments.append(f"{path}{within}{equals}{value}")
+    return arguments
 
 
 def _make_schedule(owner: ConfigDict, key: str) -> None:
@@ -241,8 +242,8 @@ def _check_override(config: ConfigDict, argument: str) -> None:
     section, where = config, "config"
     for key in argument.removeprefix("--config.").partition("=")[0].split("."):
         if not isinstance(section, ConfigDict) or key not in section:
-            known = section.keys() if isinstance(section, ConfigDict) else ()
-            raise ValueError(f"{where} has no key '{key}'.{text.nearest(key, known)}")
+            keys = section.keys() if isinstance(section, ConfigDict) else ()
+            raise ValueError(f"{where} has no key '{key}'.{text.nearest(key, keys)}")
         section, where = section[key], f"{where}.{key}"
     if section is None:
         raise ValueError(

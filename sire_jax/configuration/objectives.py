@@ -49,8 +49,8 @@ def check(name: str, section: Any) -> None:
     else:
         registry.choose(LOSSES, section["loss"], "loss", f"{where}.loss")
     if _is_by_depth(section.get("weight")):
-        known = {"depth": objectives.depth_weights}
-        registry.check(known, section["weight"], "weight", f"{where}.weight", ("layers",))
+        weights = {"depth": objectives.depth_weights}
+        registry.check(weights, section["weight"], "weight", f"{where}.weight", ("layers",))
     else:
         compatibility.number_or_schedule(f"{where}.weight", section.get("weight", 1.0))
     for i, weight in enumerate(section.get("weights", ())):
@@ -79,7 +79,7 @@ def _settings(
     weight: Any = 1.0,
     weights: Any = (),
     ignore: int = -1,
-    mask: str = "known",
+    mask: str = "counts",
     classifies: bool = True,
 ) -> None:
     """Has the settings of a section as its arguments; the last three may be left out."""
@@ -108,7 +108,7 @@ def create(
     """Makes the objectives: one for each output of a family.
 
     Args:
-        sections: ``config.objectives``.
+        sections: ``config.objectives``, whose keys have been checked.
         families: Names of the outputs of each family of heads.
         depths: The layers of outputs that are at one.
         units: The lengths in steps of what schedules count in.
@@ -117,11 +117,10 @@ def create(
         Objectives by name.
 
     Raises:
-        ValueError: If a section is none, or its weights don't fit its outputs.
+        ValueError: If weights don't fit outputs, or two objectives have one name.
     """
     made: dict[str, objectives.Objective] = {}
     for name, section in sections.items():
-        _check_keys(name, section)
         weights = section.get("weights", ())
         family = families.get(section["output"])
         outputs = [section["output"]] if family is None else family

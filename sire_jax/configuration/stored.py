@@ -57,14 +57,14 @@ def from_json(text: str, source: str = "The config") -> ConfigDict:
 
     def tuples(value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: tuples(each) for key, each in value.items()}
-        return tuple(tuples(each) for each in value) if isinstance(value, list) else value
+            return {key: tuples(entry) for key, entry in value.items()}
+        return tuple(tuples(entry) for entry in value) if isinstance(value, list) else value
 
-    found = untrusted.parse_json(text, source)
-    if not isinstance(found, dict):
+    sections = untrusted.parse_json(text, source)
+    if not isinstance(sections, dict):
         raise ValueError(f"{source} holds no config; it should be a JSON object.")
     try:
-        return ConfigDict(tuples(found))
+        return ConfigDict(tuples(sections))
     # Of keys with a dot, or that a ConfigDict keeps for itself.
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{source} holds no config: {error}") from None
@@ -89,9 +89,9 @@ def completed(config: ConfigDict) -> ConfigDict:
 
 def _with_defaults(config: ConfigDict) -> ConfigDict:
     """Returns a config with all that it leaves out, which is as its default."""
-    config, known = config.copy_and_resolve_references(), default()
+    config, model = config.copy_and_resolve_references(), default()
     config.unlock()
-    for section, defaults in ((config, known), (config.get("data"), known.data)):
+    for section, defaults in ((config, model), (config.get("data"), model.data)):
         _complete(section, defaults)
     for key, kind in SINGLE.items():
         _complete_part(config.get(key), kind)
@@ -103,7 +103,7 @@ def _with_defaults(config: ConfigDict) -> ConfigDict:
 def _sections(section: Any) -> list[ConfigDict]:
     """Returns the sections within one, if it is one."""
     inner = section.values() if isinstance(section, ConfigDict) else ()
-    return [each for each in inner if isinstance(each, ConfigDict)]
+    return [section for section in inner if isinstance(section, ConfigDict)]
 
 
 def _complete(section: Any, defaults: Mapping[str, Any]) -> None:

@@ -8,10 +8,10 @@ from ml_collections import ConfigDict
 
 from sire_jax import registry, text
 from sire_jax.configuration import SPLITS, compatibility, default
+from sire_jax.configuration import groups as group_sections
 from sire_jax.configuration import objectives as objective_sections
 from sire_jax.configuration.sections import NAMED, SINGLE, TASK
 from sire_jax.data.dataset import Selection
-from sire_jax.groups import partition
 from sire_jax.layers.initialization import INITIALIZATIONS
 from sire_jax.optimizers import OPTIMIZERS
 
@@ -67,9 +67,9 @@ def _check_least(key: str, value: int, least: int) -> None:
         raise ValueError(f"config.{key} is {value}; it should be at least {least}.")
 
 
-def _check_choice(key: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        raise ValueError(f"config.{key} is '{value}'.{text.nearest(value, known)}")
+def _check_choice(key: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"config.{key} is '{value}'.{text.nearest(value, choices)}")
 
 
 def _check_devices(config: ConfigDict) -> None:
@@ -124,7 +124,7 @@ def _check_data(data: ConfigDict) -> None:
             f" it should be {{'label': {drawn}}}, as other kinds of labels are dropped."
         )
     for name, section in data.groups.items():
-        partition.check_section(name, section)
+        group_sections.check(name, section)
 
 
 def _check_channels(key: str, values: Sequence[float], shape: Sequence[int]) -> None:
@@ -182,20 +182,21 @@ _OPEN = (*SINGLE, *NAMED, "objectives")
 _OPEN_DATA = ("config.data.task", "config.data.classes", "config.data.groups")
 
 
-def _check_section(where: str, given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
-    for key in given:
-        if key not in known:
-            raise ValueError(f"{where} has no key '{key}'.{text.nearest(key, known)}")
-    for key, value in known.items():
-        if key not in given:
+def _check_section(where: str, section: Mapping[str, Any], model: Mapping[str, Any]) -> None:
+    """Checks a section against one that has all its keys, with values of the right types."""
+    for key in section:
+        if key not in model:
+            raise ValueError(f"{where} has no key '{key}'.{text.nearest(key, model)}")
+    for key, value in model.items():
+        if key not in section:
             raise ValueError(f"{where} lacks the key '{key}'; start from configuration.default().")
         path = f"{where}.{key}"
         if not isinstance(value, ConfigDict):
-            registry.check_type(path, given[key], value)
-        elif not isinstance(given[key], ConfigDict):
-            raise ValueError(f"{path} is {registry.shown(given[key])}; it should be a section.")
+            registry.check_type(path, section[key], value)
+        elif not isinstance(section[key], ConfigDict):
+            raise ValueError(f"{path} is {registry.shown(section[key])}; it should be a section.")
         elif key not in _OPEN and path not in _OPEN_DATA:
-            _check_section(path, given[key], value)
+            _check_section(path, section[key], value)
 
 
 def _check_parts(config: ConfigDict) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from sire_jax import files, registry, untrusted
+from sire_jax import files, untrusted
 from sire_jax.metrics import is_label
 from sire_jax.text import listed, nearest
 
@@ -18,10 +18,6 @@ SHAPE = (
     '{"made": "how", "classes": ["apple", "oak", "pear"], "groups": {"2": [["apple", "pear"],'
     ' ["oak"]]}}'
 )
-
-# Of a section of config.data.groups, with values of the type that each should have.
-_KEYS: dict[str, Any] = {"file": "", "groups": 20, "classes": ("apple",), "assignment": (0,)}
-
 
 # The group of what is no label.
 NO_GROUP = -1
@@ -153,71 +149,6 @@ def deal(classes: int, number: int) -> Groups:
     return Groups(names, tuple(i % number for i in range(classes)))
 
 
-def is_dealt(section: Mapping[str, Any]) -> bool:
-    """Tells whether labels of a section were dealt, as there is no file.
-
-    Args:
-        section: Of ``config.data.groups``.
-    """
-    return bool(section["file"] and section["assignment"])
-
-
-def from_section(name: str, section: Mapping[str, Any]) -> Groups:
-    """Returns the groups of a section of ``config.data.groups``.
-
-    Args:
-        name: What the target is called, for messages.
-        section: ``{"file", "groups", "classes", "assignment"}``; the file counts only where there
-            is no assignment.
-
-    Raises:
-        ValueError: If the section names no file, or the file does not hold such groups.
-        FileNotFoundError: If there is no such file.
-    """
-    check_section(name, section)
-    where = f"config.data.groups.{name}"
-    if section["assignment"]:
-        given = Groups(tuple(section["classes"]), tuple(section["assignment"]))
-        if given.number != section["groups"]:
-            raise ValueError(
-                f"{where}.groups is {section['groups']}, but its assignment has {given.number}."
-            )
-        return given
-    if not section["file"]:
-        raise ValueError(
-            f"{where} names no file of groups; make one with 'python -m sire_jax.grouping' and give"
-            f" it by --{where}.file=FILE."
-        )
-    known = load(section["file"])
-    if section["groups"] not in known:
-        raise ValueError(
-            f"{where}.groups is {section['groups']}, but {section['file']} has the numbers of"
-            f" groups {', '.join(map(str, known))}."
-        )
-    return known[section["groups"]]
-
-
-def check_section(name: str, section: Any) -> None:
-    """Checks that a section of ``config.data.groups`` has the keys and types of one.
-
-    Args:
-        name: What the target is called, for messages.
-        section: The section.
-
-    Raises:
-        ValueError: If it is none, or has other keys or values of other types.
-    """
-    where = f"config.data.groups.{name}"
-    if not registry.is_section(section) or set(section) != set(_KEYS):
-        given = sorted(section) if registry.is_section(section) else section
-        raise ValueError(
-            f"{where} is {given}; it should be a section with the keys"
-            f" {sorted(_KEYS)}, as configuration.grouping(FILE, GROUPS) returns it."
-        )
-    for key, like in _KEYS.items():
-        registry.check_type(f"{where}.{key}", section[key], like)
-
-
 def check_names(what: str, groups: Groups, classes: Sequence[str]) -> None:
     """Checks that the labels of groups are those of a data set, in its order.
 
@@ -273,12 +204,25 @@ def load(path: str | Path, classes: Sequence[str] | None = None) -> dict[int, Gr
     }
 
 
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+def check_file(path: str | Path, numbers: Iterable[int] = (20,)) -> None:
+    """Checks that there is a file of groupings.
+
+    Args:
+        path: The file.
+        numbers: The numbers of groups that it should have, for the message.
+
+    Raises:
+        FileNotFoundError: If not; it says how to make one.
+    """
+    if not files.expanded(path).is_file():
         raise FileNotFoundError(
-            f"There is no file of groups {path}. Make one with\n"
-            f"  python -m sire_jax.grouping --workdir=DIR --groups=20 --out={path}"
+            f"There is no file of groups {path}. Make one with\n  python -m sire_jax.grouping"
+            f" --workdir=DIR --groups={','.join(map(str, numbers))} --out={path}"
         )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    check_file(path)
     found = untrusted.read_json(path)
     if not _is_structure(found):
         raise ValueError(f"{path} is no file of groups; it should look like {SHAPE}.")

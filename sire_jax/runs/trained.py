@@ -121,7 +121,7 @@ def open_run(
     # How a run is measured, not what it is; and where its data are, if it is known what they are.
     free = ("data.ten_crop:", "predictions.", *(("data.name:",) if kept else ()))
     changed = configuration.differences(trained, config)
-    changed = [each for each in changed if not each.startswith(free)]
+    changed = [line for line in changed if not line.startswith(free)]
     if changed:
         raise ValueError(f"An override would change the run: {'; '.join(changed)}.")
     if kept and not needs_data:

@@ -20,6 +20,7 @@ from planned import random_like
 import sire_jax
 from sire_jax import configuration, evaluate, export, groups, registry, train, untrusted
 from sire_jax.configuration import experiment
+from sire_jax.configuration import groups as group_sections
 from sire_jax.data import copies, sources
 from sire_jax.data.folders import FolderSplit
 from sire_jax.data.records import Records
@@ -530,9 +531,14 @@ def test_groups_that_are_a_pickle_or_very_large_are_refused(tmp_path, mark, monk
 )
 def test_groups_of_a_stranger_in_a_config_are_refused(key, value, message):
     section = {"file": "", "groups": 2, "classes": ("a", "b"), "assignment": (0, 1)}
-    assert partition.from_section("kinds", section).number == 2
+    assert _groups_of(section).number == 2
     with pytest.raises(ValueError, match=message):
-        partition.from_section("kinds", {**section, key: value})
+        _groups_of({**section, key: value})
+
+
+def _groups_of(section):
+    group_sections.check("kinds", section)
+    return group_sections.of_section("kinds", section)
 
 
 def _decoded():
