@@ -40,8 +40,8 @@ def load_table(name: str, configs: Path) -> Table:
     Raises:
         ValueError: If there is no such table.
     """
-    known = {path.stem: path for path in (configs / _TABLES).glob("*.json")}
-    return json.loads(registry.choose(known, name, "table").read_text())
+    tables = {path.stem: path for path in (configs / _TABLES).glob("*.json")}
+    return json.loads(registry.choose(tables, name, "table").read_text())
 
 
 def identity(row: Mapping[str, Any]) -> str:
@@ -55,8 +55,8 @@ def choose_rows(table: Table, names: Sequence[str]) -> list[dict[str, Any]]:
     Raises:
         ValueError: If there is no such row.
     """
-    known = {identity(row): row for row in table["rows"]}
-    return [registry.choose(known, name, "row") for name in names] or table["rows"]
+    rows = {identity(row): row for row in table["rows"]}
+    return [registry.choose(rows, name, "row") for name in names] or table["rows"]
 
 
 def row_config(
@@ -76,8 +76,8 @@ def row_config(
     """
     variant = f"{row['variant']},{option}" if option else row["variant"]
     # A row that diverges is a result, too.
-    given = ["--config.on_diverged=record", *row.get("overrides", []), *overrides]
-    return configuration.load(f"{configs / table['config']}:{variant}", given)
+    settings = ["--config.on_diverged=record", *row.get("overrides", []), *overrides]
+    return configuration.load(f"{configs / table['config']}:{variant}", settings)
 
 
 def compare(
@@ -119,9 +119,9 @@ def compare(
             runs = results["splits"][kind["split"]].get(kind["metric"])
             runs = None if runs is None else divergence.converged(runs, diverged)
             if runs is not None and kind.get("error_percent"):
-                runs = [100 * (1 - each) for each in runs]
+                runs = [100 * (1 - value) for value in runs]
             elif runs is not None and kind.get("percent"):
-                runs = [100 * each for each in runs]
+                runs = [100 * value for value in runs]
             line[column] = _figure(row.get(column), runs)
     return {**line, "seconds": results["seconds"]}
 
@@ -191,10 +191,10 @@ def note(overrides: Sequence[str]) -> str:
     Args:
         overrides: ``--config.a.b=value`` each.
     """
-    given = [each for each in overrides if not each.startswith("--config.data.dir=")]
-    return f"Overrides: {' '.join(given)}\n\n" if given else ""
+    settings = [override for override in overrides if not override.startswith("--config.data.dir=")]
+    return f"Overrides: {' '.join(settings)}\n\n" if settings else ""
 
 
 def _number(value: Sequence[float | None] | None, form: str) -> str:
     """Writes a mean, with its deviation if there is one."""
-    return " ± ".join(f"{each:{form}}" for each in value or [] if each is not None)
+    return " ± ".join(f"{figure:{form}}" for figure in value or [] if figure is not None)

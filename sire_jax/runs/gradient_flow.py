@@ -84,14 +84,16 @@ def make_gradient_flow(
         named, pull_back = jax.vjp(lambda p: losses(p, state.model_state)[0], state.params)
         weights = objectives.weights(chosen, state.step)
         nothing = {name: jnp.zeros_like(loss) for name, loss in named.items()}
-        found: dict[str, Any] = {}
+        gradients: dict[str, Any] = {}
         for name in named:
-            found[name] = pull_back({**nothing, name: weights[name]})[0]
-        found[TOTAL] = jax.tree.map(lambda *each: sum(each[1:], each[0]), *found.values())
-        one = jnp.ones((), jnp.float32)
+            gradients[name] = pull_back({**nothing, name: weights[name]})[0]
+        gradients[TOTAL] = jax.tree.map(
+            lambda *leaves: sum(leaves[1:], leaves[0]), *gradients.values()
+        )
+        count = jnp.ones((), jnp.float32)
         return {
-            f"{name}/{_name(path)}": Average(total=jnp.abs(_at(gradient, path)).mean(), count=one)
-            for name, gradient in found.items()
+            f"{name}/{_name(path)}": Average(total=jnp.abs(_at(gradient, path)).mean(), count=count)
+            for name, gradient in gradients.items()
             for path in convolutions(state.params)
         }
 

@@ -12,7 +12,7 @@ from sire_jax.data.augmentation import Batch
 from sire_jax.job import distributed
 from sire_jax.metrics import Metrics
 from sire_jax.runs import parallel
-from sire_jax.runs.feed import Measure, Taken, Totals, some
+from sire_jax.runs.feed import Measure, Taken, Totals, index_of
 from sire_jax.runs.loading import load_data
 from sire_jax.runs.placement import Placement
 from sire_jax.runs.program import Program
@@ -45,7 +45,7 @@ class DeviceFeed:
         self._parts, self._config, self._placement = parts, parts.config, placement
         self.contents = described or contents.Contents({}, {})
         self.names = self.contents.names
-        self._skipped, self._unsaid = len(skipped), list(skipped)
+        self._skipped, self._unreported = len(skipped), list(skipped)
         self.arrays = placement.place(arrays)
         self.examples: Mapping[str, Any] = placement.place(examples)
         self.steps_per_epoch = examples["train"].shape[1] // self._config.batch_size
@@ -72,7 +72,7 @@ class DeviceFeed:
         # Training and test images in one array, so that one program measures all splits of a size.
         halves = [parts.task.prepare(source) for source in (dataset.train, dataset.test)]
         arrays = {key: np.concatenate([half[key] for half in halves]) for key in halves[0]}
-        train, validation, test = (np.stack(each) for each in zip(*draws, strict=True))
+        train, validation, test = (np.stack(indices) for indices in zip(*draws, strict=True))
         examples = {"train": train, "validation": validation, "test": test + len(dataset.train)}
         return cls(parts, placement, arrays, examples, contents.of(dataset), dataset.skipped)
 
@@ -159,11 +159,11 @@ class DeviceFeed:
 
     def look(self, split: str, chosen: int | Sequence[int], crop: str = "central") -> Batch:
         """Returns examples of a split of the first run, to look at; see ``Feed``."""
-        return self._parts.lookup(self.arrays, self.examples[split][0][some(chosen)], crop)
+        return self._parts.lookup(self.arrays, self.examples[split][0][index_of(chosen)], crop)
 
     def newly_skipped(self) -> list[str]:
         """Returns what is wrong with the damaged images skipped since the last call."""
-        new, self._unsaid = self._unsaid, []
+        new, self._unreported = self._unreported, []
         return new
 
     def number_skipped(self) -> int:

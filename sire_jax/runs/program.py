@@ -30,9 +30,9 @@ class Program:
         if signature in self._compiled:
             return self._function(*args)
         with distributed.patience("compiling"):
-            found = jax.block_until_ready(self._function(*args))
+            results = jax.block_until_ready(self._function(*args))
         self._compiled.add(signature)
-        return found
+        return results
 
     def memory(self, *args: Any) -> int | None:
         """Returns the bytes of arguments, results and all between; ``None`` if that isn't told."""

@@ -51,15 +51,15 @@ class Training:
         started = time.perf_counter()
         self._runs, self._logs, self._checkpoints, self._stop = runs, logs, checkpoints, stop
         self._compiled = compilation.counts()
-        self.step, found = _open(runs, checkpoints, directory)
-        self.state, self._sums, self.best = found.state, found.sums, found.best
+        self.step, checkpoint = _open(runs, checkpoints, directory)
+        self.state, self._sums, self.best = checkpoint.state, checkpoint.sums, checkpoint.best
         seeds = range(config.seed, config.seed + config.seeds)
-        known = checkpoints.notes().get(DIVERGED) if self.step else None
-        self.diverged = Diverged(config.on_diverged, seeds, directory.checkpoints, known)
+        diverged = checkpoints.notes().get(DIVERGED) if self.step else None
+        self.diverged = Diverged(config.on_diverged, seeds, directory.checkpoints, diverged)
         steps = runs.feed.steps_per_epoch
         between_epochs = self.step > 0 and self.step % steps == 0
         self.unmeasured = between_epochs and (self._has_losses() or self.diverged.all())
-        self._before = float(found.seconds) - started
+        self._before = float(checkpoint.seconds) - started
         logs.go_on_after(self.step - 1 if self.unmeasured else self.step)
         images, silent = _images_per_step(runs.parts), not distributed.is_main()
         self._progress = Progress(config.epochs, steps, images, self.step, silent)
@@ -113,9 +113,11 @@ class Training:
         self._progress.advance(count)
         self._checkpoints.check()
         if len(self.step_seconds) == 1:
-            took = compilation.counts().since(self._compiled)
-            kept = f" (kept in {self._runs.config.compilation_cache})" if compilation.kept() else ""
-            self._say(f"First step: {took}{kept}.")
+            compiling = compilation.counts().since(self._compiled)
+            cache = (
+                f" (kept in {self._runs.config.compilation_cache})" if compilation.kept() else ""
+            )
+            self._say(f"First step: {compiling}{cache}.")
 
     def _say(self, *messages: str) -> None:
         for message in messages:
@@ -162,7 +164,7 @@ class Training:
         losses, best = runs.averages(self._sums), self.best
         self._logs.record(self.step, epoch, "steps", losses)
         last = epoch == config.epochs
-        shown = {name: each for name, each in losses.items() if name != "total/loss"}
+        shown = {name: values for name, values in losses.items() if name != "total/loss"}
         if last or (config.evaluate_every and epoch % config.evaluate_every == 0):
             for split in config.evaluate_splits:
                 if distributed.agree(bool(self._stop.signal), 1)[0]:
@@ -179,8 +181,8 @@ class Training:
         every = config.gradient_flow_every
         if every and (last or epoch % every == 0):
             self._logs.record(self.step, epoch, SPLIT, runs.gradients(self.state, epoch - 1))
-        kept = {k: np.asarray(converged(list(v), self.diverged.steps)) for k, v in shown.items()}
-        self._progress.report(self.step, kept)
+        finite = {k: np.asarray(converged(list(v), self.diverged.steps)) for k, v in shown.items()}
+        self._progress.report(self.step, finite)
         self._say(*(f"Skipped: {message}" for message in runs.feed.newly_skipped()))
         self.best, self._sums = best, runs.no_metrics()
         return True
