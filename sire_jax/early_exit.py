@@ -110,6 +110,7 @@ def measure(
     }
     thresholds = wish.fit(scores["validation"], exits.costs, rule)
     cascade = Cascade(exits.stages, exits.variables, rule, batch_size)
+    # What compiling takes is no part of the seconds.
     cascade.warm(exits.images, exits.examples["test"])
     started = time.perf_counter()
     outcome = cascade(exits.images, exits.examples["test"], thresholds)
@@ -157,6 +158,7 @@ def _describe_exits(
         descriptions.append(
             {
                 "output": name,
+                # Whatever comes to the last exit leaves there.
                 "threshold": [*thresholds, None][k],
                 "share": float(leaves.mean()),
                 "accuracy_of_leaving": float(right[leaves].mean()) if leaves.any() else None,

@@ -54,15 +54,18 @@ def evaluate(
     runs = open_run(workdir, overrides, changed_data=changed_data)
     if not runs.feed.examples[split].shape[1]:
         raise ValueError(f"The run has no {split} examples.")
+    # Runs that diverged are listed, too; the means leave them out.
     weights, steps = kept_weights(runs, workdir, used=()), diverged(workdir)
     fitted = runs.fit(weights.params, weights.model_state)
     metrics = runs.measure(weights.params, weights.model_state, split, fitted)
     predictions = runs.parts.predictions
     names = {name.rsplit("/", 1)[0] for name in metrics}
+    # Outputs in the network's order, then the rest, such as predictions, by name.
     first = [*runs.parts.output_names(), *runs.parts.objectives]
     ordered = sorted(names, key=lambda n: (first.index(n) if n in first else len(first), n))
     measured = {name: _statistics(metrics, name, steps) for name in ordered}
     return {
+        # The best weights of each run are of a step of its own.
         "step": int(np.max(weights.step)),
         "split": split,
         "seeds": runs.config.seeds,

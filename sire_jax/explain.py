@@ -50,6 +50,7 @@ def read_image(path: str | Path, data: ConfigDict) -> tuple[np.ndarray, str]:
     encoded = path.read_bytes()
     try:
         image = images.decode(encoded, channels)
+    # Not the file's fault.
     except MemoryError:
         raise
     except Exception as error:  # Damage makes Pillow raise errors of many kinds.
@@ -87,6 +88,7 @@ def explain(
         ValueError: If the image can't be read, the run is on pairs, or the main output has no
             objective on the labels.
     """
+    # The image is the user's: of the run's data only the names of the classes are needed.
     run = open_run(workdir, overrides, needs_data=False)
     if not isinstance(run.parts.task, Images):
         raise ValueError("Only runs on single images can be explained; this one is on pairs.")
@@ -120,6 +122,7 @@ def explain(
 
 def _batch(run: Runs, pixels: np.ndarray) -> Any:
     """Returns a batch of one image as the network sees it."""
+    # Nobody looks at the labels, but the task prepares them with the image.
     labels = {kind: np.zeros(1, np.int32) for kind in run.config.data.classes}
     arrays = run.parts.task.prepare(Source(pixels[None], labels))
     placed = {key: jnp.asarray(values) for key, values in arrays.items()}

@@ -29,7 +29,6 @@ from sire_jax.state import Best, TrainState
 from sire_jax.storage.workdir import is_own
 from sire_jax.text import nearest
 
-PyTree = Any
 # In place of an output's name: the best on validation images.
 BEST = "best"
 
@@ -110,13 +109,16 @@ def validated(runs: Runs, weights: TrainState | Best, run: int) -> dict[str, flo
 
 def _best(runs: Runs, accuracies: Mapping[str, float]) -> str:
     """Returns the most accurate output; of equals the one that is computed from the least."""
-    parts = runs.parts
     most = max(accuracies.values())
     equals = [output for output, accuracy in accuracies.items() if accuracy == most]
-    image = jax.ShapeDtypeStruct((1, *parts.batch["image"].shape[1:]), parts.batch["image"].dtype)
-    sets = [{output} for output in equals]
-    costs = traced.multiply_adds_together(parts.apply, sets, parts.variables, image)
-    return equals[int(np.argmin(costs))]
+    return equals[int(np.argmin(_costs(runs.parts, [{output} for output in equals])))]
+
+
+def _costs(parts: Experiment, sets: Sequence[set[str]]) -> list[int]:
+    """Counts the multiply-adds of one example for sets of outputs."""
+    batch = parts.batch["image"]
+    image = jax.ShapeDtypeStruct((1, *batch.shape[1:]), batch.dtype)
+    return traced.multiply_adds_together(parts.apply, sets, parts.variables, image)
 
 
 def _number(name: str) -> int | None:
@@ -163,25 +165,25 @@ def export(
     if seed not in seeds:
         raise ValueError(f"--seed is {seed}; the run has the seeds {seeds[0]} to {seeds[-1]}.")
     run = seeds.index(seed)
+    # Only the run that is written must not have diverged.
     weights = kept_weights(runs, workdir, used=(run,))
     accuracies = validated(runs, weights, run) if name == BEST else {}
     output = output or _best(runs, accuracies)
     values = paths(weights.variables)
     stored = {key: np.asarray(values[key][run]) for key in needed(parts, output)}
     save(path, config, output, stored)
+    # Who has trained by a config need not allow its modules to load what came of it.
     if is_own(workdir):
         untrusted.remember(config, configuration.to_json(config))
-    image = jax.ShapeDtypeStruct((1, *parts.batch["image"].shape[1:]), parts.batch["image"].dtype)
-    sets = [{output}, set(parts.outputs)]
-    costs = traced.multiply_adds_together(parts.apply, sets, parts.variables, image)
+    cost, whole = _costs(parts, [{output}, set(parts.outputs)])
     return {
         "output": output,
         "validation": accuracies,
         "parameters": sum(v.size for key, v in stored.items() if key.startswith("params/")),
-        "multiply_adds": costs[0],
+        "multiply_adds": cost,
         "whole": {
             "parameters": traced.size(parts.variables["params"]),
-            "multiply_adds": costs[1],
+            "multiply_adds": whole,
         },
         "bytes": path.stat().st_size,
     }

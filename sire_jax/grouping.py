@@ -20,8 +20,6 @@ import numpy as np
 from sire_jax import configuration, files, groups, text
 from sire_jax.data import sources
 from sire_jax.groups import Groups, coarse, make, mean_confusion
-from sire_jax.groups import balanced as balanced
-from sire_jax.groups import distances as distances
 from sire_jax.groups.clustering import CRITERIA, METHODS, check_number
 from sire_jax.inference import confusion
 from sire_jax.job import command
@@ -31,7 +29,17 @@ from sire_jax.text import nearest
 
 
 def report(groupings: dict[int, Groups], confusion: np.ndarray | None = None) -> str:
-    """Writes a table with a row per grouping: sizes, and how often labels are confused."""
+    """Writes a table with a row per grouping: sizes, and how often labels are confused.
+
+    >>> print(report({2: Groups(("apple", "oak", "pear"), (0, 1, 0))}))
+    | groups | smallest | largest |
+    | ------ | -------- | ------- |
+    | 2      | 1        | 2       |
+
+    Args:
+        groupings: By their numbers of groups.
+        confusion: Counts, a row for each true label; without them sizes alone are shown.
+    """
     header = ["groups", "smallest", "largest", "confusion within", "confusion across"]
     rows = [header if confusion is not None else header[:3]]
     for number, grouping in groupings.items():
@@ -127,6 +135,7 @@ def _of_matrix(
         groups.confusion.check_confusion(matrix, labels)
         return matrix, labels
     runs = open_run(options.workdir, overrides)
+    # Checked before the network is applied to all images.
     names = confusion.names_of(runs)
     for number in options.groups:
         check_number(number, len(names))

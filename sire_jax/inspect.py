@@ -56,6 +56,7 @@ def inspect(config: ConfigDict) -> dict[str, Any]:
         outputs: Any = parts.network.apply({"params": params, **state}, image, aux=aux)
         return outputs
 
+    # Values, not shapes: `apply` closes over them.
     state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), variables)
     reached = traced.parameters_read(apply, params, image)
     outputs = {
@@ -102,6 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options, overrides = parser.parse_known_args(arguments)
     with command.readable_errors():
         config = configuration.load(options.config, overrides)
+        # The number of groups is enough: what is in them changes no count.
         counts = inspect(configuration.with_groups(config, dealt=True))
     print(json.dumps(counts) if options.json else report(counts))
 

@@ -45,12 +45,27 @@ def load_table(name: str, configs: Path) -> Table:
 
 
 def identity(row: Mapping[str, Any]) -> str:
-    """Returns what a row is called on the command line and in the workdir."""
+    """Returns what a row is called on the command line and in the workdir.
+
+    >>> identity({"variant": "cnn"}), identity({"variant": "cnn", "id": "cnn_small"})
+    ('cnn', 'cnn_small')
+
+    Args:
+        row: A row of a table.
+    """
     return row.get("id", row["variant"])
 
 
 def choose_rows(table: Table, names: Sequence[str]) -> list[dict[str, Any]]:
     """Picks rows by their names, all if no name is given.
+
+    >>> table = {"rows": [{"variant": "cnn"}, {"variant": "cnn_base"}]}
+    >>> choose_rows(table, ["cnn_base"])
+    [{'variant': 'cnn_base'}]
+
+    Args:
+        table: The table.
+        names: What the rows are called (``identity``).
 
     Raises:
         ValueError: If there is no such row.
@@ -88,6 +103,17 @@ def compare(
     reference: tuple[Mapping[str, Any], Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Puts a row's figures beside the paper's.
+
+    >>> columns = {"accuracy": {"split": "test", "metric": "main/top_1", "percent": True}}
+    >>> row = {"name": "CNN", "variant": "cnn", "accuracy": [82.0, 0.5]}
+    >>> results = {"splits": {"test": {"main/top_1": [0.81, 0.83, 0.85]}}, "seconds": 60.0}
+    >>> line = compare(row, {"columns": columns}, results)
+    >>> round(line["accuracy"]["difference"], 3), round(line["accuracy"]["deviations"], 3)
+    (1.0, 2.0)
+    >>> print(markdown([line], {"columns": columns}))
+    | row | accuracy, paper | ours           | difference       | seconds |
+    | --- | --------------- | -------------- | ---------------- | ------- |
+    | CNN | 82.000 ± 0.500  | 83.000 ± 2.000 | +1.000 (+2.0 sd) | 60      |
 
     Args:
         row: The row of the table.
@@ -176,6 +202,7 @@ def markdown(lines: Sequence[Mapping[str, Any]], table: Table) -> str:
 
 def _cells(figure: Figure, has_paper: bool, form: str) -> list[str]:
     several = figure["runs"] is not None and len(figure["runs"]) > 1
+    # The deviation of a single run is 0, which would look like a measurement.
     ours = _number(figure["ours"] if several else (figure["ours"] or [None])[:1], form)
     if not has_paper:
         return [ours]
@@ -188,9 +215,13 @@ def _cells(figure: Figure, has_paper: bool, form: str) -> list[str]:
 def note(overrides: Sequence[str]) -> str:
     """Says what makes a table another one than the paper's.
 
+    >>> note(["--config.data.dir=/data", "--config.epochs=5"])
+    'Overrides: --config.epochs=5\\n\\n'
+
     Args:
         overrides: ``--config.a.b=value`` each.
     """
+    # Where the data lie changes no figure.
     settings = [override for override in overrides if not override.startswith("--config.data.dir=")]
     return f"Overrides: {' '.join(settings)}\n\n" if settings else ""
 

@@ -39,6 +39,11 @@ _GIB = 2**30
 class Rehearsal:
     """What some steps of a run have shown.
 
+    >>> losses = {"total": [2.5, 2.0, 1.5, 1.0]}
+    >>> result = Rehearsal("cnn", 1200, "real", 72_000, seconds=[0.1, 0.1, 0.1], losses=losses)
+    >>> result.verdict(), round(result.hours(), 3)
+    ('falls: 2.5 -> 1', 2.0)
+
     Attributes:
         name: Of the run.
         parameters: Of its network.
@@ -154,6 +159,7 @@ def rehearse(
     result = Rehearsal(parts.config.name, parameters, images, whole * seeds, finished=False)
     try:
         _take(result, runs, steps, memory, note)
+    # A process takes more than the compiler plans for a step.
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -165,6 +171,7 @@ def rehearse(
 def _with_one_seed(parts: experiment.Experiment) -> experiment.Experiment:
     config = parts.config.copy_and_resolve_references()
     config.seeds, config.steps_per_call = 1, 1
+    # A run alone can't be shared among devices.
     if config.devices_share == "runs":
         config.devices_share, config.devices = "batch", 1
     return replace(parts, config=config)
@@ -205,7 +212,10 @@ def _take(
     # What compiling took is not free any more.
     free = available() if memory is None else memory
     if result.memory is not None and result.memory > free:
-        result.refused = _too_big(result.memory, free)
+        result.refused = (
+            f"too big for this machine: {result.memory / _GIB:.1f} GiB, where"
+            f" {free / _GIB:.1f} GiB are free"
+        )
         return
     seconds, hidden = math.inf if steps else SECONDS, not sys.stderr.isatty()
     steps = steps or STEPS
@@ -216,8 +226,10 @@ def _take(
             if first == 0:
                 order = runs.feed.order(state, epoch)
             called = time.perf_counter()
+            # Sums of its own for each step: they are its losses.
             state, sums, broken = runs.feed.take_steps(state, runs.no_metrics(), order, first, 1)
-            _record(result, {name: float(loss[0]) for name, loss in runs.averages(sums).items()})
+            for name, loss in runs.averages(sums).items():
+                result.losses.setdefault(name.removesuffix("/loss"), []).append(float(loss[0]))
             now = time.perf_counter()
             if step == 0:
                 result.compiling = now - began
@@ -228,22 +240,12 @@ def _take(
             if min(int(first_step[0]) for first_step in broken.values()) != parallel.NEVER:
                 result.diverged = step + 1
                 return
+            # The first step compiles: without another there is no time to tell.
             if step > 0 and now - started > seconds:
                 return
             if note and now - noted > NOTED:
                 note(result)
                 noted = now
-
-
-def _record(result: Rehearsal, losses: Mapping[str, float]) -> None:
-    for name, loss in losses.items():
-        result.losses.setdefault(name.removesuffix("/loss"), []).append(loss)
-
-
-def _too_big(needed: int, free: int) -> str:
-    return (
-        f"too big for this machine: {needed / _GIB:.1f} GiB, where {free / _GIB:.1f} GiB are free"
-    )
 
 
 def add_option(parser: argparse.ArgumentParser) -> None:
@@ -276,6 +278,9 @@ def markdown(rehearsals: Mapping[str, Rehearsal]) -> str:
 
 def cells(name: str, result: Rehearsal) -> list[str]:
     """Returns a rehearsal's row of the table.
+
+    >>> cells("cnn", Rehearsal("cnn", 1200, "made up", 100, refused="too big for this machine"))
+    ['cnn', '1,200', 'made up', '0', 'too big for this machine', '', '', '']
 
     Args:
         name: What the row is called.

@@ -111,6 +111,7 @@ def rehearse(
     rehearsals: dict[str, rehearsal.Rehearsal] = {}
     title = f"{table['title']}: some steps of each row"
 
+    # Called while a row is under way, too: one that is killed leaves what it has shown.
     def note(name: str, result: rehearsal.Rehearsal) -> None:
         rehearsals[name] = result
         page = f"{title}\n\n{paper_tables.note(overrides)}{rehearsal.markdown(rehearsals)}\n"
@@ -173,6 +174,7 @@ def reproduce(
     """
     workdir = check_writable(workdir)
     row_configs = load_rows(table, rows, configs, option, overrides)
+    # All are built before one is trained: a mistake in the last row should not take days to show.
     for name, config in row_configs.items():
         if _trained(config, workdir / name) is None:
             _build(name, config)
@@ -196,10 +198,12 @@ def reproduce(
             reference = row, results
         parameters = 0
         if counts:
+            # Some papers print the size of another network than they train.
             counted = {**row, "variant": row.get("counted", row["variant"])}
             chosen = paper_tables.row_config(table, counted, configs, option, overrides)
             parameters = experiment.build(chosen).size()
         lines.append(paper_tables.compare(row, table, results, parameters, reference))
+        # After every row, as the next may take days or be stopped.
         (workdir / "table.md").write_text(
             paper_tables.note(overrides) + paper_tables.markdown(lines, table) + "\n"
         )
@@ -240,6 +244,7 @@ def machine() -> dict[str, Any]:
     """Returns what a table was measured on: versions, devices, processor, platform."""
     versions = f"sire_jax {__version__}, jax {jax.__version__}, Python {platform.python_version()}"
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    # On Linux `platform.processor` knows the architecture at most.
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = (line.partition(": ")[2] for line in lines if line.startswith("model name"))

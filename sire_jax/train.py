@@ -28,8 +28,6 @@ from sire_jax.storage.checkpoint import Checkpoints, room
 from sire_jax.storage.logs import Logs
 from sire_jax.storage.workdir import Workdir, read_results
 
-PyTree = Any
-
 
 class InterruptedRunError(Exception):
     """Somebody stopped the run; it has been saved.
@@ -98,6 +96,7 @@ def _train_in(
     results = json.loads(distributed.exchange(json.dumps(stored))[0])
     checkpoints = Checkpoints(directory.checkpoints, keep=config.checkpoints_kept)
     whole = config.epochs * runs.feed.steps_per_epoch
+    # Runs that have all diverged end before the last step.
     ended = results and (results["step"] == whole or None not in results.get(DIVERGED, [None]))
     if ended and results["step"] == checkpoints.latest():
         checkpoints.close()
@@ -138,15 +137,18 @@ def _train(
     training.close()
     if stopped:
         raise _interrupted(stop, training.step, directory)
+    # From here on a signal may end the program at once.
     stop.unsaved = False
 
     # ---- Measure the weights that count.
     weights = training.best if training.best is not None else training.state
     fitted, measured = runs.fit(weights.params, weights.model_state), {}
+    # Once each: the test images may be among those that are measured in training.
     for split in dict.fromkeys((*runs.config.evaluate_splits, "test")):
         if distributed.agree(bool(stop.signal), 1)[0]:
             raise _interrupted(stop, training.step, directory)
-        measured[split] = _lists(runs.measure(weights.params, weights.model_state, split, fitted))
+        metrics = runs.measure(weights.params, weights.model_state, split, fitted)
+        measured[split] = {name: values.tolist() for name, values in metrics.items()}
     results = _results(runs, training, measured)
     if distributed.is_main():
         directory.write_results(results)
@@ -183,10 +185,6 @@ def _draw(config: ConfigDict, directory: Path) -> None:
     figures.curves(directory)
     if config.gradient_flow_every and gradient_flow.is_measured(directory):
         gradient_flow.draw({config.name: directory}, directory / "gradient_flow.png")
-
-
-def _lists(values: Mapping[str, np.ndarray]) -> dict[str, list[float]]:
-    return {name: array.tolist() for name, array in values.items()}
 
 
 def _describe(parts: experiment.Experiment, runs: Runs) -> str:

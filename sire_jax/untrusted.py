@@ -62,6 +62,12 @@ def read_json(path: Path) -> Any:
 def parse_json(text: str, source: str) -> Any:
     """Parses JSON.
 
+    >>> parse_json('{"epochs": 3}', "config.json")
+    {'epochs': 3}
+    >>> parse_json('{"epochs": 3, "epochs": 4}', "config.json")
+    Traceback (most recent call last):
+    ValueError: config.json can't be read as JSON: the key 'epochs' stands twice.
+
     Args:
         text: The JSON.
         source: Where it comes from, for messages.

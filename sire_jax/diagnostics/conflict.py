@@ -91,6 +91,7 @@ def measure(trained: Trained) -> Cosines:
 def _cosines(gramian: Array) -> np.ndarray:
     wide = np.asarray(gramian, np.float64)
     norms = np.sqrt(np.diag(wide))
+    # A gradient of zero has no angle: its cosines are 0.
     return wide / np.maximum(np.outer(norms, norms), np.finfo(np.float64).tiny)
 
 

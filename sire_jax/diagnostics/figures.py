@@ -73,6 +73,9 @@ def series(
 def finite_runs(lines: Sequence[Mapping[str, Any]]) -> np.ndarray:
     """Tells of each run whether all losses in ``metrics.jsonl`` are finite.
 
+    >>> finite_runs([{"epoch": 1, "split": "train", "main/loss": [2.3, float("nan")]}])
+    array([ True, False])
+
     Args:
         lines: All lines.
 

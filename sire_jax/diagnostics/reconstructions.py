@@ -91,6 +91,7 @@ def reconstruct(
     outputs = jax.jit(parts.network.apply)(of_first_seed(weights), image)
     shown = {name: pixels(np.asarray(outputs[name]), config.data) for name in names}
     texts = []
+    # A single logit, of a pair's order, is no choice among classes.
     if parts.accuracy() is not None and outputs[MAIN].shape[-1] > 1:
         target = parts.objectives[parts.main_objective()].target
         texts = classified(
@@ -154,6 +155,7 @@ def draw(rows: Mapping[str, Reconstructed]) -> Figure:
                 )
             shown = {f"input\n{label}" if label else "input": original}
             shown |= {name: pictures[i] for name, pictures in reconstructed.outputs.items()}
+            # A run with fewer decoders than another leaves panels empty.
             for panel, (name, picture) in zip(line, shown.items(), strict=False):
                 squeezed = picture[..., 0] if picture.shape[-1] == 1 else picture
                 panel.imshow(

@@ -92,16 +92,16 @@ def measure(trained: Trained) -> Norms:
 
     def norms(offsets: Any) -> Any:
         def losses(offsets: Any, model_state: Any) -> Any:
+            # The gradient to an offset of zero is that to the features that it is added to.
             def offset(variables: Any, image: Array, **settings: Any) -> Any:
                 return parts.network.apply(
                     {**variables, OFFSETS: {"backbone": offsets}}, image, **settings
                 )
 
             key = jax.random.key(0)
-            named, rest = make_losses(offset, parts.objectives, trained.batch, key)(
+            return make_losses(offset, parts.objectives, trained.batch, key)(
                 trained.params, model_state
             )
-            return named, rest
 
         named, _, pull_back = gradients.of_each(losses, offsets, trained.model_state)
         loss_gradients = {name: pull_back(name) for name in named}
@@ -112,9 +112,9 @@ def measure(trained: Trained) -> Norms:
             _norm(_sum(loss_gradients, effective)),
         )
 
-    zeros = _zeros(trained, list(layers))
-    by_loss, joint, total = jax.jit(norms)(zeros)
     order = list(layers)
+    zeros = _zeros(trained, order)
+    by_loss, joint, total = jax.jit(norms)(zeros)
 
     def listed(values: Mapping[str, Array]) -> np.ndarray:
         return np.array([float(values[name]) for name in order])
@@ -145,6 +145,7 @@ def _ends(trained: Trained, blocks: list[str]) -> dict[str, str]:
 
 def _zeros(trained: Trained, blocks: list[str]) -> dict[str, Array]:
     """Makes the offsets of all blocks."""
+    # The network asks for the features of its heads alone; this one returns all.
     backbone = trained.parts.network.backbone.clone(endpoints=None)
     variables = {
         kind: values["backbone"]
@@ -156,6 +157,7 @@ def _zeros(trained: Trained, blocks: list[str]) -> dict[str, Array]:
 
 
 def _norm(gradient: Mapping[str, Array]) -> dict[str, Array]:
+    # bfloat16 has too few digits for a sum of many squares.
     wide = {name: values.astype(jnp.float32) for name, values in gradient.items()}
     return {name: jnp.sqrt((values**2).sum()) for name, values in wide.items()}
 
@@ -174,6 +176,18 @@ def ratios(norms: Norms) -> dict[str, np.ndarray]:
     ``joint``: ``sqrt(sum_k |w_k dL_k/dx_{L_k}|^2) / |sum_k w_k dL_k/dx_l|`` over all outputs behind
     the layer; the paper's numerator is the norm of a sum (Eq. 5), but features of different shapes
     can't be added. ``effective_joint``: likewise with effective weights.
+
+    >>> norms = Norms(
+    ...     layers=[1, 2],
+    ...     at={"main": 2},
+    ...     by_loss={"main": np.array([10.0, 5.0])},
+    ...     joint=np.array([10.0, 5.0]),
+    ...     effective=np.array([10.0, 5.0]),
+    ...     weights={"main": 1.0},
+    ...     divisors={"main": 1.0},
+    ... )
+    >>> ratios(norms)["main"]
+    array([0.5, 1. ])
 
     Args:
         norms: The norms of a network.

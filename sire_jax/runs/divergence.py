@@ -18,11 +18,30 @@ _ADVICE = (
 
 
 class NonFiniteLossError(Exception):
-    """A loss or a parameter was not a number or infinite; it has not been saved."""
+    """A loss or a parameter was not a number or infinite; it has not been saved.
+
+    The message names the loss and the step, and says what may help.
+
+    >>> from sire_jax import NonFiniteLossError
+    >>> diverged = Diverged("stop", range(1), Path("runs/pairs/checkpoints"))
+    >>> try:
+    ...     diverged.note({"main/loss": np.array([3]), "total/loss": np.array([3])})
+    ... except NonFiniteLossError as error:
+    ...     print(str(error).split(". ")[0])
+    The loss 'main' is not finite after 3 steps of the run with seed 0
+    """
 
 
 class Diverged:
     """Which runs have diverged, and after how many steps.
+
+    >>> diverged = Diverged("record", range(2), Path("runs/pairs/checkpoints"))
+    >>> for message in diverged.note({"main/loss": np.array([parallel.NEVER, 7])}):
+    ...     print(message)
+    The loss 'main' is not finite after 7 steps of the run with seed 1. It is recorded; the other
+    runs go on.
+    >>> diverged.steps, diverged.all()
+    ([None, 7], False)
 
     Args:
         policy: ``"stop"`` or ``"record"`` (``config.on_diverged``).
@@ -116,11 +135,15 @@ class Diverged:
             loss: Measured with it; not finite where only the last update broke the parameters.
         """
         finite = np.array([step is None for step in self.steps]) & np.isfinite(loss)
+        # Below any accuracy.
         return np.where(finite, accuracy, -1.0)
 
 
 def converged(values: list[Any], steps: Sequence[int | None]) -> list[Any]:
     """Leaves out what belongs to runs that diverged, if others did not.
+
+    >>> converged([0.91, 0.1, 0.93], [None, 7, None])
+    [0.91, 0.93]
 
     Args:
         values: A value for each run.
@@ -133,6 +156,9 @@ def converged(values: list[Any], steps: Sequence[int | None]) -> list[Any]:
 
 def described(steps: Sequence[int | None]) -> str:
     """Says how many runs diverged, in brackets; nothing if none did.
+
+    >>> described([None, 7, None])
+    ' (1 of 3 runs diverged after 7 steps)'
 
     Args:
         steps: As of ``converged``.

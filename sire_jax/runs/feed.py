@@ -124,6 +124,7 @@ class NoFeed:
         self.names = names
 
     def __getattr__(self, name: str) -> Any:
+        # Python asks so whether an object can be copied or pickled, and takes no for an answer.
         if name.startswith("__"):
             raise AttributeError(name)
         raise ValueError(f"This needs the data of the run ({name}), which were not loaded.")

@@ -1,6 +1,7 @@
 """Runs whose images are all on the devices (``config.data.feed='device'``)."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -50,8 +51,9 @@ class DeviceFeed:
         self.examples: Mapping[str, Any] = placement.place(examples)
         self.steps_per_epoch = examples["train"].shape[1] // self._config.batch_size
         # Vectorizing over runs comes first: shuffling is no work.
-        shuffle = parallel.over_seeds(self._shuffled, (2,), self._config.seeds)
-        shuffle = parallel.over_runs(shuffle, (2,), placement.mesh)
+        shuffle = partial(parallel.shuffle, batch_size=self._config.batch_size)
+        shuffle = parallel.over_seeds(shuffle, (1,), self._config.seeds)
+        shuffle = parallel.over_runs(shuffle, (1,), placement.mesh)
         self._shuffle = Program(jax.jit(shuffle, out_shardings=placement.of_runs))
         self._steps: Any = self._step_program()
 
@@ -75,9 +77,6 @@ class DeviceFeed:
         train, validation, test = (np.stack(indices) for indices in zip(*draws, strict=True))
         examples = {"train": train, "validation": validation, "test": test + len(dataset.train)}
         return cls(parts, placement, arrays, examples, contents.of(dataset), dataset.skipped)
-
-    def _shuffled(self, key: jax.Array, examples: jax.Array, epoch: jax.Array) -> jax.Array:
-        return parallel.shuffle(key, epoch, examples, self._config.batch_size)
 
     def _lookup(self, crop: str = "none") -> Callable[[PyTree, jax.Array], Batch]:
         """Returns the function that makes the batch of examples, each device a part of it."""
@@ -104,25 +103,19 @@ class DeviceFeed:
 
     def order(self, state: TrainState, epoch: int) -> jax.Array:
         """Returns the examples of an epoch in their order, ``[runs, steps, batch, …]``."""
-        shuffled: jax.Array = self._shuffle(state.key, self.examples["train"], np.int32(epoch))
-        return shuffled
+        return self._shuffle(state.key, np.int32(epoch), self.examples["train"])
 
     def take_steps(
         self, state: TrainState, sums: Metrics, order: jax.Array, first: int, count: int
     ) -> Taken:
         """Takes steps in all runs; see ``parallel.over_steps``."""
-        taken: Taken = self._steps(
-            state, sums, self.arrays, order, np.int32(first), np.int32(count)
-        )
-        return taken
+        span = np.int32(first), np.int32(count)
+        return self._steps(state, sums, self.arrays, order, *span)
 
     def planned_memory(self, state: TrainState, sums: Metrics) -> int | None:
         """Returns the bytes that a step takes with all arrays; see ``Feed``."""
         span = np.int32(0), np.int32(1)
-        memory: int | None = self._steps.memory(
-            state, sums, self.arrays, self.order(state, 0), *span
-        )
-        return memory
+        return self._steps.memory(state, sums, self.arrays, self.order(state, 0), *span)
 
     def totals(self, measure: Measure, crop: str) -> Totals:
         """Makes the program that measures a split; see ``Feed``."""

@@ -196,9 +196,9 @@ def one_step(
     def run(
         state: TrainState, sums: Metrics, broken: dict[str, Array], batch: Batch
     ) -> tuple[TrainState, Metrics, dict[str, Array]]:
-        at = state.step
+        number = state.step
         state, metrics = step(state, batch)
-        now = {k: jnp.where(jnp.isfinite(v.total), NEVER, at) for k, v in metrics.items()}
+        now = {k: jnp.where(jnp.isfinite(v.total), NEVER, number) for k, v in metrics.items()}
         return state, add(sums, metrics), jax.tree.map(jnp.minimum, broken, now)
 
     return run

@@ -36,10 +36,12 @@ class Program:
 
     def memory(self, *args: Any) -> int | None:
         """Returns the bytes of arguments, results and all between; ``None`` if that isn't told."""
+        # A function around `jax.pmap` has none.
         if not hasattr(self._function, "lower"):
             return None
         planned = self._function.lower(*args).compile().memory_analysis()
         if planned is None:
             return None
+        # Donated arguments and the results in their place are the same bytes.
         own = planned.argument_size_in_bytes + planned.output_size_in_bytes
         return int(own - planned.alias_size_in_bytes + planned.temp_size_in_bytes)

@@ -9,6 +9,7 @@ import itertools
 import json
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -84,7 +85,8 @@ class StreamFeed:
             self._training = stream.Transform(shape, data.resize, data.crop, random)
         # The stream that is open: its epoch, its next step, its batches.
         self._open: tuple[int, int, Iterator[Batch]] | None = None
-        self._shuffle = Program(jax.jit(self._shuffled))
+        shuffle = partial(parallel.shuffle, batch_size=self._config.batch_size)
+        self._shuffle = Program(jax.jit(shuffle))
         self._steps: Any = self._step_program()
 
     @property
@@ -148,9 +150,6 @@ class StreamFeed:
 
     # ---- Programs over batches.
 
-    def _shuffled(self, key: Array, examples: Array, epoch: Array) -> Array:
-        return parallel.shuffle(key, epoch, examples, self._config.batch_size)
-
     def _step_program(self) -> Callable[..., Any]:
         pmap = self._config.parallel == "pmap"
         step = parallel.one_step(self._parts.step("data" if pmap else None))
@@ -169,7 +168,7 @@ class StreamFeed:
         """Returns the examples of an epoch in their order, for ``take_steps``."""
         examples = self._placement.place(self.examples["train"][0])
         key = jax.tree.map(lambda x: x[0], state.key)
-        return Order(epoch, np.asarray(self._shuffle(key, examples, np.int32(epoch))))
+        return Order(epoch, np.asarray(self._shuffle(key, np.int32(epoch), examples)))
 
     def take_steps(
         self, state: TrainState, sums: Metrics, order: Order, first: int, count: int
@@ -194,8 +193,7 @@ class StreamFeed:
         batch = next(batches)
         self._open = order.epoch, 0, itertools.chain([batch], batches)
         broken = self._placement.place(jax.tree.map(np.asarray, parallel.never_broken(sums)))
-        memory: int | None = self._steps.memory(state, sums, broken, batch)
-        return memory
+        return self._steps.memory(state, sums, broken, batch)
 
     def totals(self, measure: Measure, crop: str) -> Totals:
         """Makes the program that measures a split; see ``Feed``."""
@@ -270,8 +268,7 @@ class StreamFeed:
         def run(state: TrainState, epoch: int) -> Metrics:
             order = self.order(state, epoch)
             batches = self._batches("train", order.examples[:1], self._training, epoch)
-            metrics: Metrics = program(state, next(ahead(without_mask(batches), self._place_part)))
-            return metrics
+            return program(state, next(ahead(without_mask(batches), self._place_part)))
 
         return run
 

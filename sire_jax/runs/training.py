@@ -57,9 +57,12 @@ class Training:
         diverged = checkpoints.notes().get(DIVERGED) if self.step else None
         self.diverged = Diverged(config.on_diverged, seeds, directory.checkpoints, diverged)
         steps = runs.feed.steps_per_epoch
+        # Once measured there are no losses left; those of runs that all diverged tell nothing.
         between_epochs = self.step > 0 and self.step % steps == 0
         self.unmeasured = between_epochs and (self._has_losses() or self.diverged.all())
+        # With the clock added: the seconds of all starts.
         self._before = float(checkpoint.seconds) - started
+        # What was recorded of an epoch that is measured anew is dropped.
         logs.go_on_after(self.step - 1 if self.unmeasured else self.step)
         images, silent = _images_per_step(runs.parts), not distributed.is_main()
         self._progress = Progress(config.epochs, steps, images, self.step, silent)
@@ -130,6 +133,7 @@ class Training:
 
     def is_due_within(self) -> bool:
         """Tells whether a checkpoint is due after so many steps."""
+        # The next one is a whole interval away: this is the step of one.
         return self._until_save() == self._runs.config.checkpoint_steps
 
     def is_due_after(self, epoch: int) -> bool:
@@ -161,6 +165,7 @@ class Training:
             anew after the next start.
         """
         runs, config = self._runs, self._runs.config
+        # `self.best` stays until all is measured, as the whole is done anew after a stop.
         losses, best = runs.averages(self._sums), self.best
         self._logs.record(self.step, epoch, "steps", losses)
         last = epoch == config.epochs
