@@ -213,10 +213,10 @@ def _cells(figure: Figure, has_paper: bool, form: str) -> list[str]:
 
 
 def note(overrides: Sequence[str]) -> str:
-    """Says what makes a table another one than the paper's.
+    r"""Says what makes a table another one than the paper's.
 
     >>> note(["--config.data.dir=/data", "--config.epochs=5"])
-    'Overrides: --config.epochs=5\\n\\n'
+    'Overrides: --config.epochs=5\n\n'
 
     Args:
         overrides: ``--config.a.b=value`` each.

@@ -37,10 +37,10 @@ def listed(names: Sequence[str], most: int = 10) -> str:
 
 
 def printable(text: str) -> str:
-    """Writes a file name of any bytes so that it can be printed: odd characters as escapes.
+    r"""Writes a file name of any bytes so that it can be printed: odd characters as escapes.
 
-    >>> print(printable("a\\nb ü"))
-    a\\nb ü
+    >>> print(printable("a\nb ü"))
+    a\nb ü
 
     Args:
         text: The name.
