@@ -68,7 +68,7 @@ def compile_trunk(depth: int, way: str, batch: int) -> dict[str, float]:
 
     began = time.perf_counter()
     jax.jit(make).lower(key, image).compile()
-    made = time.perf_counter()
+    compiled = time.perf_counter()
     variables = jax.eval_shape(make, key, image)
     params = variables["params"]
     state = {kind: value for kind, value in variables.items() if kind != "params"}
@@ -76,7 +76,7 @@ def compile_trunk(depth: int, way: str, batch: int) -> dict[str, float]:
     step = jax.jit(jax.value_and_grad(loss, has_aux=True))
     plan = step.lower(params, state, image, label).compile().memory_analysis()
     return {
-        "make": made - began,
+        "make": compiled - began,
         "step": time.perf_counter() - ready,
         "bytes": plan.temp_size_in_bytes + plan.argument_size_in_bytes,
     }
@@ -93,11 +93,11 @@ def measure(depth: int, way: str, batch: int, limit: float) -> dict[str, float]:
         What ``compile_trunk`` does; ``{"over": limit}`` if it takes longer than that, in seconds.
     """
     context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=_serve, args=(there, depth, way, batch))
+    receiver, sender = context.Pipe()
+    process = context.Process(target=_serve, args=(sender, depth, way, batch))
     process.start()
-    compiled = here.poll(limit)
-    figures: dict[str, float] = here.recv() if compiled else {"over": limit}
+    compiled = receiver.poll(limit)
+    figures: dict[str, float] = receiver.recv() if compiled else {"over": limit}
     process.kill()
     process.join()
     return figures

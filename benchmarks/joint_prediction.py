@@ -58,6 +58,7 @@ def of_groups(outputs: Outputs, labels: Array, branches: Mapping[str, Groups]) -
         group = jnp.asarray(groups.assignment)
         right = group[labels]
         accuracies[f"{name}, groups"] = percent(outputs[name], right)
+        # The probability of a group is that of all its labels together.
         summed = jax.nn.softmax(outputs[MAIN]) @ jax.nn.one_hot(group, groups.number)
         accuracies[f"main, groups of {name}"] = percent(summed, right)
     return accuracies
@@ -82,8 +83,8 @@ def measure(runs: Runs, variables: Any, seed: int) -> dict[str, float]:
     accuracies |= {"eta, fitted": float(power), "fitted": percent(fitted(outputs, power), labels)}
     linear = runs.parts.predictions["linear"].split
     examples = collect(runs, variables, linear, seed)
-    for name, used in (("linear", ()), ("linear, main alone", (MAIN,))):
-        rule = LinearCombination(groups, split=linear, outputs=used)
+    for name, outputs_used in (("linear", ()), ("linear, main alone", (MAIN,))):
+        rule = LinearCombination(groups, split=linear, outputs=outputs_used)
         accuracies[name] = percent(rule(outputs, rule.fit(*examples)), labels)
     return accuracies | of_groups(outputs, labels, branches)
 

@@ -205,8 +205,9 @@ def checkpoints(options: argparse.Namespace, directory: Path, cache: str) -> dic
     processor: dict[bool, list[float]] = {True: [], False: []}
     blocking: list[float] = []
     for turn in range(options.rounds):
+        # In turns: neither is always the first.
         for saving in (True, False) if turn % 2 else (False, True):
-            began, used = time.perf_counter(), time.process_time()
+            began, processor_began = time.perf_counter(), time.process_time()
             for _ in range(options.saves):
                 training.take(STEPS_OF_A_SAVE)
                 if saving:
@@ -216,7 +217,7 @@ def checkpoints(options: argparse.Namespace, directory: Path, cache: str) -> dic
             if saving:
                 manager.wait()
             times[saving].append(time.perf_counter() - began)
-            processor[saving].append(time.process_time() - used)
+            processor[saving].append(time.process_time() - processor_began)
             print(f"round {turn + 1}: saving {saving}: {times[saving][-1]:.2f} s", flush=True)
     manager.close()
     steps = options.saves * STEPS_OF_A_SAVE

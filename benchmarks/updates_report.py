@@ -88,13 +88,13 @@ def peer_table(measured: Mapping[str, Any]) -> str:
     rows = [["", "ms/step", "/ PyTorch joint (quartiles)", "ours", "ours / PyTorch's"]]
     for candidate in measured["peer"]["ready"]:
         name, ours = f"PyTorch {candidate}", OURS.get(candidate, AGGREGATED)
-        own = "PyTorch joint" in measured["seconds"]
+        has_joint = "PyTorch joint" in measured["seconds"]
         is_measured = ours in measured["seconds"]
         rows.append(
             [
                 name,
                 f"{1e3 * median(measured['seconds'][name]):.1f}",
-                spread(ratios(measured, name, "PyTorch joint")) if own else "",
+                spread(ratios(measured, name, "PyTorch joint")) if has_joint else "",
                 ours if is_measured else "",
                 spread(ratios(measured, ours, name)) if is_measured else "",
             ]
