@@ -160,8 +160,8 @@ def _relative_time(
     if reference is None:
         return _figure(None, None)
     paper = row["minutes"] / reference[0]["minutes"] if "minutes" in row else None
-    ours, theirs = results.get("step_seconds"), reference[1].get("step_seconds")
-    return _figure(paper, [ours / theirs] if ours and theirs else None)
+    seconds, reference_seconds = (run.get("step_seconds") for run in (results, reference[1]))
+    return _figure(paper, [seconds / reference_seconds] if seconds and reference_seconds else None)
 
 
 def _figure(paper: Any, runs: list[float] | None) -> Figure:

@@ -194,6 +194,7 @@ def reproduce(
             continue
         drawn[row["name"]] = directory, row.get("curve", table["curves"]["metric"])
         results = results or train(config, str(directory))
+        # Rows above it have no time relative to it.
         if paper_tables.identity(row) in references:
             reference = row, results
         parameters = 0

@@ -91,13 +91,14 @@ class DeviceFeed:
         placement = self._placement
         if self._config.parallel == "pmap":
 
-            def own(arrays: tasks.Arrays, examples: jax.Array) -> Batch:
+            def lookup_part(arrays: tasks.Arrays, examples: jax.Array) -> Batch:
                 return self._parts.lookup(arrays, parallel.own_part(examples, "data"))
 
-            steps = parallel.over_steps(self._parts.step("data"), own)
+            steps = parallel.over_steps(self._parts.step("data"), lookup_part)
             runs = parallel.over_seeds(steps, (2, 4, 5), self._config.seeds_at_once)
             return Program(parallel.pmapped(runs, placement.mesh, 6, donated=(0, 1)))
         steps = parallel.over_steps(self._parts.step(), self._lookup())
+        # Every process reads at which steps losses broke.
         places = (placement.of_runs, placement.of_runs, placement.everywhere)
         return placement.program(steps, (2, 4, 5), places, donate_argnums=(0, 1))
 

@@ -198,8 +198,10 @@ def one_step(
     ) -> tuple[TrainState, Metrics, dict[str, Array]]:
         number = state.step
         state, metrics = step(state, batch)
-        now = {k: jnp.where(jnp.isfinite(v.total), NEVER, number) for k, v in metrics.items()}
-        return state, add(sums, metrics), jax.tree.map(jnp.minimum, broken, now)
+        broken_now = {
+            k: jnp.where(jnp.isfinite(v.total), NEVER, number) for k, v in metrics.items()
+        }
+        return state, add(sums, metrics), jax.tree.map(jnp.minimum, broken, broken_now)
 
     return run
 
@@ -302,15 +304,15 @@ def over_seeds(function: Callable[..., Any], shared: tuple[int, ...], at_once: i
     """
 
     def run(*args: Any) -> Any:
-        own = [i for i in range(len(args)) if i not in shared]
-        runs = jax.tree.leaves(args[own[0]])[0].shape[0]
+        positions = [i for i in range(len(args)) if i not in shared]
+        runs = jax.tree.leaves(args[positions[0]])[0].shape[0]
         size = at_once or (1 if jax.default_backend() == "cpu" else runs)
 
         def single(arrays: tuple[Any, ...]) -> Any:
-            placed = dict(zip(own, arrays, strict=True))
+            placed = dict(zip(positions, arrays, strict=True))
             return function(*(placed.get(i, arg) for i, arg in enumerate(args)))
 
-        arrays = tuple(args[i] for i in own)
+        arrays = tuple(args[i] for i in positions)
         if size >= runs > 1:
             return jax.vmap(lambda *arrays: single(arrays))(*arrays)
         if runs == 1:

@@ -43,5 +43,5 @@ class Program:
         if planned is None:
             return None
         # Donated arguments and the results in their place are the same bytes.
-        own = planned.argument_size_in_bytes + planned.output_size_in_bytes
-        return int(own - planned.alias_size_in_bytes + planned.temp_size_in_bytes)
+        total = planned.argument_size_in_bytes + planned.output_size_in_bytes
+        return int(total - planned.alias_size_in_bytes + planned.temp_size_in_bytes)

@@ -175,6 +175,7 @@ class Runs:
         rules = {name: rule for name, rule in self.parts.predictions.items() if is_fitted(rule)}
         predicted = {}
         for split in sorted({rule.split for rule in rules.values()}):
+            # Rounded up: at most that many examples.
             every = -(-self.feed.examples[split].shape[1] // MOST)
             predicted[split] = self._predict(params, model_state, split, every)
         # One by one: a rule searches for as long as its own run needs.

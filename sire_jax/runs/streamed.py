@@ -138,6 +138,7 @@ class StreamFeed:
 
     def _place_pmapped(self, arrays: Arrays) -> Arrays:
         """Splits this process's part of a batch over its devices, ``[devices, b, …]``."""
+        # Several processes use all of their devices; a single one may leave some out.
         devices = jax.local_device_count() if jax.process_count() > 1 else self._placement.mesh.size
         return {k: np.reshape(v, (devices, -1, *v.shape[1:])) for k, v in arrays.items()}
 
@@ -222,6 +223,7 @@ class StreamFeed:
         devices = self._placement.mesh.size
         size = -(-min(self._config.evaluate_batch_size, len(chosen)) // devices) * devices
         steps = -(-len(chosen) // size)
+        # Begins anew with the first examples, where an array's own method would add zeros.
         filled = np.resize(chosen, steps * size)
         counts = (np.arange(steps * size) < len(chosen)).reshape(steps, size)
         part = size // jax.process_count()
