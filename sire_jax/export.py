@@ -64,6 +64,7 @@ def find_output(parts: Experiment, name: str) -> str:
     numbered = [
         (abs(n - int(name)), output) for output, n in ends if name.isdecimal() and n is not None
     ]
+    # Of `46` the nearest number says more than the nearest spelling.
     close = min(numbered)[1] if numbered else name
     raise ValueError(f"No output that classifies is called '{name}'.{nearest(close, classify)}")
 

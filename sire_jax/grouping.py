@@ -127,6 +127,7 @@ def _of_matrix(
     """Returns the confusion matrix of a file or a run, and the names of its labels."""
     if options.matrix is not None:
         matrix, own_names = groups.confusion.read(options.matrix)
+        # Names of the user's count more than those in the file.
         labels = (
             own_names
             if own_names and options.classes is None

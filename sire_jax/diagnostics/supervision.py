@@ -221,6 +221,7 @@ def draw(measured: Mapping[str, tuple[Norms, str]]) -> Figure:
     figure = Figure(figsize=(max(4.6 * len(measured), 6.4), 4.0), layout="constrained")
     panels = figure.subplots(1, len(measured), sharey=True, squeeze=False)[0]
     for axes, (title, (norms, rule)) in zip(panels, measured.items(), strict=True):
+        # Pair-wise has the gradients of multi-way; of one output all ways are the same.
         chosen = {"pairwise": "multiway"}.get(rule, rule) if len(norms.at) > 1 else "main"
         for way, values in ratios(norms).items():
             if len(norms.at) == 1 and way != "main":
