@@ -35,8 +35,8 @@ WAYS = {"loops": (), "block by block": None}
 
 def trunk(depth: int, way: str) -> Planned:
     """Returns a ResNet, in loops or block by block."""
-    made = preactivation_resnet(CLASSES, depth, bottleneck=depth in BOTTLENECKS)
-    return made.clone(endpoints=WAYS[way])
+    network = preactivation_resnet(CLASSES, depth, bottleneck=depth in BOTTLENECKS)
+    return network.clone(endpoints=WAYS[way])
 
 
 def compile_trunk(depth: int, way: str, batch: int) -> dict[str, float]:
@@ -59,24 +59,24 @@ def compile_trunk(depth: int, way: str, batch: int) -> dict[str, float]:
     def make(key: Array, image: Array) -> Any:
         return module.init(key, image)
 
-    def loss(params: Any, rest: Any, image: Array, label: Array) -> tuple[Array, Any]:
+    def loss(params: Any, state: Any, image: Array, label: Array) -> tuple[Array, Any]:
         (logits, _), changed = module.apply(
-            {"params": params, **rest}, image, train=True, mutable=list(rest)
+            {"params": params, **state}, image, train=True, mutable=list(state)
         )
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, label)
         return losses.mean(), changed
 
     began = time.perf_counter()
     jax.jit(make).lower(key, image).compile()
-    made = time.perf_counter()
+    compiled = time.perf_counter()
     variables = jax.eval_shape(make, key, image)
     params = variables["params"]
-    rest = {kind: value for kind, value in variables.items() if kind != "params"}
+    state = {kind: value for kind, value in variables.items() if kind != "params"}
     ready = time.perf_counter()
     step = jax.jit(jax.value_and_grad(loss, has_aux=True))
-    plan = step.lower(params, rest, image, label).compile().memory_analysis()
+    plan = step.lower(params, state, image, label).compile().memory_analysis()
     return {
-        "make": made - began,
+        "make": compiled - began,
         "step": time.perf_counter() - ready,
         "bytes": plan.temp_size_in_bytes + plan.argument_size_in_bytes,
     }
@@ -93,26 +93,26 @@ def measure(depth: int, way: str, batch: int, limit: float) -> dict[str, float]:
         What ``compile_trunk`` does; ``{"over": limit}`` if it takes longer than that, in seconds.
     """
     context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=_serve, args=(there, depth, way, batch))
+    receiver, sender = context.Pipe()
+    process = context.Process(target=_serve, args=(sender, depth, way, batch))
     process.start()
-    compiled = here.poll(limit)
-    found: dict[str, float] = here.recv() if compiled else {"over": limit}
+    compiled = receiver.poll(limit)
+    figures: dict[str, float] = receiver.recv() if compiled else {"over": limit}
     process.kill()
     process.join()
-    return found
+    return figures
 
 
-def report(found: dict[str, Any]) -> str:
+def report(measured: dict[str, Any]) -> str:
     """Writes the table of what was measured."""
-    rows = [["trunk", "compiled", "parameters, s", "step, s", f"GiB, batch of {found['batch']}"]]
-    for name, ways in found["trunks"].items():
-        for way, each in ways.items():
-            if "over" in each:
-                rows.append([name, way, f"both together over {each['over']:.0f}", "", ""])
+    rows = [["trunk", "compiled", "parameters, s", "step, s", f"GiB, batch of {measured['batch']}"]]
+    for name, ways in measured["trunks"].items():
+        for way, figures in ways.items():
+            if "over" in figures:
+                rows.append([name, way, f"both together over {figures['over']:.0f}", "", ""])
                 continue
-            row = [name, way, f"{each['make']:.1f}", f"{each['step']:.1f}"]
-            rows.append([*row, f"{each['bytes'] / 2**30:.1f}"])
+            row = [name, way, f"{figures['make']:.1f}", f"{figures['step']:.1f}"]
+            rows.append([*row, f"{figures['bytes'] / 2**30:.1f}"])
     return align(rows)
 
 
@@ -131,9 +131,9 @@ def main() -> None:
             name = f"ResNet-{depth}"
             trunks.setdefault(name, {})[way] = measure(depth, way, options.batch, options.limit)
             print(name, way, trunks[name][way], flush=True)
-            found = {"machine": machine(), "batch": options.batch, "trunks": trunks}
-            options.json.write_text(json.dumps(found, indent=1) + "\n")
-    print(report(found))
+            measured = {"machine": machine(), "batch": options.batch, "trunks": trunks}
+            options.json.write_text(json.dumps(measured, indent=1) + "\n")
+    print(report(measured))
 
 
 if __name__ == "__main__":

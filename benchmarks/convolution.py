@@ -68,12 +68,12 @@ def ours(batch: int, layer: tuple[int, int, int], rounds: int) -> list[float]:
         return jax.vjp(lambda k: convolve(x_now, k, 1), kernel[0])[1](dy_now)[0]
 
     times = []
-    for each in (forward, to_images, to_kernel):
+    for run_pass in (forward, to_images, to_kernel):
 
         @jax.jit
-        def loop(*arrays: jax.Array, each: Callable[..., jax.Array] = each) -> jax.Array:
-            start = each(jnp.int32(0), *arrays)
-            return jax.lax.fori_loop(0, REPEATS, lambda i, _: each(i % 2, *arrays), start)
+        def loop(*arrays: jax.Array, run_pass: Callable[..., jax.Array] = run_pass) -> jax.Array:
+            start = run_pass(jnp.int32(0), *arrays)
+            return jax.lax.fori_loop(0, REPEATS, lambda i, _: run_pass(i % 2, *arrays), start)
 
         run = partial(lambda loop: loop(x, kernel, dy).block_until_ready(), loop)
         times.append(fastest(run, rounds) / (REPEATS + 1))
@@ -89,9 +89,9 @@ def torchs(batch: int, layer: tuple[int, int, int], rounds: int) -> list[float]:
     dy = torch.randn(batch, features, side, side).to(memory_format=last)
 
     def backward(mask: list[bool]) -> object:
-        one = [1, 1]
+        ones = [1, 1]
         return torch.ops.aten.convolution_backward(
-            dy, x, kernel, [0], one, one, one, False, [0, 0], 1, mask
+            dy, x, kernel, [0], ones, ones, ones, False, [0, 0], 1, mask
         )
 
     return [
@@ -110,20 +110,22 @@ def main() -> None:
     options = parser.parse_args()
     figures = []
     for layer in LAYERS:
-        found = {
+        times = {
             "ours": ours(options.batch_size, layer, options.rounds),
             "torch": torchs(options.batch_size, layer, options.rounds),
         }
         if layer[1] == 3:
             # Nothing asks for the gradient to the input images.
-            found["ours"][1] = found["torch"][1] = 0.0
-        figures.append({"side": layer[0], "channels": layer[1], "features": layer[2], **found})
+            times["ours"][1] = times["torch"][1] = 0.0
+        figures.append({"side": layer[0], "channels": layer[1], "features": layer[2], **times})
     rows = [["layer", *(f"{p}, {who}" for p in PASSES for who in ("ours", "PyTorch"))]]
-    for each in figures:
-        pairs = zip(each["ours"], each["torch"], strict=True)
+    for figure in figures:
+        pairs = zip(figure["ours"], figure["torch"], strict=True)
         cells = [f"{value:.1f}" for pair in pairs for value in pair]
-        rows.append([f"{each['side']} px, {each['channels']} to {each['features']}", *cells])
-    sums = [sum(each[who][i] for each in figures) for i in range(3) for who in ("ours", "torch")]
+        rows.append([f"{figure['side']} px, {figure['channels']} to {figure['features']}", *cells])
+    sums = [
+        sum(figure[who][i] for figure in figures) for i in range(3) for who in ("ours", "torch")
+    ]
     rows.append(["all", *(f"{value:.1f}" for value in sums)])
     print(align(rows))
     if options.json:

@@ -190,10 +190,10 @@ class Reader:
     def __init__(self, contender: str, *arguments: Any) -> None:
         # Not forked: each has its own libraries.
         spawn = multiprocessing.get_context("spawn")
-        self._connection, theirs = spawn.Pipe()
-        self._process = spawn.Process(target=serve, args=(theirs, contender, *arguments))
+        self._connection, other_end = spawn.Pipe()
+        self._process = spawn.Process(target=serve, args=(other_end, contender, *arguments))
         self._process.start()
-        theirs.close()
+        other_end.close()
         self.starts: list[float] = []
 
     def round(self) -> float:
@@ -224,11 +224,13 @@ def measure_streams(root: Path, name: str, options: argparse.Namespace) -> dict[
     }
     try:
         load = os.getloadavg()
-        seconds = contest(options.rounds, {title: each.round for title, each in readers.items()})
+        seconds = contest(
+            options.rounds, {title: reader.round for title, reader in readers.items()}
+        )
     finally:
-        for each in readers.values():
-            each.close()
-    starts = {title: each.starts for title, each in readers.items()}
+        for reader in readers.values():
+            reader.close()
+    starts = {title: reader.starts for title, reader in readers.items()}
     facts = {"files": number, "mean_kib": size, "batch_size": batch_size, "load": load}
     return {**facts, "seconds": seconds, "starts": starts}
 
@@ -270,8 +272,8 @@ def measure_step(options: argparse.Namespace) -> dict[str, Any]:
         nonlocal state
         nothing = {k: Average(total=jnp.zeros(()), count=jnp.zeros(())) for k in names}
         span = jnp.int32(0), jnp.int32(count)
-        state, found, _ = steps(state, nothing, arrays, order, *span)
-        if not math.isfinite(float(found["total/loss"].mean())):
+        state, metrics, _ = steps(state, nothing, arrays, order, *span)
+        if not math.isfinite(float(metrics["total/loss"].mean())):
             raise ValueError("The loss is not finite.")
 
     lookups = jax.jit(look_up)
@@ -288,7 +290,7 @@ def measure_step(options: argparse.Namespace) -> dict[str, Any]:
     for run, _ in programs.values():
         run()
     load = os.getloadavg()
-    rounds = {name: partial(time_of, *each) for name, each in programs.items()}
+    rounds = {name: partial(time_of, *program) for name, program in programs.items()}
     return {"load": load, "seconds": contest(options.rounds, rounds)}
 
 
@@ -302,59 +304,63 @@ def time_of(run: Callable[[], Any], times: int) -> float:
 # ---- The report.
 
 
-def step_table(found: Mapping[str, Any], batch_size: int) -> str:
+def step_table(measured: Mapping[str, Any], batch_size: int) -> str:
     """Writes the step and its feed on the device."""
-    seconds = found["seconds"]
+    seconds = measured["seconds"]
     step = median(seconds["step"])
     feed = median(a + b for a, b in zip(seconds["lookup"], seconds["shuffle"], strict=True))
     rows = [["", "ms a step", "images/s", "of the step", "target"]]
-    for title, each, target in (
+    for title, seconds_a_step, target in (
         ("training step", step, ""),
         ("feed: lookup", median(seconds["lookup"]), ""),
         ("feed: shuffle", median(seconds["shuffle"]), ""),
         ("feed, both", feed, f"at most {TARGET:.0%}"),
     ):
-        speed = f"{batch_size / each:,.0f}"
-        rows.append([title, f"{1e3 * each:.3f}", speed, f"{each / step:.3%}", target])
+        speed = f"{batch_size / seconds_a_step:,.0f}"
+        rows.append(
+            [title, f"{1e3 * seconds_a_step:.3f}", speed, f"{seconds_a_step / step:.3%}", target]
+        )
     return align(rows)
 
 
-def stream_table(found: Mapping[str, Any], step: Mapping[str, Any] | None) -> str:
+def stream_table(measured: Mapping[str, Any], step: Mapping[str, Any] | None) -> str:
     """Writes a row for each contender on a set of files."""
     rows = [["", "images/s", "best", "/ torch's best (median)", "start s", "steps fed"]]
-    speeds = {title: [1 / each for each in values] for title, values in found["seconds"].items()}
-    peers = [median(each) for title, each in speeds.items() if title.startswith("torch")]
-    for title, each in speeds.items():
-        middle = median(each)
+    speeds = {
+        title: [1 / seconds for seconds in values] for title, values in measured["seconds"].items()
+    }
+    peers = [median(speed) for title, speed in speeds.items() if title.startswith("torch")]
+    for title, speed in speeds.items():
+        middle = median(speed)
         fed = ""
         if step is not None:
-            needed = found["batch_size"] / median(step["seconds"]["step"])
+            needed = measured["batch_size"] / median(step["seconds"]["step"])
             fed = f"{middle / needed:.1f}"
         rows.append(
             [
                 title,
                 f"{middle:,.0f}",
-                f"{max(each):,.0f}",
+                f"{max(speed):,.0f}",
                 f"{middle / max(peers):.2f}" if peers else "-",
-                f"{median(found['starts'][title]):.2f}",
+                f"{median(measured['starts'][title]):.2f}",
                 fed,
             ]
         )
     return align(rows)
 
 
-def report(found: Mapping[str, Any], options: argparse.Namespace) -> str:
+def report(measured: Mapping[str, Any], options: argparse.Namespace) -> str:
     """Writes all tables."""
     parts = ["Load averages are those before the first round: above 0, others computed, too."]
-    if "step" in found:
-        load = found["step"]["load"][0]
+    if "step" in measured:
+        load = measured["step"]["load"][0]
         title = f"{options.config}, batch {options.batch_size}, on the device (load {load:.1f})"
-        parts.append(f"{title}\n\n{step_table(found['step'], options.batch_size)}")
-    for name, each in found["streams"].items():
-        title = f"{name}: {each['files']} files of {each['mean_kib']:.1f} KiB"
-        title += f", batch {each['batch_size']} (load {each['load'][0]:.1f})"
-        step = found.get("step") if name == "small" else None
-        parts.append(f"{title}\n\n{stream_table(each, step)}")
+        parts.append(f"{title}\n\n{step_table(measured['step'], options.batch_size)}")
+    for name, streams in measured["streams"].items():
+        title = f"{name}: {streams['files']} files of {streams['mean_kib']:.1f} KiB"
+        title += f", batch {streams['batch_size']} (load {streams['load'][0]:.1f})"
+        step = measured.get("step") if name == "small" else None
+        parts.append(f"{title}\n\n{stream_table(streams, step)}")
     return "\n\n".join(parts)
 
 
@@ -366,10 +372,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    known = [each for each in CONTENDERS if each != "torch" or importlib.util.find_spec("torch")]
+    contenders = [
+        name for name in CONTENDERS if name != "torch" or importlib.util.find_spec("torch")
+    ]
     parser.add_argument("--config", default="sire.py:cnn_base", help="of the training step")
     parser.add_argument("--sets", nargs="*", choices=list(SETS), default=list(SETS))
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=known)
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=contenders)
     parser.add_argument("--workers", nargs="+", type=int, default=[0, 2], help="processes")
     parser.add_argument("--batch-size", type=int, default=64, help="of the step, and of small")
     parser.add_argument("--large-batch-size", type=int, default=32)
@@ -394,19 +402,19 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Runs the benchmark."""
     options = parse()
-    found: dict[str, Any] = {"streams": {}}
+    measured: dict[str, Any] = {"streams": {}}
     if not options.no_step:
-        found["step"] = measure_step(options)
+        measured["step"] = measure_step(options)
     with tempfile.TemporaryDirectory() as root:
         for name in options.sets:
-            found["streams"][name] = measure_streams(Path(root), name, options)
+            measured["streams"][name] = measure_streams(Path(root), name, options)
     described = {
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        "versions": {each.__name__: each.__version__ for each in (grain, np, Image)},
+        "versions": {library.__name__: library.__version__ for library in (grain, np, Image)},
         "options": {key: str(value) for key, value in vars(options).items()},
     }
-    options.out.write_text(json.dumps({**described, **found}, indent=1) + "\n")
-    print("\n" + report(found, options))
+    options.out.write_text(json.dumps({**described, **measured}, indent=1) + "\n")
+    print("\n" + report(measured, options))
 
 
 if __name__ == "__main__":

@@ -39,26 +39,29 @@ def collect(runs: Runs, variables: Any, split: str, seed: int) -> tuple[Outputs,
         Logits by output, and the labels.
     """
     apply = jax.jit(runs.parts.network.apply)
-    found = []
+    batches = []
     examples = np.asarray(runs.feed.examples[split])[seed]
     for start in range(0, len(examples), BATCH):
         batch = runs.parts.lookup(runs.feed.arrays, examples[start : start + BATCH])
         logits = apply(variables, batch["image"])
-        found.append(({name: logits[name] for name in (MAIN, *runs.parts.branches())}, batch))
-    outputs = {name: jnp.concatenate([each[name] for each, _ in found]) for name in found[0][0]}
-    return outputs, jnp.concatenate([batch["label"] for _, batch in found])
+        batches.append(({name: logits[name] for name in (MAIN, *runs.parts.branches())}, batch))
+    outputs = {
+        name: jnp.concatenate([logits[name] for logits, _ in batches]) for name in batches[0][0]
+    }
+    return outputs, jnp.concatenate([batch["label"] for _, batch in batches])
 
 
 def of_groups(outputs: Outputs, labels: Array, branches: Mapping[str, Groups]) -> dict[str, float]:
     """Returns how often each branch, and the main output, is right about its groups."""
-    found = {}
-    for name, each in branches.items():
-        group = jnp.asarray(each.assignment)
-        wanted = group[labels]
-        found[f"{name}, groups"] = percent(outputs[name], wanted)
-        summed = jax.nn.softmax(outputs[MAIN]) @ jax.nn.one_hot(group, each.number)
-        found[f"main, groups of {name}"] = percent(summed, wanted)
-    return found
+    accuracies = {}
+    for name, groups in branches.items():
+        group = jnp.asarray(groups.assignment)
+        right = group[labels]
+        accuracies[f"{name}, groups"] = percent(outputs[name], right)
+        # The probability of a group is that of all its labels together.
+        summed = jax.nn.softmax(outputs[MAIN]) @ jax.nn.one_hot(group, groups.number)
+        accuracies[f"main, groups of {name}"] = percent(summed, right)
+    return accuracies
 
 
 def percent(scores: Array, labels: Array) -> float:
@@ -69,21 +72,21 @@ def percent(scores: Array, labels: Array) -> float:
 def measure(runs: Runs, variables: Any, seed: int) -> dict[str, float]:
     """Measures one seed; see above."""
     branches = runs.parts.branches()
-    groups = {name: each.assignment for name, each in branches.items()}
+    groups = {name: branch.assignment for name, branch in branches.items()}
     outputs, labels = collect(runs, variables, "test", seed)
-    found = {MAIN: percent(outputs[MAIN], labels)}
+    accuracies = {MAIN: percent(outputs[MAIN], labels)}
     for eta in ETAS:
-        found[f"eta {eta:g}"] = percent(JointProbability(groups, eta)(outputs), labels)
+        accuracies[f"eta {eta:g}"] = percent(JointProbability(groups, eta)(outputs), labels)
     fitted = FittedJointProbability(groups)
     held_out = collect(runs, variables, fitted.split, seed)
     power = fitted.fit(*held_out)
-    found |= {"eta, fitted": float(power), "fitted": percent(fitted(outputs, power), labels)}
+    accuracies |= {"eta, fitted": float(power), "fitted": percent(fitted(outputs, power), labels)}
     linear = runs.parts.predictions["linear"].split
-    seen = collect(runs, variables, linear, seed)
-    for name, used in (("linear", ()), ("linear, main alone", (MAIN,))):
-        rule = LinearCombination(groups, split=linear, outputs=used)
-        found[name] = percent(rule(outputs, rule.fit(*seen)), labels)
-    return found | of_groups(outputs, labels, branches)
+    examples = collect(runs, variables, linear, seed)
+    for name, outputs_used in (("linear", ()), ("linear, main alone", (MAIN,))):
+        rule = LinearCombination(groups, split=linear, outputs=outputs_used)
+        accuracies[name] = percent(rule(outputs, rule.fit(*examples)), labels)
+    return accuracies | of_groups(outputs, labels, branches)
 
 
 def main() -> None:
@@ -93,18 +96,18 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("docs/results/joint_prediction.json"))
     options, overrides = parser.parse_known_args()
     runs = open_run(options.workdir, overrides)
-    kept = kept_weights(runs, options.workdir, used=None)
-    each = []
+    weights = kept_weights(runs, options.workdir, used=None)
+    by_seed = []
     for seed in range(runs.config.seeds):
-        state = kept.variables
+        state = weights.variables
         variables = jax.tree.map(lambda x, seed=seed: jnp.asarray(x)[seed], state)
-        each.append(measure(runs, variables, seed))
-    lines = [["", *(f"seed {i}" for i in range(len(each))), "mean"]]
-    for name in each[0]:
-        values = [one[name] for one in each]
+        by_seed.append(measure(runs, variables, seed))
+    lines = [["", *(f"seed {i}" for i in range(len(by_seed))), "mean"]]
+    for name in by_seed[0]:
+        values = [accuracies[name] for accuracies in by_seed]
         lines.append([name, *(f"{x:.2f}" for x in (*values, np.mean(values)))])
     print(align(lines))
-    options.json.write_text(json.dumps({**machine(), "seeds": each}, indent=1) + "\n")
+    options.json.write_text(json.dumps({**machine(), "seeds": by_seed}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

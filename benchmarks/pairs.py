@@ -56,16 +56,18 @@ def torch_run(splits: dict[str, tuple[torch.Tensor, ...]], epochs: int, evaluati
     for epoch in range(epochs):
         network.train()
         for chosen in torch.randperm(len(image)).split(100):
-            logit, found = network(image[chosen])
+            logit, digit_logits = network(image[chosen])
             main = nn.functional.binary_cross_entropy_with_logits(logit, label[chosen])
             # A sum over the two digits, as in the report.
-            aux = 2 * nn.functional.cross_entropy(found.flatten(0, 1), digits[chosen].flatten())
+            aux = 2 * nn.functional.cross_entropy(
+                digit_logits.flatten(0, 1), digits[chosen].flatten()
+            )
             optimizer.zero_grad()
             (main + 10 * aux).backward()
             optimizer.step()
         network.eval()
         if evaluation or epoch == epochs - 1:
-            measured = {split: torch_measure(network, *each) for split, each in splits.items()}
+            measured = {split: torch_measure(network, *arrays) for split, arrays in splits.items()}
     return measured["test"][0]
 
 
@@ -74,12 +76,12 @@ def torch_measure(
     network: nn.Module, image: torch.Tensor, digits: torch.Tensor, label: torch.Tensor
 ) -> tuple[float, ...]:
     """Returns accuracy and loss of the order and of the digits."""
-    logit, found = network(image)
+    logit, digit_logits = network(image)
     return (
         ((logit > 0) == (label > 0.5)).float().mean().item(),
         nn.functional.binary_cross_entropy_with_logits(logit, label).item(),
-        (found.argmax(-1) == digits).float().mean().item(),
-        nn.functional.cross_entropy(found.flatten(0, 1), digits.flatten()).item(),
+        (digit_logits.argmax(-1) == digits).float().mean().item(),
+        nn.functional.cross_entropy(digit_logits.flatten(0, 1), digits.flatten()).item(),
     )
 
 
@@ -109,9 +111,9 @@ def time_ours(options: argparse.Namespace) -> Any:
         "epochs": options.epochs,
         "evaluate_every": int(not options.no_evaluation),
     }
-    given = [f"--config.{key}={value}" for key, value in overrides.items()]
+    settings = [f"--config.{key}={value}" for key, value in overrides.items()]
     started = time.perf_counter()
-    config = configuration.load(f"{configuration.repository_configs()}/pairs.py:aux_10", given)
+    config = configuration.load(f"{configuration.repository_configs()}/pairs.py:aux_10", settings)
     with tempfile.TemporaryDirectory() as workdir:
         results = train.train(config, workdir)
     return time.perf_counter() - started, results["splits"]["test"]["main/top_1"]
@@ -144,7 +146,7 @@ def main() -> None:
 
 def report(rounds: list[dict[str, Any]], options: argparse.Namespace) -> None:
     """Prints the table and writes the JSON."""
-    best = {name: min(each[name][0] for each in rounds) for name in rounds[0]}
+    best = {name: min(times[name][0] for times in rounds) for name in rounds[0]}
     rows = [["", "seconds", "relative", "test accuracy"]]
     for name, seconds in best.items():
         accuracy = "{:.3f} ± {:.3f}".format(*spread(rounds[-1][name][1]))

@@ -88,14 +88,14 @@ def rehearse(run: Run, overrides: list[str]) -> Row:
     table = paper_tables.load_table(run.table, configs)
     chosen = paper_tables.choose_rows(table, [run.row])
     with tempfile.TemporaryDirectory() as workdir:
-        found = reproduce.rehearse(
+        result = reproduce.rehearse(
             table, chosen, workdir, configs, overrides=overrides, steps=STEPS
         )[run.row]
-    found.losses = {k: [float(f"{x:.5g}") for x in each] for k, each in found.losses.items()}
-    found.seconds = [round(each, 5) for each in found.seconds]
+    result.losses = {k: [float(f"{x:.5g}") for x in values] for k, values in result.losses.items()}
+    result.seconds = [round(seconds, 5) for seconds in result.seconds]
     jax.clear_caches()
     gc.collect()
-    return {"config": run.config, "machine": reproduce.machine(), **asdict(found)}
+    return {"config": run.config, "machine": reproduce.machine(), **asdict(result)}
 
 
 def shown(row: Row) -> Rehearsal:
@@ -111,8 +111,8 @@ def write(recorded: dict[str, Any], path: Path) -> None:
         path: The file.
     """
     lines = ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in recorded["rows"].items())
-    rest = json.dumps({k: v for k, v in recorded.items() if k != "rows"})
-    files.replace(path, f'{rest[:-1]},\n"rows": {{\n{lines}\n}}}}\n')
+    head = json.dumps({k: v for k, v in recorded.items() if k != "rows"})
+    files.replace(path, f'{head[:-1]},\n"rows": {{\n{lines}\n}}}}\n')
 
 
 def page(recorded: dict[str, Any]) -> str:
@@ -122,22 +122,22 @@ def page(recorded: dict[str, Any]) -> str:
         recorded: ``{"steps": …, "tables": {TABLE: {"title": …, "rows": {ROW: "TABLE/ROW"}}},
             "rows": {"TABLE/ROW": …}}``; with a ``"note"`` on how it was measured, if there is one.
     """
-    seen = {same: shown(row) for same, row in recorded["rows"].items()}
-    found = {
-        name: [(row, same, seen.get(same)) for row, same in table["rows"].items()]
+    rehearsals = {same: shown(row) for same, row in recorded["rows"].items()}
+    tables = {
+        name: [(row, same, rehearsals.get(same)) for row, same in table["rows"].items()]
         for name, table in recorded["tables"].items()
     }
     machines = sorted({_machine(row["machine"]) for row in recorded["rows"].values()})
     head = _HEAD.format(steps=recorded["steps"], machines="; ".join(machines))
     note = [recorded["note"]] if recorded.get("note") else []
-    parts = [head, *note, _summary(found)]
-    for name, each in found.items():
-        parts.append(f"## {name}\n\n{recorded['tables'][name]['title']}\n\n{_table(name, each)}")
+    parts = [head, *note, _summary(tables)]
+    for name, rows in tables.items():
+        parts.append(f"## {name}\n\n{recorded['tables'][name]['title']}\n\n{_table(name, rows)}")
     return "\n\n".join(parts) + "\n"
 
 
-def _machine(told: dict[str, str]) -> str:
-    return f"{told['processor']}, {told['devices']}; {told['versions']}"
+def _machine(facts: dict[str, str]) -> str:
+    return f"{facts['processor']}, {facts['devices']}; {facts['versions']}"
 
 
 _HEAD = """# Every table, rehearsed
@@ -161,55 +161,55 @@ stands in several tables the first is shown in all. `sire_readings`, of one netw
 Machine: {machines}. Raw figures: [rehearsal.json](rehearsal.json)."""
 
 
-def _summary(found: dict[str, list[tuple[str, str, Rehearsal | None]]]) -> str:
+def _summary(tables: dict[str, list[tuple[str, str, Rehearsal | None]]]) -> str:
     lines = [["table", "rows", "ran", "finite", "too big", "not run", "hours, all rows"]]
-    for name, each in found.items():
-        shown = [one for _, _, one in each if one is not None]
-        ran = [one for one in shown if not one.refused]
-        hours = [one.hours() for one in ran]
-        known = sum(hour for hour in hours if hour is not None)
-        least = "" if len(hours) == len(each) and None not in hours else "at least "
+    for name, rows in tables.items():
+        shown = [result for _, _, result in rows if result is not None]
+        ran = [result for result in shown if not result.refused]
+        hours = [result.hours() for result in ran]
+        total = sum(hour for hour in hours if hour is not None)
+        least = "" if len(hours) == len(rows) and None not in hours else "at least "
         lines.append(
             [
                 f"[{name}](#{name})",
-                str(len(each)),
+                str(len(rows)),
                 str(len(ran)),
-                str(sum(one.diverged is None for one in ran)),
+                str(sum(result.diverged is None for result in ran)),
                 str(len(shown) - len(ran)),
-                str(len(each) - len(shown)),
-                f"{least}{known:,.1f}" if ran else "",
+                str(len(rows) - len(shown)),
+                f"{least}{total:,.1f}" if ran else "",
             ]
         )
     return text.align(lines)
 
 
-def _table(name: str, each: list[tuple[str, str, Rehearsal | None]]) -> str:
+def _table(name: str, rows: list[tuple[str, str, Rehearsal | None]]) -> str:
     heads = ["row", "parameters", "images", "losses", "s a step", "GiB", "hours"]
     lines = [heads]
-    for row, same, found in each:
+    for row, same, result in rows:
         called = row if same == f"{name}/{row}" else f"{row} (as {same})"
-        if found is None:
+        if result is None:
             lines.append([called, "", "", "not run", "", "", ""])
             continue
-        cells = rehearsal.cells(called, found)
+        cells = rehearsal.cells(called, result)
         lines.append([*cells[:3], *cells[4:]])
     return text.align(lines)
 
 
 def _contents(all_runs: list[Run]) -> dict[str, Any]:
     """Returns the titles of tables, and which run each of their rows is."""
-    found: dict[str, Any] = {}
+    tables: dict[str, Any] = {}
     for run in all_runs:
         title = paper_tables.load_table(run.table, paper_tables.find_configs(run.table))["title"]
-        found.setdefault(run.table, {"title": title, "rows": {}})["rows"][run.row] = run.same
-    return found
+        tables.setdefault(run.table, {"title": title, "rows": {}})["rows"][run.row] = run.same
+    return tables
 
 
 def main() -> None:
     """Runs the program with command line arguments."""
-    known = known_tables()
+    tables = known_tables()
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tables", nargs="+", choices=known, default=known, metavar="TABLE")
+    parser.add_argument("--tables", nargs="+", choices=tables, default=tables, metavar="TABLE")
     parser.add_argument("--data", default="", help="directory of tensorflow_datasets")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no row after")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -218,14 +218,14 @@ def main() -> None:
     recorded = json.loads(path.read_text()) if path.exists() else {"rows": {}}
     overrides = [f"--config.data.dir={options.data}"] if options.data else []
     ends = time.monotonic() + 60 * options.minutes
-    all_runs = list(runs(known))
+    all_runs = list(runs(tables))
     recorded.update(steps=STEPS, tables=_contents(all_runs))
     # What is of another config by now is not of these rows.
     current = {run.same: run.config for run in all_runs}
     recorded["rows"] = {k: v for k, v in recorded["rows"].items() if v["config"] == current.get(k)}
     for run in all_runs:
-        wanted = run.table in options.tables and run.same not in recorded["rows"]
-        if wanted and time.monotonic() < ends:
+        chosen = run.table in options.tables and run.same not in recorded["rows"]
+        if chosen and time.monotonic() < ends:
             print(f"{run.table}/{run.row}", end="  ", flush=True)
             recorded["rows"][run.same] = rehearse(run, overrides)
             write(recorded, path)

@@ -72,7 +72,7 @@ class Training:
     """A run that has been compiled, and its steps."""
 
     def __init__(self, path: str, overrides: Sequence[str]):
-        config = configuration.load(path, [f"--config.{each}" for each in overrides])
+        config = configuration.load(path, [f"--config.{override}" for override in overrides])
         self.runs = Runs(experiment.build(config), random_images)
         self.batch = config.batch_size
         self.state = self.runs.initial()
@@ -141,14 +141,14 @@ def started(arguments: Sequence[str], processes: int, devices: int) -> float:
                 text=True,
             )
         )
-    printed = [each.communicate()[0] for each in job]
-    for each, text in zip(job, printed, strict=True):
-        if each.returncode:
-            raise RuntimeError(f"A process ended with status {each.returncode}: {text}")
+    printed = [process.communicate()[0] for process in job]
+    for process, text in zip(job, printed, strict=True):
+        if process.returncode:
+            raise RuntimeError(f"A process ended with status {process.returncode}: {text}")
     return float(json.loads(printed[0].splitlines()[-1])["images"])
 
 
-def scaling(known: argparse.Namespace, cache: str) -> list[dict[str, Any]]:
+def scaling(options: argparse.Namespace, cache: str) -> list[dict[str, Any]]:
     """Measures all numbers of devices and processes, in turns."""
     cases = []
     for kind in ("strong", "weak"):
@@ -157,25 +157,25 @@ def scaling(known: argparse.Namespace, cache: str) -> list[dict[str, Any]]:
         cores = len(os.sched_getaffinity(0))
         for parallel in (JIT, PMAP, OWN_STATISTICS):
             cases += [(kind, parallel, "processes", n) for n in PROCESSES if n <= cores]
-    found: dict[Any, list[float]] = {case: [] for case in cases}
-    for turn in range(known.rounds):
+    speeds: dict[Any, list[float]] = {case: [] for case in cases}
+    for turn in range(options.rounds):
         for i in np.random.default_rng(turn).permutation(len(cases)):
             kind, parallel, unit, number = cases[i]
-            batch = known.batch * (number if kind == "weak" else 1)
-            arguments = [f"--config={known.config}", f"--steps={known.steps}"]
-            arguments += [f"--override={each}" for each in known.override]
-            arguments += [f"--override={each}" for each in parallel.split(", ")]
+            batch = options.batch * (number if kind == "weak" else 1)
+            arguments = [f"--config={options.config}", f"--steps={options.steps}"]
+            arguments += [f"--override={override}" for override in options.override]
+            arguments += [f"--override={override}" for override in parallel.split(", ")]
             arguments += [f"--override=batch_size={batch}"]
             arguments += [f"--override=compilation_cache={cache}"]
             processes = number if unit == "processes" else 1
             # 0: one device, on a core of its own.
             devices = 0 if unit == "processes" else number
-            found[cases[i]].append(started(arguments, processes, devices))
-            print(f"round {turn + 1}: {cases[i]} {found[cases[i]][-1]:,.0f} images/s", flush=True)
+            speeds[cases[i]].append(started(arguments, processes, devices))
+            print(f"round {turn + 1}: {cases[i]} {speeds[cases[i]][-1]:,.0f} images/s", flush=True)
     rows = []
     for kind, parallel, unit, number in cases:
-        images = median(found[kind, parallel, unit, number])
-        alone = median(found[kind, parallel, unit, 1])
+        images = median(speeds[kind, parallel, unit, number])
+        alone = median(speeds[kind, parallel, unit, 1])
         cores = number if unit == "processes" else 1
         rows.append(
             {
@@ -183,10 +183,10 @@ def scaling(known: argparse.Namespace, cache: str) -> list[dict[str, Any]]:
                 "parallel": parallel,
                 "unit": unit,
                 "number": number,
-                "batch": known.batch * (number if kind == "weak" else 1),
+                "batch": options.batch * (number if kind == "weak" else 1),
                 "images_per_second": images,
                 "efficiency": images / alone / cores,
-                "rounds": found[kind, parallel, unit, number],
+                "rounds": speeds[kind, parallel, unit, number],
             }
         )
     return rows
@@ -195,19 +195,20 @@ def scaling(known: argparse.Namespace, cache: str) -> list[dict[str, Any]]:
 # ---- Checkpoints.
 
 
-def checkpoints(known: argparse.Namespace, directory: Path, cache: str) -> dict[str, Any]:
+def checkpoints(options: argparse.Namespace, directory: Path, cache: str) -> dict[str, Any]:
     """Measures rounds of steps with checkpoints and without."""
-    overrides = [*known.override, f"compilation_cache={cache}", "devices=1"]
-    training = Training(known.config, [*overrides, f"batch_size={known.batch}"])
+    overrides = [*options.override, f"compilation_cache={cache}", "devices=1"]
+    training = Training(options.config, [*overrides, f"batch_size={options.batch}"])
     manager = Checkpoints(directory / "checkpoints")
     training.take(STEPS_OF_A_SAVE)
     times: dict[bool, list[float]] = {True: [], False: []}
     processor: dict[bool, list[float]] = {True: [], False: []}
     blocking: list[float] = []
-    for turn in range(known.rounds):
+    for turn in range(options.rounds):
+        # In turns: neither is always the first.
         for saving in (True, False) if turn % 2 else (False, True):
-            began, used = time.perf_counter(), time.process_time()
-            for _ in range(known.saves):
+            began, processor_began = time.perf_counter(), time.process_time()
+            for _ in range(options.saves):
                 training.take(STEPS_OF_A_SAVE)
                 if saving:
                     called = time.perf_counter()
@@ -216,10 +217,10 @@ def checkpoints(known: argparse.Namespace, directory: Path, cache: str) -> dict[
             if saving:
                 manager.wait()
             times[saving].append(time.perf_counter() - began)
-            processor[saving].append(time.process_time() - used)
+            processor[saving].append(time.process_time() - processor_began)
             print(f"round {turn + 1}: saving {saving}: {times[saving][-1]:.2f} s", flush=True)
     manager.close()
-    steps = known.saves * STEPS_OF_A_SAVE
+    steps = options.saves * STEPS_OF_A_SAVE
     leaves = jax.tree.leaves(training.state)
     return {
         "step_ms": 1e3 * median(times[False]) / steps,
@@ -229,7 +230,7 @@ def checkpoints(known: argparse.Namespace, directory: Path, cache: str) -> dict[
         "processor_overhead": median(processor[True]) / median(processor[False]) - 1,
         "seconds": {"saving": times[True], "not saving": times[False]},
         "processor_seconds": {"saving": processor[True], "not saving": processor[False]},
-        "saves_a_round": known.saves,
+        "saves_a_round": options.saves,
         "target": TARGET,
     }
 
@@ -237,12 +238,12 @@ def checkpoints(known: argparse.Namespace, directory: Path, cache: str) -> dict[
 # ---- Restart.
 
 
-def restart(known: argparse.Namespace, directory: Path) -> list[dict[str, Any]]:
+def restart(options: argparse.Namespace, directory: Path) -> list[dict[str, Any]]:
     """Measures the program from its start to the end of its first step."""
     rows = []
     for name, arguments in RESTARTED.items():
         seconds: dict[str, list[float]] = {"compiled": [], "loaded": []}
-        for turn in range(known.rounds):
+        for turn in range(options.rounds):
             workdir = directory / f"{name}_{turn}"
             cache = f"--config.compilation_cache={workdir}_compiled"
             for kind in seconds:
@@ -298,14 +299,14 @@ def report(measured: Mapping[str, Any]) -> str:
         images, efficiency = f"{row['images_per_second']:,.0f}", f"{row['efficiency']:.2f}"
         rows.append([row["scaling"], by, row["parallel"], str(row["batch"]), images, efficiency])
     tables = [align(rows)] if len(rows) > 1 else []
-    if found := measured.get("checkpoints"):
+    if figures := measured.get("checkpoints"):
         heads = ["step ms", "MB", "save() ms", "overhead", "of processor", "target"]
-        values = [f"{found[k]:.1f}" for k in ("step_ms", "megabytes", "blocking_ms")]
-        values += [f"{100 * found[k]:.2f}%" for k in ("overhead", "processor_overhead", "target")]
+        values = [f"{figures[k]:.1f}" for k in ("step_ms", "megabytes", "blocking_ms")]
+        values += [f"{100 * figures[k]:.2f}%" for k in ("overhead", "processor_overhead", "target")]
         tables.append(align([heads, values]))
-    if found := measured.get("restart"):
+    if figures := measured.get("restart"):
         rows = [["program", "compiling s", "loading s"]]
-        rows += [[r["program"], f"{r['compiled']:.1f}", f"{r['loaded']:.1f}"] for r in found]
+        rows += [[r["program"], f"{r['compiled']:.1f}", f"{r['loaded']:.1f}"] for r in figures]
         tables.append(align(rows))
     return "\n\n".join(tables)
 
@@ -325,28 +326,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    known = parser.parse_args(arguments)
-    known.override = known.override or ["backbone.width=0.25"]
-    if known.worker:
-        step(known.config, known.steps, known.override)
+    options = parser.parse_args(arguments)
+    options.override = options.override or ["backbone.width=0.25"]
+    if options.worker:
+        step(options.config, options.steps, options.override)
         return
     measured: dict[str, Any] = {
-        "config": Path(known.config).name,
-        "overrides": known.override,
+        "config": Path(options.config).name,
+        "overrides": options.override,
         "jax": jax.__version__,
         "platform": f"{platform.platform()}, {len(os.sched_getaffinity(0))} cores",
     }
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary)
         cache = str(directory / "compiled")
-        if "scaling" in known.parts:
-            measured["scaling"] = scaling(known, cache)
-        if "checkpoints" in known.parts:
-            measured["checkpoints"] = checkpoints(known, directory, cache)
-        if "restart" in known.parts:
-            measured["restart"] = restart(known, directory)
+        if "scaling" in options.parts:
+            measured["scaling"] = scaling(options, cache)
+        if "checkpoints" in options.parts:
+            measured["checkpoints"] = checkpoints(options, directory, cache)
+        if "restart" in options.parts:
+            measured["restart"] = restart(options, directory)
     print("\n" + report(measured))
-    known.out.write_text(json.dumps(measured, indent=1) + "\n")
+    options.out.write_text(json.dumps(measured, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -159,8 +159,8 @@ def prepare_ours(contender: Contender) -> Training:
     def take(count: int) -> float:
         nonlocal state
         span = jnp.int32(0), jnp.int32(count)
-        state, found, _ = program(state, sums(), arrays, order, *span)
-        return float(found["total/loss"].mean()[0])
+        state, metrics, _ = program(state, sums(), arrays, order, *span)
+        return float(metrics["total/loss"].mean()[0])
 
     take(WARM_UP)
     return Training(take, traced.size(parts.variables["params"]), planned_bytes(program))
@@ -265,8 +265,8 @@ def total_loss(network: nn.Module, pixels: torch.Tensor, labels: torch.Tensor) -
     image = image.contiguous(memory_format=torch.channels_last)
     logits, decoded = network(image)
     loss = functional.cross_entropy(logits.float(), labels)
-    for each in decoded:
-        loss = loss + DECODER_WEIGHT * functional.mse_loss(each.float(), image)
+    for images in decoded:
+        loss = loss + DECODER_WEIGHT * functional.mse_loss(images.float(), image)
     return loss
 
 
@@ -288,7 +288,7 @@ def prepare_torch(contender: Contender) -> Training:
         weight_decay=5e-4,
         fused=True,
     )
-    pixels, labels = (torch.from_numpy(each).to(device) for each in random_images(contender))
+    pixels, labels = (torch.from_numpy(array).to(device) for array in random_images(contender))
     pixels = pixels.permute(0, 3, 1, 2)
     labels = labels.long()
     objective = torch.compile(total_loss) if contender.engine == "compiled" else total_loss
@@ -307,7 +307,7 @@ def prepare_torch(contender: Contender) -> Training:
         return total.item() / count
 
     take(WARM_UP)
-    return Training(take, sum(each.numel() for each in network.parameters()))
+    return Training(take, sum(parameter.numel() for parameter in network.parameters()))
 
 
 ENGINES: dict[str, tuple[str, Callable[[Contender], Training]]] = {
@@ -449,7 +449,7 @@ class Worker:
     @property
     def seconds(self) -> list[float]:
         """Seconds of a step in each round."""
-        return [each["seconds"] for each in self.rounds]
+        return [round_["seconds"] for round_ in self.rounds]
 
 
 def choose(options: argparse.Namespace) -> list[Contender]:
@@ -494,10 +494,10 @@ def contest(
 
 def check_parameters(worker: Worker) -> None:
     """Checks that a contender trains the network that it should."""
-    network, found = worker.contender.network, worker.ready.get("parameters")
-    if not worker.error and found != PARAMETERS[network]:
+    network, parameters = worker.contender.network, worker.ready.get("parameters")
+    if not worker.error and parameters != PARAMETERS[network]:
         raise ValueError(
-            f"{worker.contender.title} has {found:,} parameters in the network '{network}'; it"
+            f"{worker.contender.title} has {parameters:,} parameters in the network '{network}'; it"
             f" should have {PARAMETERS[network]:,}."
         )
 
@@ -519,7 +519,7 @@ def ratio(worker: Worker, other: Worker | None) -> float | None:
 
 def find(workers: Sequence[Worker], contender: Contender) -> Worker | None:
     """Returns the worker of a contender, if it took part."""
-    return next((each for each in workers if each.contender == contender), None)
+    return next((worker for worker in workers if worker.contender == contender), None)
 
 
 def number(value: float | None, digits: int = 2) -> str:
@@ -570,8 +570,8 @@ def decoders_table(workers: Sequence[Worker], multiply_adds: dict[str, int]) -> 
         contender = worker.contender
         if contender.network == "sire":
             base = find(workers, replace(contender, network="base", remat=False))
-            if (found := ratio(worker, base)) is not None:
-                rows.append([f"time, {contender.title}", contender.dtype, number(found)])
+            if (relative := ratio(worker, base)) is not None:
+                rows.append([f"time, {contender.title}", contender.dtype, number(relative)])
     forward = multiply_adds["sire"] / multiply_adds["base"]
     rows.append(["multiply-adds", "", number(forward)])
     rows.append(["time, Avola et al.", "", number(PAPER_RATIO)])
@@ -599,7 +599,7 @@ def figures(
     libraries = (jax, flax, optax, torch, np)
     return {
         "machine": machine(),
-        "versions": {each.__name__: each.__version__ for each in libraries},
+        "versions": {library.__name__: library.__version__ for library in libraries},
         "threads": torch.get_num_threads(),
         "options": {key: str(value) for key, value in vars(options).items() if key != "worker"},
         "multiply_adds": multiply_adds,
@@ -618,16 +618,16 @@ def figures(
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
 
-    def names(known: Sequence[str]) -> Callable[[str], list[str]]:
-        def read(text: str) -> list[str]:
+    def names(allowed: Sequence[str]) -> Callable[[str], list[str]]:
+        def names_in(text: str) -> list[str]:
             chosen = text.split(",")
-            if unknown := [each for each in chosen if each not in known]:
+            if unknown := [name for name in chosen if name not in allowed]:
                 raise argparse.ArgumentTypeError(
-                    f"{', '.join(unknown)}: there are {', '.join(known)}"
+                    f"{', '.join(unknown)}: there are {', '.join(allowed)}"
                 )
             return chosen
 
-        return read
+        return names_in
 
     def positive(text: str) -> int:
         if (value := int(text)) < 1:
@@ -640,8 +640,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--networks", type=names(list(NETWORKS)), default=list(NETWORKS))
     parser.add_argument("--contenders", type=names(list(ENGINES)), default=list(ENGINES))
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    found = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=found)
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
     parser.add_argument("--batch-size", type=positive, help="default: 32 on a CPU, 128 on a GPU")
     parser.add_argument("--rounds", type=positive, default=3)
     parser.add_argument("--steps", type=positive, default=20, help="of a round")
@@ -667,8 +667,8 @@ def main() -> None:
 
     def note(workers: list[Worker]) -> None:
         if options.json:
-            found = figures(workers, multiply_adds, options)
-            options.json.write_text(json.dumps(found, indent=1) + "\n")
+            results = figures(workers, multiply_adds, options)
+            options.json.write_text(json.dumps(results, indent=1) + "\n")
 
     workers = contest(choose(options), options.rounds, note)
     print("\n" + times_table(workers))

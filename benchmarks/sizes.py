@@ -36,7 +36,7 @@ def as_keras_counts(parts: experiment.Experiment) -> int:
         The number.
     """
     params = jax.tree_util.tree_leaves_with_path(parts.variables["params"])
-    reached = jax.tree.map(lambda *each: any(each), *parts.reach.values())
+    reached = jax.tree.map(lambda *flags: any(flags), *parts.reach.values())
     kernels = {
         path[:-1]: leaf
         for (path, leaf), is_reached in zip(params, jax.tree.leaves(reached), strict=True)
@@ -64,18 +64,18 @@ def count(name: str) -> dict[str, dict[str, int]]:
     Returns:
         For each way of counting numbers of parameters by what the rows are called.
     """
-    found: dict[str, dict[str, int]] = {name: {}}
+    sizes: dict[str, dict[str, int]] = {name: {}}
     for row in paper_tables.load_table(name, paper_tables.find_configs(name))["rows"]:
         identity = paper_tables.identity(row)
         parts = build(name, row, row.get("counted", row["variant"]))
-        found[name][identity] = parts.size()
+        sizes[name][identity] = parts.size()
         if "counted" in row:
             trained = build(name, row, row["variant"])
-            found.setdefault(f"{name}, as trained", {})[identity] = trained.size()
+            sizes.setdefault(f"{name}, as trained", {})[identity] = trained.size()
         if name in KERAS_TABLES:
-            found.setdefault(f"{name}, as Keras counts", {})[identity] = as_keras_counts(parts)
+            sizes.setdefault(f"{name}, as Keras counts", {})[identity] = as_keras_counts(parts)
         print(f"{name} {identity}: {parts.size():,}", flush=True)
-    return found
+    return sizes
 
 
 def main() -> None:
@@ -84,18 +84,18 @@ def main() -> None:
     parser.add_argument("--tables", nargs="+", default=TABLES)
     parser.add_argument("--json", type=Path, default=Path("docs/results/sizes.json"))
     options = parser.parse_args()
-    found: dict[str, Any] = {}
+    sizes: dict[str, Any] = {}
     for name in options.tables:
-        found |= count(name)
+        sizes |= count(name)
     config = configuration.load(str(configuration.CONFIGS / OUTPUTS))
     outputs = inspect.inspect(config)["outputs"]
     lines = [["table", "row", "parameters"]]
-    lines += [[name, row, f"{n:,}"] for name, each in found.items() for row, n in each.items()]
+    lines += [[name, row, f"{n:,}"] for name, rows in sizes.items() for row, n in rows.items()]
     print(align(lines))
     # Those of other tables stay.
-    known = json.loads(options.json.read_text()) if options.json.exists() else {}
-    found[OUTPUTS] = outputs
-    options.json.write_text(json.dumps({**known, **found}, indent=1) + "\n")
+    recorded = json.loads(options.json.read_text()) if options.json.exists() else {}
+    sizes[OUTPUTS] = outputs
+    options.json.write_text(json.dumps({**recorded, **sizes}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

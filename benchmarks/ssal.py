@@ -119,8 +119,8 @@ class Programs:
         program = self._compile(STEP, jax.jit(loop, donate_argnums=(0, 1)), arguments())
 
         def run() -> None:
-            self._state, found, _ = program(*arguments())
-            loss = float(found["total/loss"].mean())
+            self._state, metrics, _ = program(*arguments())
+            loss = float(metrics["total/loss"].mean())
             if not math.isfinite(loss):
                 raise ValueError(f"the loss is {loss}")
 
@@ -151,12 +151,12 @@ def serve(connection: Connection, variant: str, options: argparse.Namespace) -> 
     memory.reset()
     connection.send((programs.facts, programs.main))
     with contextlib.suppress(EOFError):
-        while asked := connection.recv():
-            if asked == "memory":
+        while name := connection.recv():
+            if name == "memory":
                 connection.send(memory.peak())
                 continue
             started = time.perf_counter()
-            programs.runs[asked]()
+            programs.runs[name]()
             connection.send((time.perf_counter() - started) / steps)
 
 
@@ -167,15 +167,15 @@ class Worker:
         say(f"{variant}: compiling")
         # Not forked: the libraries have threads.
         spawn = multiprocessing.get_context("spawn")
-        self._connection, theirs = spawn.Pipe()
-        self._process = spawn.Process(target=serve, args=(theirs, variant, options), daemon=True)
+        self._connection, other_end = spawn.Pipe()
+        self._process = spawn.Process(target=serve, args=(other_end, variant, options), daemon=True)
         self._process.start()
-        theirs.close()
+        other_end.close()
         self.facts, self.main = self._connection.recv()
 
-    def ask(self, what: str) -> Any:
+    def ask(self, name: str) -> Any:
         """Runs a round of a program and returns the seconds of a step, or returns the memory."""
-        self._connection.send(what)
+        self._connection.send(name)
         return self._connection.recv()
 
     def close(self) -> None:
@@ -193,11 +193,11 @@ def multiply_adds(branched: str, bare: str) -> dict[str, int]:
     Raises:
         ValueError: If the network with branches, applied without them, takes other ones.
     """
-    found = {each: inspect(load_config(each, 1)) for each in (branched, bare)}
-    alone, expected = found[branched]["without_heads"], found[bare]["without_heads"]
+    by_variant = {variant: inspect(load_config(variant, 1)) for variant in (branched, bare)}
+    alone, expected = by_variant[branched]["without_heads"], by_variant[bare]["without_heads"]
     if alone != expected:
         raise ValueError(f"{branched} without its branches takes {alone}, {bare} takes {expected}.")
-    return {each: counts["multiply_adds"] for each, counts in found.items()}
+    return {variant: counts["multiply_adds"] for variant, counts in by_variant.items()}
 
 
 def measure(network: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -206,46 +206,58 @@ def measure(network: str, options: argparse.Namespace) -> dict[str, Any]:
     required = multiply_adds(branched, bare)
     workers: dict[str, Worker] = {}
     try:
-        for each in (branched, bare):
-            workers[each] = Worker(each, options)
+        for variant in (branched, bare):
+            workers[variant] = Worker(variant, options)
         if not np.allclose(workers[branched].main, workers[bare].main, rtol=CLOSE, atol=CLOSE):
             raise ValueError(f"The main output of {branched} is not that of {bare}.")
         load = os.getloadavg()
         seconds = contest(options.rounds, rounds(workers, STEP))
-        memory = {each: worker.ask("memory") for each, worker in workers.items()}
+        memory = {variant: worker.ask("memory") for variant, worker in workers.items()}
         seconds |= contest(options.rounds, rounds(workers, ALL, MAIN))
     finally:
         for worker in workers.values():
             worker.close()
-    facts = {each: {**w.facts, "memory": memory[each]} for each, w in workers.items()}
+    facts = {variant: {**w.facts, "memory": memory[variant]} for variant, w in workers.items()}
     return {"load": load, "multiply_adds": required, "facts": facts, "seconds": seconds}
 
 
 def rounds(workers: Mapping[str, Worker], *programs: str) -> dict[str, Callable[[], float]]:
     """Lists by name what runs a round of each of these programs that a contender has."""
-    pairs = ((each, program) for each in workers for program in programs)
-    has = [(each, program) for each, program in pairs if program in workers[each].facts["plan"]]
-    return {f"{each}: {program}": partial(workers[each].ask, program) for each, program in has}
+    pairs = ((variant, program) for variant in workers for program in programs)
+    programs_of = [
+        (variant, program)
+        for variant, program in pairs
+        if program in workers[variant].facts["plan"]
+    ]
+    return {
+        f"{variant}: {program}": partial(workers[variant].ask, program)
+        for variant, program in programs_of
+    }
 
 
 # ---- The report.
 
 
-def table(found: Mapping[str, Mapping[str, Any]]) -> str:
+def table(measured: Mapping[str, Mapping[str, Any]]) -> str:
     """Writes a row for each contender."""
     header = ["configs/ssal.py:", "parameters", "multiply-adds", "required"]
     header += ["ms/step", "/ bare (quartiles)", "joint, ms/batch", "/ bare", "main, ms/batch"]
     header += ["/ bare", "peak MiB", "XLA plan MiB", "compile s"]
-    return align([header, *(row(each, name) for each in found.values() for name in each["facts"])])
+    return align(
+        [
+            header,
+            *(row(network, name) for network in measured.values() for name in network["facts"]),
+        ]
+    )
 
 
-def row(found: Mapping[str, Any], variant: str) -> list[str]:
+def row(measured: Mapping[str, Any], variant: str) -> list[str]:
     """Writes the figures of a contender; the last of its network is the bare one."""
-    bare, facts = list(found["facts"])[-1], found["facts"][variant]
-    count, least = found["multiply_adds"][variant], found["multiply_adds"][bare]
+    bare, facts = list(measured["facts"])[-1], measured["facts"][variant]
+    count, least = measured["multiply_adds"][variant], measured["multiply_adds"][bare]
     times = []
     for program, other in ((STEP, STEP), (ALL, MAIN), (MAIN, MAIN)):
-        times += time_cells(found, f"{variant}: {program}", f"{bare}: {other}")
+        times += time_cells(measured, f"{variant}: {program}", f"{bare}: {other}")
     return [
         variant,
         f"{facts['parameters']:,}",
@@ -258,12 +270,12 @@ def row(found: Mapping[str, Any], variant: str) -> list[str]:
     ]
 
 
-def time_cells(found: Mapping[str, Any], name: str, other: str) -> list[str]:
+def time_cells(measured: Mapping[str, Any], name: str, other: str) -> list[str]:
     """Writes the milliseconds of a program, and how many times another's they are."""
-    if name not in found["seconds"]:
+    if name not in measured["seconds"]:
         return ["-", "-"]
-    relative = "1" if name == other else spread(ratios(found, name, other))
-    return [f"{1e3 * median(found['seconds'][name]):.1f}", relative]
+    relative = "1" if name == other else spread(ratios(measured, name, other))
+    return [f"{1e3 * median(measured['seconds'][name]):.1f}", relative]
 
 
 # ---- The program.
@@ -289,12 +301,12 @@ def main() -> None:
     # This process measures nothing: it leaves the GPU alone, which its workers share.
     jax.config.update("jax_platforms", "cpu")
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
-    found = {}
+    measured = {}
     for network in options.networks:
-        found[network] = measure(network, options)
-        written = {**figures(found, options), "machine": machine()}
+        measured[network] = measure(network, options)
+        written = {**figures(measured, options), "machine": machine()}
         options.out.write_text(json.dumps(written, indent=1) + "\n")
-    print("\n" + table(found))
+    print("\n" + table(measured))
 
 
 if __name__ == "__main__":

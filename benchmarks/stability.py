@@ -95,13 +95,13 @@ def cell(row: Mapping[str, Any] | None) -> str:
     return f"{np.mean(row['losses']['main'][-5:]):.2f}"
 
 
-def colour(said: str) -> str:
+def colour(text: str) -> str:
     """Returns the colour of a cell: red if a loss is not finite, dark green if it learns."""
-    if not said or said == "too big":
+    if not text or text == "too big":
         return "white"
-    if said.startswith("NaN"):
+    if text.startswith("NaN"):
         return "#E8A08C"
-    return "#8FC08F" if float(said) < LEARNING else "#D5E6D5"
+    return "#8FC08F" if float(text) < LEARNING else "#D5E6D5"
 
 
 def rows(chosen: Map, recorded: Mapping[str, Any], width: float) -> list[list[str]]:
@@ -116,8 +116,11 @@ def rows(chosen: Map, recorded: Mapping[str, Any], width: float) -> list[list[st
     return [
         head,
         *(
-            [READINGS[each], *(cell(recorded.get(chosen.called(each, w, width))) for w in LAMBDAS)]
-            for each in chosen.readings
+            [
+                READINGS[reading],
+                *(cell(recorded.get(chosen.called(reading, w, width))) for w in LAMBDAS),
+            ]
+            for reading in chosen.readings
         ),
     ]
 
@@ -136,14 +139,16 @@ def draw(chosen: Map, recorded: Mapping[str, Any]) -> Figure:
     for axes, width in zip(panels, chosen.widths, strict=True):
         shown = rows(chosen, recorded, width)[1:]
         for i, j in product(range(lines), range(len(LAMBDAS))):
-            said = shown[i][j + 1]
+            text = shown[i][j + 1]
             corner = (j - 0.5, i - 0.5)
-            axes.add_patch(Rectangle(corner, 1, 1, facecolor=colour(said), edgecolor="white"))
-            axes.text(j, i, said.replace(" at ", "\n"), ha="center", va="center", fontsize=8)
+            axes.add_patch(Rectangle(corner, 1, 1, facecolor=colour(text), edgecolor="white"))
+            axes.text(j, i, text.replace(" at ", "\n"), ha="center", va="center", fontsize=8)
         axes.set_xlim(-0.5, len(LAMBDAS) - 0.5)
         axes.set_ylim(lines - 0.5, -0.5)
         axes.set_xticks(range(len(LAMBDAS)), LAMBDAS)
-        axes.set_yticks(range(lines), [READINGS[each] for each in chosen.readings], fontsize=8)
+        axes.set_yticks(
+            range(lines), [READINGS[reading] for reading in chosen.readings], fontsize=8
+        )
         axes.set_xlabel("lambda")
         axes.set_title("full width" if width == 1 else f"{width:g} of the width", fontsize=10)
     return figure
@@ -174,7 +179,7 @@ def draw_steps(recorded: Mapping[str, Any]) -> Figure:
         losses = row["losses"]
         steps = np.arange(1, len(losses["main"]) + 1)
         main.plot(steps, smooth(losses["main"]), label=name)
-        every = [each for key, each in losses.items() if key.startswith("decoder")]
+        every = [values for key, values in losses.items() if key.startswith("decoder")]
         decoders.plot(steps, smooth(np.mean(every, 0)), label=name)
     main.axhline(GUESSING, color="grey", linewidth=0.8, linestyle=":", label="guessing")
     main.set_ylim(3, 7)
@@ -198,48 +203,50 @@ def record(chosen: Map, path: Path, data: str) -> dict[str, Any]:
     Returns:
         What rehearsals have shown, by what cells are called.
     """
-    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rows": {}}
-    found.update(steps=chosen.steps, batch_size=chosen.batch)
+    recorded: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rows": {}}
+    recorded.update(steps=chosen.steps, batch_size=chosen.batch)
     configs = paper_tables.find_configs(TABLE)
     table = paper_tables.load_table(TABLE, configs)
     for width, weight, reading, called in chosen.cells():
-        if called in found["rows"]:
+        if called in recorded["rows"]:
             continue
-        given = [
+        overrides = [
             f"--config.data.dir={data}",
             f"--config.batch_size={chosen.batch}",
             f"--config.backbone.width={width}",
         ]
         row = f"{reading}_{weight}"
         with tempfile.TemporaryDirectory() as workdir:
-            one = paper_tables.choose_rows(table, [row])
-            told = reproduce.rehearse(table, one, workdir, configs, "", given, chosen.steps)[row]
-        found["rows"][called] = {"machine": reproduce.machine(), **asdict(told)}
-        write(found, path)
-    return found["rows"]
+            chosen_rows = paper_tables.choose_rows(table, [row])
+            result = reproduce.rehearse(
+                table, chosen_rows, workdir, configs, "", overrides, chosen.steps
+            )[row]
+        recorded["rows"][called] = {"machine": reproduce.machine(), **asdict(result)}
+        write(recorded, path)
+    return recorded["rows"]
 
 
 def main() -> None:
     """Runs the program with command line arguments."""
-    known = {each.name: each for each in MAPS}
+    maps = {chosen.name: chosen for chosen in MAPS}
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", default="", help="directory of tensorflow_datasets")
-    parser.add_argument("--maps", nargs="+", choices=list(known), default=list(known))
+    parser.add_argument("--maps", nargs="+", choices=list(maps), default=list(maps))
     parser.add_argument("--draw", action="store_true", help="only draw what is recorded")
     parser.add_argument("--results", type=Path, default=Path("docs/results"))
     parser.add_argument("--images", type=Path, default=Path("docs/images"))
     options = parser.parse_args()
     if not (options.data or options.draw):
         parser.error("--data=DIR is needed, where real images are, or --draw")
-    for each in map(known.get, options.maps):
-        path = options.results / f"{each.name}.json"
+    for chosen in map(maps.get, options.maps):
+        path = options.results / f"{chosen.name}.json"
         if options.draw:
             recorded = json.loads(path.read_text())["rows"]
         else:
-            recorded = record(each, path, options.data)
-        draw(each, recorded).savefig(options.images / f"{each.name}.png", dpi=130)
-        for width in each.widths:
-            print(f"\n{each.name}, width {width:g}\n\n{align(rows(each, recorded, width))}")
+            recorded = record(chosen, path, options.data)
+        draw(chosen, recorded).savefig(options.images / f"{chosen.name}.png", dpi=130)
+        for width in chosen.widths:
+            print(f"\n{chosen.name}, width {width:g}\n\n{align(rows(chosen, recorded, width))}")
     networks = options.results / "sire_4-rehearsal.json"
     if networks.exists():
         shown = json.loads(networks.read_text())["rows"]

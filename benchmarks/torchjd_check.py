@@ -93,13 +93,13 @@ def ours(name: str) -> Callable[[np.ndarray], jax.Array]:
 
 def compare(name: str, drawn: list[np.ndarray], reference: Theirs) -> np.ndarray:
     """Returns for each matrix the relative difference and the ratio of the norms, ``[n, 2]``."""
-    found = ours(name)
+    aggregate = ours(name)
     compared = []
     for matrix in drawn:
         exact = matrix.astype(np.float64)
         expected = reference(torch.from_numpy(exact)).numpy()
-        aggregated = np.asarray(found(jnp.asarray(matrix)), np.float64) @ exact
-        norms = [np.linalg.norm(each) for each in (aggregated - expected, aggregated)]
+        aggregated = np.asarray(aggregate(jnp.asarray(matrix)), np.float64) @ exact
+        norms = [np.linalg.norm(vector) for vector in (aggregated - expected, aggregated)]
         compared.append(np.asarray(norms) / np.linalg.norm(expected))
     return np.stack(compared)
 
@@ -117,11 +117,11 @@ def fastest(run: Callable[[], object], rounds: int = 20) -> float:
 
 def times(name: str, drawn: list[np.ndarray], reference: Theirs) -> tuple[float, float]:
     """Returns the median microseconds of a call, ours and torchjd's, both in float32."""
-    found = ours(name)
+    aggregate = ours(name)
     our_times, their_times = [], []
     for matrix in drawn:
         array, tensor = jnp.asarray(matrix), torch.from_numpy(matrix)
-        our_times.append(fastest(lambda array=array: found(array).block_until_ready()))
+        our_times.append(fastest(lambda array=array: aggregate(array).block_until_ready()))
         their_times.append(fastest(lambda tensor=tensor: reference(tensor), rounds=3))
     return float(np.median(our_times)), float(np.median(their_times))
 
@@ -136,15 +136,15 @@ def main() -> None:
     figures: dict[str, Any] = {}
     for title, (name, counts, reference) in theirs().items():
         drawn = matrices(options.matrices, counts, options.dimensions)
-        found = compare(name, drawn, reference)
-        found = found[~np.isnan(found).any(1)]
+        compared = compare(name, drawn, reference)
+        compared = compared[~np.isnan(compared).any(1)]
         timed = [m for m in drawn if len(m) == (2 if counts == [2] else 5)][:8]
         our_time, their_time = times(name, timed, reference)
         figures[title] = {
-            "matrices": len(found),
-            "largest": float(found[:, 0].max()),
-            "median": float(np.median(found[:, 0])),
-            "ratios": [float(found[:, 1].min()), float(found[:, 1].max())],
+            "matrices": len(compared),
+            "largest": float(compared[:, 0].max()),
+            "median": float(np.median(compared[:, 0])),
+            "ratios": [float(compared[:, 1].min()), float(compared[:, 1].max())],
             "ours_us": our_time,
             "torchjd_us": their_time,
         }
@@ -154,15 +154,15 @@ def main() -> None:
 def report(figures: dict[str, Any], options: argparse.Namespace) -> None:
     """Prints the table and writes the JSON."""
     rows = [["torchjd", "matrices", "largest difference", "median", "ratio", "us, ours", "torchjd"]]
-    for title, each in figures.items():
-        sizes = [f"{each[key]:.0e}" for key in ("largest", "median")]
-        ratio = "{:.4f} to {:.4f}".format(*each["ratios"])
-        spent = [f"{each[key]:.0f}" for key in ("ours_us", "torchjd_us")]
-        rows.append([title, str(each["matrices"]), *sizes, ratio, *spent])
+    for title, figure in figures.items():
+        sizes = [f"{figure[key]:.0e}" for key in ("largest", "median")]
+        ratio = "{:.4f} to {:.4f}".format(*figure["ratios"])
+        spent = [f"{figure[key]:.0f}" for key in ("ours_us", "torchjd_us")]
+        rows.append([title, str(figure["matrices"]), *sizes, ratio, *spent])
     print(align(rows))
     packages = ("jax", "numpy", "torch", "torchjd", "quadprog", "qpsolvers", "cvxpy", "clarabel")
     versions = {name: version(name) for name in (*packages, "ecos")}
-    print(", ".join(f"{name} {each}" for name, each in versions.items()))
+    print(", ".join(f"{name} {number}" for name, number in versions.items()))
     if options.json:
         settings = {"dimensions": options.dimensions, "machine": platform.machine()}
         written = {"versions": versions, **settings, "aggregators": figures}

@@ -90,13 +90,13 @@ def one_hot(
         named, backward, (outputs, new_model_state) = jax.vjp(
             lambda p: losses(p, model_state), params, has_aux=True
         )
-        divisors, found = steps.divisors(weights), {}
+        divisors, gradients = steps.divisors(weights), {}
         for name in reached.names:
             hot = {other: jnp.float32(other == name) for other in named}
-            found[name] = steps.weigh(name, backward(hot)[0], weights[name])
+            gradients[name] = steps.weigh(name, backward(hot)[0], weights[name])
         for name in reached.names:
             params, state = steps.take(
-                name, found[name], weights[name], divisors[name], params, state
+                name, gradients[name], weights[name], divisors[name], params, state
             )
         return Updated(params, state, new_model_state, named, outputs)
 
@@ -178,8 +178,8 @@ class Program:
 
     def take(self, count: int) -> float:
         """Takes steps; returns their mean loss."""
-        self._state, found, _ = self._program(*self._arguments(count))
-        total = found["total/loss"]
+        self._state, metrics, _ = self._program(*self._arguments(count))
+        total = metrics["total/loss"]
         return float(total.total / total.count)
 
     def round(self) -> float:
@@ -250,7 +250,9 @@ def peer_settings(variant: str, options: argparse.Namespace) -> dict[str, Any]:
     """Describes a network and the training for PyTorch."""
     config = load_config(variant, Candidate("multiway"), options.batch_size)
     parts = experiment.build(config)
-    weights = {each.output: float(each.weight_at(0)) for each in parts.objectives.values()}
+    weights = {
+        objective.output: float(objective.weight_at(0)) for objective in parts.objectives.values()
+    }
     return {
         "depth": config.backbone.depth,
         "width": config.backbone.width,
@@ -274,13 +276,13 @@ def multiply_adds(variant: str) -> dict[str, float]:
     """Returns what the layers require, relative to ``joint``, by rule."""
     counts = inspect(load_config(variant, Candidate("joint"), 1))
     whole = counts["multiply_adds"]
-    reached = [each["multiply_adds"] for each in counts["outputs"].values()]
+    reached = [output["multiply_adds"] for output in counts["outputs"].values()]
     passes = {
         "joint": 3 * whole,
         "effective_joint": 3 * whole,
         "multiway": whole + 2 * sum(reached),
         "pairwise": 3 * sum(reached),
-        "one_hot": whole + sum(whole + each for each in reached),
+        "one_hot": whole + sum(whole + part for part in reached),
     }
     return {rule: count / passes["joint"] for rule, count in passes.items()}
 
@@ -288,7 +290,12 @@ def multiply_adds(variant: str) -> dict[str, float]:
 def candidates(options: argparse.Namespace) -> list[Candidate]:
     """Lists our candidates; ``joint`` always takes part."""
     rules = list(dict.fromkeys(["joint", *options.rules]))
-    pairs = [(rule, each) for rule in AGGREGATED for each in options.aggregators if rule in rules]
+    pairs = [
+        (rule, aggregator)
+        for rule in AGGREGATED
+        for aggregator in options.aggregators
+        if rule in rules
+    ]
     return [*map(Candidate, rules), *(Candidate(*pair) for pair in pairs)]
 
 
@@ -300,9 +307,9 @@ def check(programs: Mapping[str, Program], peer: Peer | None) -> dict[str, float
             order take different steps.
     """
     ours = {"parameters": programs["joint"].facts["parameters"], TRUNK: TRUNK_PARAMETERS}
-    for what, size in ours.items() if peer else ():
-        if peer.facts[what] != size:
-            raise ValueError(f"PyTorch's {what}: {peer.facts[what]}; it should be {size}.")
+    for name, size in ours.items() if peer else ():
+        if peer.facts[name] != size:
+            raise ValueError(f"PyTorch's {name}: {peer.facts[name]}; it should be {size}.")
     if "multiway" not in programs:
         return {}
     step = programs["multiway"].moved
@@ -334,9 +341,9 @@ def measure(variant: str, options: argparse.Namespace) -> dict[str, Any]:
     peer = Peer(peer_settings(variant, options), options.peer_python) if options.peers else None
     try:
         programs = {}
-        for each in candidates(options):
-            say(f"{variant}: compiling {each.title}")
-            programs[each.title] = Program(variant, each, variables, options)
+        for candidate in candidates(options):
+            say(f"{variant}: compiling {candidate.title}")
+            programs[candidate.title] = Program(variant, candidate, variables, options)
         apart, load = check(programs, peer), os.getloadavg()
         contenders: dict[str, Callable[[], float]] = {n: p.round for n, p in programs.items()}
         for name in peer.facts["ready"] if peer else ():
@@ -355,9 +362,9 @@ def measure(variant: str, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def say(what: str) -> None:
+def say(text: str) -> None:
     """Tells how far the program is."""
-    print(f"{what} …", file=sys.stderr, flush=True)
+    print(f"{text} …", file=sys.stderr, flush=True)
 
 
 # ---- The program.
@@ -389,13 +396,13 @@ def main() -> None:
     trunk = inspect(load_config(TRUNK, Candidate("joint"), 1))["parameters"]
     if trunk != TRUNK_PARAMETERS:
         raise ValueError(f"{TRUNK} has {trunk:,} parameters, not {TRUNK_PARAMETERS:,}.")
-    found = {}
+    measured = {}
     for variant in options.networks:
-        found[variant] = measure(variant, options)
-        print("\n" + updates_report.report(variant, found[variant]) + "\n", flush=True)
+        measured[variant] = measure(variant, options)
+        print("\n" + updates_report.report(variant, measured[variant]) + "\n", flush=True)
         jax.clear_caches()
         if options.json:
-            figures = updates_report.figures(found, options)
+            figures = updates_report.figures(measured, options)
             options.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 

@@ -77,9 +77,9 @@ class AuxNet(nn.Module):
     def __init__(self, depth: int, layers: list[int], classes: int, width: float = 1.0) -> None:
         super().__init__()
         blocks = (depth - 2) // 6
-        widths = [round(width * each) for each in WIDTHS]
+        widths = [round(width * features) for features in WIDTHS]
         self.stem = nn.Conv2d(3, round(width * 16), 3, 1, 1, bias=False)
-        sizes = [round(width * 16), *(each for each in widths for _ in range(blocks))]
+        sizes = [round(width * 16), *(features for features in widths for _ in range(blocks))]
         self.blocks = nn.ModuleList(
             Block(sizes[i], sizes[i + 1], 1 + (i > 0 and i % blocks == 0))
             for i in range(3 * blocks)
@@ -112,33 +112,35 @@ class Contest:
     """The candidates of a network.
 
     Args:
-        given: The argument.
+        settings: The argument.
     """
 
-    def __init__(self, given: dict[str, Any]) -> None:
-        self.given, self.weights = given, given["weights"]
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.settings, self.weights = settings, settings["weights"]
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         generator = torch.Generator().manual_seed(0)
-        count = given["batch_size"] * given["steps"]
+        count = settings["batch_size"] * settings["steps"]
         pixels = torch.randint(0, 256, (count, 3, 32, 32), generator=generator).byte()
-        labels = torch.randint(0, given["classes"], (count,), generator=generator)
+        labels = torch.randint(0, settings["classes"], (count,), generator=generator)
         self.pixels, self.labels = pixels.to(self.device), labels.to(self.device)
 
     def network(self) -> AuxNet:
         """Makes the network, always with the same parameters."""
         torch.manual_seed(0)
-        given = self.given
-        made = AuxNet(given["depth"], given["layers"], given["classes"], given["width"])
-        return made.to(self.device, memory_format=torch.channels_last)
+        settings = self.settings
+        network = AuxNet(
+            settings["depth"], settings["layers"], settings["classes"], settings["width"]
+        )
+        return network.to(self.device, memory_format=torch.channels_last)
 
     def optimizer(self, parameters: Any, divisor: float = 1.0) -> torch.optim.Optimizer:
         """Makes the optimizer of some parameters."""
         return torch.optim.SGD(
             parameters,
-            self.given["learning_rate"] / divisor,
-            momentum=self.given["momentum"],
+            self.settings["learning_rate"] / divisor,
+            momentum=self.settings["momentum"],
             nesterov=True,
-            weight_decay=self.given["weight_decay"],
+            weight_decay=self.settings["weight_decay"],
             fused=True,
         )
 
@@ -147,8 +149,8 @@ class Contest:
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Returns each loss with its weight, and the features that all share."""
         outputs, shared = network(images)
-        each = [functional.cross_entropy(logits, labels) for logits in outputs]
-        return [w * loss for w, loss in zip(self.weights, each, strict=True)], shared
+        unweighted = [functional.cross_entropy(logits, labels) for logits in outputs]
+        return [w * loss for w, loss in zip(self.weights, unweighted, strict=True)], shared
 
     def joint(self, compiled: bool = False) -> Take:
         """Prepares joint backpropagation."""
@@ -191,9 +193,9 @@ class Contest:
         def take(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
             losses, _ = self.losses(network, images, labels)
             # All before the first step, which would change what the others need.
-            found = self.gradients(losses, network)
+            gradients = self.gradients(losses, network)
             for k, optimizer in enumerate(optimizers):
-                for parameter, gradient in zip(network.reached[k], found[k], strict=True):
+                for parameter, gradient in zip(network.reached[k], gradients[k], strict=True):
                     parameter.grad = gradient
                 optimizer.step()
             return torch.stack(losses).detach().sum()
@@ -241,7 +243,7 @@ class Contest:
     def run(self, take: Take, steps: int) -> float:
         """Takes steps; returns their mean loss."""
         total = torch.zeros((), device=self.device)
-        size = self.given["batch_size"]
+        size = self.settings["batch_size"]
         for i in range(steps):
             chosen = slice(i * size, (i + 1) * size)
             images = self.pixels[chosen].float() / 255
@@ -254,10 +256,12 @@ class Contest:
         network = self.network()
         images, labels = self.pixels[:4].float() / 255, self.labels[:4]
         losses, _ = self.losses(network, images, labels)
-        summed = [torch.zeros_like(each) for each in network.parameters()]
-        places = {id(each): i for i, each in enumerate(network.parameters())}
-        for reached, found in zip(network.reached, self.gradients(losses, network), strict=True):
-            for parameter, gradient in zip(reached, found, strict=True):
+        summed = [torch.zeros_like(parameter) for parameter in network.parameters()]
+        places = {id(parameter): i for i, parameter in enumerate(network.parameters())}
+        for reached, gradients in zip(
+            network.reached, self.gradients(losses, network), strict=True
+        ):
+            for parameter, gradient in zip(reached, gradients, strict=True):
                 summed[places[id(parameter)]] += gradient
         torch.stack(self.losses(network, images, labels)[0]).sum().backward()
         for parameter, gradient in zip(network.parameters(), summed, strict=True):
@@ -266,7 +270,7 @@ class Contest:
 
 def count(network: nn.Module) -> int:
     """Counts parameters."""
-    return sum(each.numel() for each in network.parameters())
+    return sum(parameter.numel() for parameter in network.parameters())
 
 
 def main() -> None:
@@ -277,22 +281,22 @@ def main() -> None:
     if torch.cuda.is_available():
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
-    given = json.loads(sys.argv[1])
-    contest, takes, errors = Contest(given), {}, {}
+    settings = json.loads(sys.argv[1])
+    contest, takes, errors = Contest(settings), {}, {}
     torch.backends.cudnn.allow_tf32 = False
     contest.check()
     torch.backends.cudnn.allow_tf32 = True
-    for name in given["candidates"]:
+    for name in settings["candidates"]:
         try:
             takes[name] = getattr(contest, name)()
-            contest.run(takes[name], min(WARM_UP, given["steps"]))
+            contest.run(takes[name], min(WARM_UP, settings["steps"]))
         except Exception as error:
             takes.pop(name, None)
             reason = f"{type(error).__name__}: {error}"
             errors[name] = textwrap.shorten(reason, 120, placeholder=" …")
     facts = {
         "parameters": count(contest.network()),
-        given["trunk"]: count(AuxNet(int(given["trunk"].split("-")[1]), [], 10)),
+        settings["trunk"]: count(AuxNet(int(settings["trunk"].split("-")[1]), [], 10)),
         "versions": {"torch": torch.__version__},
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
@@ -302,8 +306,8 @@ def main() -> None:
     print(json.dumps(facts), file=answers, flush=True)
     for line in sys.stdin:
         started = time.perf_counter()
-        loss = contest.run(takes[line.strip()], given["steps"])
-        seconds = (time.perf_counter() - started) / given["steps"]
+        loss = contest.run(takes[line.strip()], settings["steps"])
+        seconds = (time.perf_counter() - started) / settings["steps"]
         if not math.isfinite(loss):
             raise ValueError(f"the loss is {loss}")
         print(json.dumps({"seconds": seconds, "loss": loss}), file=answers, flush=True)

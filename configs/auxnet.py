@@ -167,8 +167,8 @@ def get_config(variant: str = "56-5") -> ConfigDict:
     return config
 
 
-def _one_of(options: list[str], known: tuple[str, ...], default: str) -> str:
-    chosen = [option for option in options if option in known]
+def _one_of(options: list[str], exclusive: tuple[str, ...], default: str) -> str:
+    chosen = [option for option in options if option in exclusive]
     if len(chosen) > 1:
         raise ValueError(f"The options {', '.join(chosen)} exclude each other; choose one.")
     return chosen[0] if chosen else default

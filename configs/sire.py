@@ -76,24 +76,24 @@ _OTHERS = ("equation_1", "summed", "no_decoder_norm")
 
 def _variants() -> dict[str, tuple[str, bool, bool]]:
     """Returns ``{variant: (network, ImageNet, bare network)}``."""
-    found = {}
+    variants = {}
     for network in _NETWORKS:
         for imagenet in (False, True) if network != "cnn" else (False,):
             for base in (False, True):
                 name = f"{network}{'_imagenet' * imagenet}{'_base' * base}"
-                found[name] = (network, imagenet, base)
-    return found
+                variants[name] = (network, imagenet, base)
+    return variants
 
 
 VARIANTS = _variants()
 
 
-def _reading(readings: Sequence[str], known: dict[str, str], default: str) -> str:
+def _reading(readings: Sequence[str], settings: dict[str, str], default: str) -> str:
     """Returns the setting of the one reading that is among the known ones."""
-    chosen = [each for each in readings if each in known]
+    chosen = [reading for reading in readings if reading in settings]
     if len(chosen) > 1:
         raise ValueError(f"'{chosen[0]}' and '{chosen[1]}' are readings of the same; take one.")
-    return known[chosen[0]] if chosen else default
+    return settings[chosen[0]] if chosen else default
 
 
 def _image_shape(config: ConfigDict) -> tuple[int, int, int]:

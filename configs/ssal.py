@@ -262,16 +262,16 @@ def _scaled(parts: dict[str, Any], scale: float) -> dict[str, Any]:
 def _check(options: list[str]) -> None:
     """Checks that options go together."""
     for exclusive in ((*_NUMBERS, "sweep"), _COMBINED, ("validate", "all_images")):
-        given = [option for option in options if option in exclusive]
-        if len(given) > 1:
-            raise ValueError(f"The options {', '.join(given)} exclude each other; choose one.")
+        chosen = [option for option in options if option in exclusive]
+        if len(chosen) > 1:
+            raise ValueError(f"The options {', '.join(chosen)} exclude each other; choose one.")
     if "split" in options and "0" in options:
         raise ValueError("The option 'split' needs branches; leave the number 0 out.")
 
 
 def _branches(name: str, options: list[str]) -> tuple[Branch, ...]:
     """Picks the branches."""
-    given = [int(option) for option in options if option in _NUMBERS]
+    numbers = [int(option) for option in options if option in _NUMBERS]
     if "groups_30" in options and (name not in _OF_TABLE_1 or {"sweep", "tiny"} & {*options}):
         raise ValueError(
             f"The option 'groups_30' is for the networks of Table 1, {listed(_OF_TABLE_1)}, on"
@@ -280,12 +280,12 @@ def _branches(name: str, options: list[str]) -> tuple[Branch, ...]:
     if "sweep" in options:
         return (configuration.variant(_SWEEPS, name),)
     tiny = "tiny" in options
-    known = _TABLE_2 if tiny and name == "resnet18" else _NETWORKS[name][1]
-    number = given[0] if given else len(known)
-    if number > len(known):
-        raise ValueError(f"'{name}' has {len(known)} branches, not {number}.")
+    branches = _TABLE_2 if tiny and name == "resnet18" else _NETWORKS[name][1]
+    number = numbers[0] if numbers else len(branches)
+    if number > len(branches):
+        raise ValueError(f"'{name}' has {len(branches)} branches, not {number}.")
     alone = _ALONE.get((name, tiny)) if number == 1 else None
-    chosen = (alone,) if alone else known[:number]
+    chosen = (alone,) if alone else branches[:number]
     if "groups_30" not in options:
         return chosen
     if all(groups != 33 for _, groups, _ in chosen):

@@ -44,10 +44,10 @@ class Wish:
     thresholds: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
-        given = [each for each in vars(self).values() if each is not None]
-        if len(given) != 1:
+        wishes = [wish for wish in vars(self).values() if wish is not None]
+        if len(wishes) != 1:
             raise ValueError(
-                f"{len(given)} of budget, fractions and thresholds are given; give just one."
+                f"{len(wishes)} of budget, fractions and thresholds are given; give just one."
             )
 
     def check(self, costs: Sequence[int], classes: int, rule: Rule) -> None:
@@ -105,24 +105,27 @@ def measure(
     exits = Exits(workdir, batch_size, overrides)
     wish.check(exits.costs, exits.classes, rule)
     logits = {kind: exits.logits(kind) for kind in ("validation", "test")}
-    scores = {kind: np.asarray(rule.scores(jnp.asarray(each))) for kind, each in logits.items()}
+    scores = {
+        kind: np.asarray(rule.scores(jnp.asarray(outputs))) for kind, outputs in logits.items()
+    }
     thresholds = wish.fit(scores["validation"], exits.costs, rule)
     cascade = Cascade(exits.stages, exits.variables, rule, batch_size)
+    # What compiling takes is no part of the seconds.
     cascade.warm(exits.images, exits.examples["test"])
     started = time.perf_counter()
-    found = cascade(exits.images, exits.examples["test"], thresholds)
+    outcome = cascade(exits.images, exits.examples["test"], thresholds)
     seconds = time.perf_counter() - started
     accuracy, whole_seconds = exits.whole()
-    right = found.predictions == exits.labels["test"]
+    right = outcome.predictions == exits.labels["test"]
     return {
         "rule": rule.name,
         "step": exits.step,
         "images": len(right),
         "batch_size": batch_size,
-        "exits": _each(exits, logits, thresholds, found.exits, right),
+        "exits": _describe_exits(exits, logits, thresholds, outcome.exits, right),
         "accuracy": float(right.mean()),
-        "multiply_adds": float(np.asarray(exits.costs)[found.exits].mean()),
-        "multiply_adds_done": found.multiply_adds / len(right),
+        "multiply_adds": float(np.asarray(exits.costs)[outcome.exits].mean()),
+        "multiply_adds_done": outcome.multiply_adds / len(right),
         "seconds": seconds,
         "whole": {
             "accuracy": accuracy,
@@ -133,7 +136,7 @@ def measure(
     }
 
 
-def _each(
+def _describe_exits(
     exits: Exits,
     logits: Mapping[str, np.ndarray],
     thresholds: Sequence[float],
@@ -141,10 +144,10 @@ def _each(
     right: np.ndarray,
 ) -> list[dict[str, Any]]:
     """Describes every exit, by the images that leave there and by all test images."""
-    found = []
+    descriptions = []
     labels = exits.labels["test"]
     for k, (name, cost) in enumerate(zip(exits.names, exits.costs, strict=True)):
-        test, here = logits["test"][k], left == k
+        test, leaves = logits["test"][k], left == k
         temperature = calibration.fit_temperature(
             logits["validation"][k], exits.labels["validation"]
         )
@@ -152,12 +155,13 @@ def _each(
             calibration.expected_calibration_error(calibration.probabilities(test, t), labels)
             for t in (1.0, temperature)
         )
-        found.append(
+        descriptions.append(
             {
                 "output": name,
+                # Whatever comes to the last exit leaves there.
                 "threshold": [*thresholds, None][k],
-                "share": float(here.mean()),
-                "accuracy_of_leaving": float(right[here].mean()) if here.any() else None,
+                "share": float(leaves.mean()),
+                "accuracy_of_leaving": float(right[leaves].mean()) if leaves.any() else None,
                 "accuracy_of_all": float((test.argmax(-1) == labels).mean()),
                 "multiply_adds": cost,
                 "calibration_error": before,
@@ -165,7 +169,7 @@ def _each(
                 "calibration_error_after": after,
             }
         )
-    return found
+    return descriptions
 
 
 def _curve(
@@ -174,33 +178,33 @@ def _curve(
     """Measures budgets from the first to the last exit's cost, on test images."""
     costs = np.asarray(exits.costs)
     right = logits.argmax(-1) == exits.labels["test"]
-    found = []
+    curve = []
     for budget in np.linspace(costs[0], costs[-1], points):
         thresholds = exit_rules.fit_budget(scores["validation"], exits.costs, budget, rule)
         left = exit_rules.leave(scores["test"], thresholds, rule)
         accuracy = right[left, np.arange(len(left))].mean()
         spent = costs[left].mean()
-        found.append({"budget": budget, "multiply_adds": float(spent), "accuracy": float(accuracy)})
-    return found
+        curve.append({"budget": budget, "multiply_adds": float(spent), "accuracy": float(accuracy)})
+    return curve
 
 
-def report(found: Mapping[str, Any]) -> str:
+def report(measured: Mapping[str, Any]) -> str:
     """Writes measurements as a table with a row per exit, and the sums."""
     header = ["exit", "threshold", "leaving", "accuracy of leaving", "accuracy of all"]
     rows = [[*header, "multiply-adds", "ECE", "temperature", "ECE after"]]
     keys = ("threshold", "share", "accuracy_of_leaving", "accuracy_of_all")
     ends = ("calibration_error", "temperature", "calibration_error_after")
-    for each in found["exits"]:
-        start, end = ([_cell(each[key]) for key in some] for some in (keys, ends))
-        rows.append([each["output"], *start, f"{each['multiply_adds']:,}", *end])
-    whole = found["whole"]
+    for description in measured["exits"]:
+        start, end = ([_cell(description[key]) for key in columns] for columns in (keys, ends))
+        rows.append([description["output"], *start, f"{description['multiply_adds']:,}", *end])
+    whole = measured["whole"]
     return "\n".join(
         [
             text.align(rows),
-            f"early exit:       accuracy {found['accuracy']:.4f},"
-            f" {found['multiply_adds']:,.0f} multiply-adds an image"
-            f" ({found['multiply_adds_done']:,.0f} with the rows that fill up batches),"
-            f" {found['seconds']:.2f} s",
+            f"early exit:       accuracy {measured['accuracy']:.4f},"
+            f" {measured['multiply_adds']:,.0f} multiply-adds an image"
+            f" ({measured['multiply_adds_done']:,.0f} with the rows that fill up batches),"
+            f" {measured['seconds']:.2f} s",
             f"main output only: accuracy {whole['accuracy']:.4f},"
             f" {whole['multiply_adds']:,} multiply-adds an image, {whole['seconds']:.2f} s",
         ]
@@ -211,25 +215,28 @@ def _cell(value: float | None) -> str:
     return "-" if value is None else text.number(value)
 
 
-def draw(found: Mapping[str, Any]) -> Figure:
+def draw(measured: Mapping[str, Any]) -> Figure:
     """Draws accuracy against mean multiply-adds, with each exit alone and what was measured."""
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.subplots()
-    curve, exits = found["curve"], found["exits"]
+    curve, exits = measured["curve"], measured["exits"]
     axes.plot(
-        [each["multiply_adds"] / 1e6 for each in curve],
-        [each["accuracy"] for each in curve],
+        [point["multiply_adds"] / 1e6 for point in curve],
+        [point["accuracy"] for point in curve],
         color="#0072B2",
         marker=".",
         label="early exit, a point a budget",
     )
-    alone = [(each["multiply_adds"] / 1e6, each["accuracy_of_all"]) for each in exits]
+    alone = [
+        (description["multiply_adds"] / 1e6, description["accuracy_of_all"])
+        for description in exits
+    ]
     axes.scatter(*zip(*alone, strict=True), color="#D55E00", zorder=3, label="all at one exit")
-    for each, point in zip(exits, alone, strict=True):
+    for description, point in zip(exits, alone, strict=True):
         above: Any = {"textcoords": "offset points", "ha": "center", "va": "bottom", "fontsize": 8}
-        axes.annotate(each["output"], point, (0, 6), **above)
+        axes.annotate(description["output"], point, (0, 6), **above)
     axes.margins(0.08, 0.12)
-    chosen = found["multiply_adds"] / 1e6, found["accuracy"]
+    chosen = measured["multiply_adds"] / 1e6, measured["accuracy"]
     axes.plot(*chosen, "*", color="#000000", markersize=11, label="as asked for")
     axes.set_xlabel("multiply-adds an image, mean (millions)")
     axes.set_ylabel("test accuracy")
@@ -240,7 +247,7 @@ def draw(found: Mapping[str, Any]) -> Figure:
 
 def _numbers(text: str) -> list[float]:
     try:
-        return [float(each) for each in text.split(",")]
+        return [float(number) for number in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"'{text}' is no list such as 0.2,0.3,0.5") from None
 
@@ -250,27 +257,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = command.parser(__doc__)
     parser.add_argument("--workdir", required=True, help="directory of the run")
     parser.add_argument("--rule", default="max_probability", choices=sorted(RULES))
-    wish = parser.add_mutually_exclusive_group(required=True)
-    wish.add_argument("--budget", type=float, help="mean multiply-adds of an image")
-    wish.add_argument("--fractions", type=_numbers, help="share of images for each exit")
-    wish.add_argument("--thresholds", type=_numbers, help="for each exit but the last")
+    group = parser.add_mutually_exclusive_group(required=True)
+    group.add_argument("--budget", type=float, help="mean multiply-adds of an image")
+    group.add_argument("--fractions", type=_numbers, help="share of images for each exit")
+    group.add_argument("--thresholds", type=_numbers, help="for each exit but the last")
     parser.add_argument("--points", type=int, default=12, help="budgets in the picture")
     parser.add_argument("--batch_size", type=int, default=100, help="images computed at once")
     parser.add_argument("--out", default="early_exit.png", help="the picture")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    known, overrides = parser.parse_known_args(arguments)
+    options, overrides = parser.parse_known_args(arguments)
     with command.readable_errors():
-        out = command.check_picture(known.out)
-        asked = Wish(known.budget, known.fractions, known.thresholds)
-        found = measure(
-            known.workdir, asked, RULES[known.rule], known.points, known.batch_size, overrides
+        out = command.check_picture(options.out)
+        wish = Wish(options.budget, options.fractions, options.thresholds)
+        measured = measure(
+            options.workdir,
+            wish,
+            RULES[options.rule],
+            options.points,
+            options.batch_size,
+            overrides,
         )
-        draw(found).savefig(out, dpi=150)
-    if known.json:
-        print(json.dumps(found))
+        draw(measured).savefig(out, dpi=150)
+    if options.json:
+        print(json.dumps(measured))
         return
-    print(f"{found['rule']}, {found['images']} test images after step {found['step']}")
-    print(report(found))
+    print(f"{measured['rule']}, {measured['images']} test images after step {measured['step']}")
+    print(report(measured))
     print(f"{out}: accuracy against multiply-adds")
 
 

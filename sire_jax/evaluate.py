@@ -54,16 +54,19 @@ def evaluate(
     runs = open_run(workdir, overrides, changed_data=changed_data)
     if not runs.feed.examples[split].shape[1]:
         raise ValueError(f"The run has no {split} examples.")
-    kept, steps = kept_weights(runs, workdir, used=()), diverged(workdir)
-    fitted = runs.fit(kept.params, kept.model_state)
-    found = runs.measure(kept.params, kept.model_state, split, fitted)
+    # Runs that diverged are listed, too; the means leave them out.
+    weights, steps = kept_weights(runs, workdir, used=()), diverged(workdir)
+    fitted = runs.fit(weights.params, weights.model_state)
+    metrics = runs.measure(weights.params, weights.model_state, split, fitted)
     predictions = runs.parts.predictions
-    names = {name.rsplit("/", 1)[0] for name in found}
+    names = {name.rsplit("/", 1)[0] for name in metrics}
+    # Outputs in the network's order, then the rest, such as predictions, by name.
     first = [*runs.parts.output_names(), *runs.parts.objectives]
     ordered = sorted(names, key=lambda n: (first.index(n) if n in first else len(first), n))
-    measured = {name: _statistics(found, name, steps) for name in ordered}
+    measured = {name: _statistics(metrics, name, steps) for name in ordered}
     return {
-        "step": int(np.max(kept.step)),
+        # The best weights of each run are of a step of its own.
+        "step": int(np.max(weights.step)),
         "split": split,
         "seeds": runs.config.seeds,
         DIVERGED: steps,
@@ -74,11 +77,11 @@ def evaluate(
 
 
 def _statistics(
-    found: Mapping[str, np.ndarray], name: str, steps: Sequence[int | None]
+    metrics: Mapping[str, np.ndarray], name: str, steps: Sequence[int | None]
 ) -> dict[str, Any]:
     statistics = {}
     for metric in METRICS:
-        runs = found.get(f"{name}/{metric}")
+        runs = metrics.get(f"{name}/{metric}")
         if runs is not None:
             mean, deviation = text.spread(converged(runs.tolist(), steps))
             statistics[metric] = {"mean": mean, "std": deviation, "runs": runs.tolist()}
@@ -113,10 +116,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         action="store_true",
         help="also on other test images than those of the run, of the same classes",
     )
-    known, overrides = parser.parse_known_args(arguments)
+    options, overrides = parser.parse_known_args(arguments)
     with command.readable_errors():
-        results = evaluate(known.workdir, known.split, overrides, known.changed_data)
-    if known.json:
+        results = evaluate(options.workdir, options.split, overrides, options.changed_data)
+    if options.json:
         print(json.dumps(results))
         return
     for message in results["skipped"]:

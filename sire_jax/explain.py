@@ -50,6 +50,7 @@ def read_image(path: str | Path, data: ConfigDict) -> tuple[np.ndarray, str]:
     encoded = path.read_bytes()
     try:
         image = images.decode(encoded, channels)
+    # Not the file's fault.
     except MemoryError:
         raise
     except Exception as error:  # Damage makes Pillow raise errors of many kinds.
@@ -87,32 +88,33 @@ def explain(
         ValueError: If the image can't be read, the run is on pairs, or the main output has no
             objective on the labels.
     """
+    # The image is the user's: of the run's data only the names of the classes are needed.
     run = open_run(workdir, overrides, needs_data=False)
     if not isinstance(run.parts.task, Images):
         raise ValueError("Only runs on single images can be explained; this one is on pairs.")
     pixels, note = read_image(image, run.config.data)
     variables = of_first_seed(kept_weights(run, workdir))
     batch = _batch(run, pixels)
-    (found,) = explained_images(run.parts, variables, batch)
+    (explanation,) = explained_images(run.parts, variables, batch)
     groups = run.parts.branches()
-    texts = titles(found, groups, run.feed.names["label"])
-    row = {name: (each, texts[name]) for name, each in found.maps.items()}
+    texts = titles(explanation, groups, run.feed.names["label"])
+    row = {name: (activations, texts[name]) for name, activations in explanation.maps.items()}
     draw(np.asarray(batch), [row], [printable(Path(image).name)], run.config.data).savefig(
         out, dpi=150
     )
-    label = run.feed.names["label"][found.label]
-    labels = {name: groups[name].labels()[group] for name, group in found.groups.items()}
+    label = run.feed.names["label"][explanation.label]
+    labels = {name: groups[name].labels()[group] for name, group in explanation.groups.items()}
     return {
         "class": label,
-        "probability": found.probability,
-        "rule": found.rule,
+        "probability": explanation.probability,
+        "rule": explanation.rule,
         "branches": {
             name: {
-                "labels": list(each),
-                "probability": found.group_probability[name],
-                "contains": label in each,
+                "labels": list(members),
+                "probability": explanation.group_probability[name],
+                "contains": label in members,
             }
-            for name, each in labels.items()
+            for name, members in labels.items()
         },
         "resized": note,
     }
@@ -120,20 +122,22 @@ def explain(
 
 def _batch(run: Runs, pixels: np.ndarray) -> Any:
     """Returns a batch of one image as the network sees it."""
+    # Nobody looks at the labels, but the task prepares them with the image.
     labels = {kind: np.zeros(1, np.int32) for kind in run.config.data.classes}
     arrays = run.parts.task.prepare(Source(pixels[None], labels))
     placed = {key: jnp.asarray(values) for key, values in arrays.items()}
     return run.parts.lookup(placed, jnp.zeros(1, jnp.int32), "central")["image"]
 
 
-def report(found: Mapping[str, Any]) -> str:
+def report(explanation: Mapping[str, Any]) -> str:
     """Writes an explanation as lines of text."""
-    lines = [f"{found['class']}  (probability {found['probability']:.3f} by '{found['rule']}')"]
-    for name, each in found["branches"].items():
-        contains = "contains" if each["contains"] else "does NOT contain"
+    label, rule = explanation["class"], explanation["rule"]
+    lines = [f"{label}  (probability {explanation['probability']:.3f} by '{rule}')"]
+    for name, branch in explanation["branches"].items():
+        contains = "contains" if branch["contains"] else "does NOT contain"
         lines.append(
-            f"  {name}: {', '.join(each['labels'])}\n"
-            f"    probability {each['probability']:.3f}; {contains} {found['class']}"
+            f"  {name}: {', '.join(branch['labels'])}\n"
+            f"    probability {branch['probability']:.3f}; {contains} {label}"
         )
     return "\n".join(lines)
 
@@ -145,16 +149,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--image", required=True, help="the image, a PNG or JPEG file")
     parser.add_argument("--out", default="explanation.png", help="the picture of the maps")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    known, overrides = parser.parse_known_args(arguments)
+    options, overrides = parser.parse_known_args(arguments)
     with command.readable_errors():
-        out = command.check_picture(known.out)
-        found = explain(known.workdir, known.image, out, overrides)
-    if known.json:
-        print(json.dumps(found))
+        out = command.check_picture(options.out)
+        explanation = explain(options.workdir, options.image, out, overrides)
+    if options.json:
+        print(json.dumps(explanation))
         return
-    if found["resized"]:
-        print(f"{printable(known.image)} was {found['resized']}.")
-    print(report(found))
+    if explanation["resized"]:
+        print(f"{printable(options.image)} was {explanation['resized']}.")
+    print(report(explanation))
     print(f"{out}: where each output finds its class")
 
 

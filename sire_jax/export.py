@@ -29,7 +29,6 @@ from sire_jax.state import Best, TrainState
 from sire_jax.storage.workdir import is_own
 from sire_jax.text import nearest
 
-PyTree = Any
 # In place of an output's name: the best on validation images.
 BEST = "best"
 
@@ -48,26 +47,29 @@ def find_output(parts: Experiment, name: str) -> str:
         ValueError: If there is none, several end so, or it does not classify.
     """
     names = objectives.accurate(parts.objectives, parts.outputs, parts.batch)
-    classify = sorted({parts.objectives[each].output for each in names})
+    classify = sorted({parts.objectives[objective].output for objective in names})
     if name in classify:
         return name
     if name in parts.outputs:
-        known = nearest(name, classify)
-        raise ValueError(f"The output '{name}' has no objective on labels to classify.{known}")
-    ends = [(each, _number(each)) for each in classify]
-    found = [each for each, number in ends if name.isdecimal() and number == int(name)]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise ValueError(f"Several outputs end with {name}: {', '.join(found)}; name one of them.")
+        hint = nearest(name, classify)
+        raise ValueError(f"The output '{name}' has no objective on labels to classify.{hint}")
+    ends = [(output, _number(output)) for output in classify]
+    matches = [output for output, number in ends if name.isdecimal() and number == int(name)]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise ValueError(
+            f"Several outputs end with {name}: {', '.join(matches)}; name one of them."
+        )
     numbered = [
-        (abs(n - int(name)), each) for each, n in ends if name.isdecimal() and n is not None
+        (abs(n - int(name)), output) for output, n in ends if name.isdecimal() and n is not None
     ]
+    # Of `46` the nearest number says more than the nearest spelling.
     close = min(numbered)[1] if numbered else name
     raise ValueError(f"No output that classifies is called '{name}'.{nearest(close, classify)}")
 
 
-def validated(runs: Runs, kept: TrainState | Best, run: int) -> dict[str, float]:
+def validated(runs: Runs, weights: TrainState | Best, run: int) -> dict[str, float]:
     """Measures the outputs that predict what the main output does, to choose one of them.
 
     The outputs of one network are models of several depths, among which held-out images choose (Guo
@@ -75,7 +77,7 @@ def validated(runs: Runs, kept: TrainState | Best, run: int) -> dict[str, float]
 
     Args:
         runs: The runs, with their data.
-        kept: Their weights.
+        weights: Their weights.
         run: Which of them, from 0.
 
     Returns:
@@ -92,13 +94,15 @@ def validated(runs: Runs, kept: TrainState | Best, run: int) -> dict[str, float]
             " --config.data.task.validation_per_class=50 (of pairs: validation=500)."
         )
     accurate = objectives.accurate(parts.objectives, parts.outputs, parts.batch)
-    targets = {n: (parts.objectives[n].output, parts.objectives[n].target) for n in accurate}
+    targets = {
+        name: (parts.objectives[name].output, parts.objectives[name].target) for name in accurate
+    }
     of_main = {target for output, target in targets.values() if output == MAIN}
     if not of_main:
         raise ValueError("The main output does not classify; name the output to write.")
-    found = runs.measure(kept.params, kept.model_state, "validation")
+    metrics = runs.measure(weights.params, weights.model_state, "validation")
     return {
-        output: float(found[f"{name}/top_1"][run])
+        output: float(metrics[f"{name}/top_1"][run])
         for name, (output, target) in targets.items()
         if target in of_main
     }
@@ -106,19 +110,22 @@ def validated(runs: Runs, kept: TrainState | Best, run: int) -> dict[str, float]
 
 def _best(runs: Runs, accuracies: Mapping[str, float]) -> str:
     """Returns the most accurate output; of equals the one that is computed from the least."""
-    parts = runs.parts
     most = max(accuracies.values())
-    equals = [output for output, each in accuracies.items() if each == most]
-    image = jax.ShapeDtypeStruct((1, *parts.batch["image"].shape[1:]), parts.batch["image"].dtype)
-    sets = [{output} for output in equals]
-    costs = traced.multiply_adds_together(parts.apply, sets, parts.variables, image)
-    return equals[int(np.argmin(costs))]
+    equals = [output for output, accuracy in accuracies.items() if accuracy == most]
+    return equals[int(np.argmin(_costs(runs.parts, [{output} for output in equals])))]
+
+
+def _costs(parts: Experiment, sets: Sequence[set[str]]) -> list[int]:
+    """Counts the multiply-adds of one example for sets of outputs."""
+    batch = parts.batch["image"]
+    image = jax.ShapeDtypeStruct((1, *batch.shape[1:]), batch.dtype)
+    return traced.multiply_adds_together(parts.apply, sets, parts.variables, image)
 
 
 def _number(name: str) -> int | None:
     """Returns the number at the end of a name, if there is one."""
-    found = re.search(r"\d+$", name)
-    return int(found[0]) if found else None
+    digits = re.search(r"\d+$", name)
+    return int(digits[0]) if digits else None
 
 
 def export(
@@ -159,25 +166,25 @@ def export(
     if seed not in seeds:
         raise ValueError(f"--seed is {seed}; the run has the seeds {seeds[0]} to {seeds[-1]}.")
     run = seeds.index(seed)
-    kept = kept_weights(runs, workdir, used=(run,))
-    accuracies = validated(runs, kept, run) if name == BEST else {}
+    # Only the run that is written must not have diverged.
+    weights = kept_weights(runs, workdir, used=(run,))
+    accuracies = validated(runs, weights, run) if name == BEST else {}
     output = output or _best(runs, accuracies)
-    values = paths(kept.variables)
+    values = paths(weights.variables)
     stored = {key: np.asarray(values[key][run]) for key in needed(parts, output)}
     save(path, config, output, stored)
+    # Who has trained by a config need not allow its modules to load what came of it.
     if is_own(workdir):
         untrusted.remember(config, configuration.to_json(config))
-    image = jax.ShapeDtypeStruct((1, *parts.batch["image"].shape[1:]), parts.batch["image"].dtype)
-    sets = [{output}, set(parts.outputs)]
-    costs = traced.multiply_adds_together(parts.apply, sets, parts.variables, image)
+    cost, whole = _costs(parts, [{output}, set(parts.outputs)])
     return {
         "output": output,
         "validation": accuracies,
         "parameters": sum(v.size for key, v in stored.items() if key.startswith("params/")),
-        "multiply_adds": costs[0],
+        "multiply_adds": cost,
         "whole": {
             "parameters": traced.size(parts.variables["params"]),
-            "multiply_adds": costs[1],
+            "multiply_adds": whole,
         },
         "bytes": path.stat().st_size,
     }
@@ -185,12 +192,12 @@ def export(
 
 def report(out: str | Path, written: Mapping[str, Any]) -> str:
     """Says what was written, and how it is loaded."""
-    chosen = [[name, f"{each:.4f}"] for name, each in written["validation"].items()]
+    chosen = [[name, f"{accuracy:.4f}"] for name, accuracy in written["validation"].items()]
     lines = [text.align([["output", "on validation"], *chosen]), ""] if chosen else []
     lines += [f"{out}: the output '{written['output']}', {written['bytes']:,} bytes"]
-    for key, what in (("parameters", "parameters"), ("multiply_adds", "multiply-adds an image")):
+    for key, unit in (("parameters", "parameters"), ("multiply_adds", "multiply-adds an image")):
         share = written[key] / max(1, written["whole"][key])
-        lines.append(f"  {written[key]:,} {what}, {share:.1%} of the whole network's")
+        lines.append(f"  {written[key]:,} {unit}, {share:.1%} of the whole network's")
     lines += ["", "import sire_jax as sj", f'model = sj.inference.load("{out}")']
     return "\n".join([*lines, "probabilities = model(images)"])
 
@@ -202,10 +209,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--exit", required=True, help="an output, the number at its end, or best")
     parser.add_argument("--out", required=True, help="the file to write, such as exit_45.npz")
     parser.add_argument("--seed", type=int, help="seed of the run; by default the first")
-    known, overrides = parser.parse_known_args(arguments)
+    options, overrides = parser.parse_known_args(arguments)
     with command.readable_errors():
-        written = export(known.workdir, known.exit, known.out, known.seed, overrides)
-    print(report(known.out, written))
+        written = export(options.workdir, options.exit, options.out, options.seed, overrides)
+    print(report(options.out, written))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,9 @@ PACKAGE = Path(__file__).parent
 def expanded(path: str | Path, before: str = "") -> Path:
     """Expands ``~``, wherever a path comes in.
 
+    >>> expanded("~/runs") == Path.home() / "runs"
+    True
+
     Args:
         path: As the user wrote it.
         before: What is written before it, such as the name of a setting, for the message.
@@ -37,6 +40,10 @@ def expanded(path: str | Path, before: str = "") -> Path:
 
 def check_writable(path: str | Path, option: str = "--out") -> Path:
     """Checks, before any work, that a file can be written; one that is there is written over.
+
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     check_writable(f"{directory}/curves.png").name
+    'curves.png'
 
     Args:
         path: The file.
@@ -75,6 +82,12 @@ def _takes_files(directory: Path) -> bool:
 def replace(path: Path, content: str | bytes) -> None:
     """Writes a file aside and renames it: a crash leaves the old one or the new one, whole.
 
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     path = Path(directory) / "results.json"
+    ...     replace(path, "{}")
+    ...     path.read_text(), len(list(path.parent.iterdir()))
+    ('{}', 1)
+
     Args:
         path: The file.
         content: What it will hold.
@@ -83,5 +96,6 @@ def replace(path: Path, content: str | bytes) -> None:
     with partial.open("wb") as file:
         file.write(content if isinstance(content, bytes) else content.encode())
         file.flush()
+        # Else a crash of the machine may leave the new name with nothing in it.
         os.fsync(file.fileno())
     partial.replace(path)

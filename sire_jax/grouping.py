@@ -20,8 +20,6 @@ import numpy as np
 from sire_jax import configuration, files, groups, text
 from sire_jax.data import sources
 from sire_jax.groups import Groups, coarse, make, mean_confusion
-from sire_jax.groups import balanced as balanced
-from sire_jax.groups import distances as distances
 from sire_jax.groups.clustering import CRITERIA, METHODS, check_number
 from sire_jax.inference import confusion
 from sire_jax.job import command
@@ -31,21 +29,31 @@ from sire_jax.text import nearest
 
 
 def report(groupings: dict[int, Groups], confusion: np.ndarray | None = None) -> str:
-    """Writes a table with a row per grouping: sizes, and how often labels are confused."""
+    """Writes a table with a row per grouping: sizes, and how often labels are confused.
+
+    >>> print(report({2: Groups(("apple", "oak", "pear"), (0, 1, 0))}))
+    | groups | smallest | largest |
+    | ------ | -------- | ------- |
+    | 2      | 1        | 2       |
+
+    Args:
+        groupings: By their numbers of groups.
+        confusion: Counts, a row for each true label; without them sizes alone are shown.
+    """
     header = ["groups", "smallest", "largest", "confusion within", "confusion across"]
     rows = [header if confusion is not None else header[:3]]
-    for number, each in groupings.items():
-        sizes = np.bincount(each.assignment)
+    for number, grouping in groupings.items():
+        sizes = np.bincount(grouping.assignment)
         row = [str(number), str(sizes.min()), str(sizes.max())]
         if confusion is not None:
-            row += [text.number(mean) for mean in mean_confusion(confusion, each.assignment)]
+            row += [text.number(mean) for mean in mean_confusion(confusion, grouping.assignment)]
         rows.append(row)
     return text.align(rows)
 
 
 def _numbers(text: str) -> list[int]:
     try:
-        return [int(each) for each in text.split(",")]
+        return [int(number) for number in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"'{text}' is no list such as 20,33,50") from None
 
@@ -70,25 +78,25 @@ def _arguments() -> argparse.ArgumentParser:
     return parser
 
 
-def _check(known: argparse.Namespace, overrides: Sequence[str]) -> None:
+def _check(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     """Checks that arguments fit together."""
-    if known.seed < 0:
-        raise ValueError(f"--seed is {known.seed}; it should be at least 0.")
-    if known.coarse is None and not known.groups:
+    if options.seed < 0:
+        raise ValueError(f"--seed is {options.seed}; it should be at least 0.")
+    if options.coarse is None and not options.groups:
         raise ValueError("--groups is missing; give numbers of groups, such as --groups=20,33,50.")
-    if known.coarse is not None and known.groups:
+    if options.coarse is not None and options.groups:
         raise ValueError("--groups goes without --coarse: coarse labels say how many groups.")
-    if known.coarse is not None and not known.data:
+    if options.coarse is not None and not options.data:
         raise ValueError("--data is missing; name the data set with coarse labels.")
     pairs = (("classes", "matrix"), ("data", "coarse"), ("save_matrix", "workdir"))
     for name, source in pairs:
-        if getattr(known, name) is not None and getattr(known, source) is None:
+        if getattr(options, name) is not None and getattr(options, source) is None:
             raise ValueError(f"--{name} goes only with --{source}.")
-    if known.method == "released" and known.criterion != "join":
+    if options.method == "released" and options.criterion != "join":
         raise ValueError("--method=released only joins what is confused; leave --criterion out.")
-    if known.save_matrix is not None:
-        _check_matrix(known.save_matrix, known.out)
-    if overrides and known.workdir is None:
+    if options.save_matrix is not None:
+        _check_matrix(options.save_matrix, options.out)
+    if overrides and options.workdir is None:
         raise ValueError(f"Unknown without --workdir: {' '.join(overrides)}.")
 
 
@@ -103,37 +111,43 @@ def _check_matrix(path: str, out: str) -> None:
 
 def _of_coarse(kind: str, data: str, directory: str) -> dict[int, Groups]:
     dataset = sources.load(data, directory, configuration.default().data.cache)
-    kinds = [each for each in dataset.classes if each != "label"]
+    kinds = [name for name in dataset.classes if name != "label"]
     if kind not in kinds:
         raise ValueError(f"{data} has no coarse labels '{kind}'.{nearest(kind, kinds)}")
     both = (dataset.train.labels, dataset.test.labels)
-    label, above = (np.concatenate([part[each] for part in both]) for each in ("label", kind))
+    label, above = (np.concatenate([part[name] for part in both]) for name in ("label", kind))
     names = dataset.names["label"]
-    found = Groups(names, coarse(label, above, names))
-    return {found.number: found}
+    grouping = Groups(names, coarse(label, above, names))
+    return {grouping.number: grouping}
 
 
 def _of_matrix(
-    known: argparse.Namespace, overrides: Sequence[str]
+    options: argparse.Namespace, overrides: Sequence[str]
 ) -> tuple[np.ndarray, Sequence[str]]:
     """Returns the confusion matrix of a file or a run, and the names of its labels."""
-    if known.matrix is not None:
-        found, own = groups.confusion.read(known.matrix)
-        given = own if own and known.classes is None else _names(known.classes, len(found))
-        groups.confusion.check_confusion(found, given)
-        return found, given
-    runs = open_run(known.workdir, overrides)
+    if options.matrix is not None:
+        matrix, own_names = groups.confusion.read(options.matrix)
+        # Names of the user's count more than those in the file.
+        labels = (
+            own_names
+            if own_names and options.classes is None
+            else _names(options.classes, len(matrix))
+        )
+        groups.confusion.check_confusion(matrix, labels)
+        return matrix, labels
+    runs = open_run(options.workdir, overrides)
+    # Checked before the network is applied to all images.
     names = confusion.names_of(runs)
-    for number in known.groups:
+    for number in options.groups:
         check_number(number, len(names))
-    return confusion.of_run(runs, known.workdir, known.split), names
+    return confusion.of_run(runs, options.workdir, options.split), names
 
 
-def _source(known: argparse.Namespace) -> str:
+def _source(options: argparse.Namespace) -> str:
     """Says what was counted, without a directory of whose machine it was."""
-    if known.matrix is not None:
-        return f"the confusion matrix {Path(known.matrix).name}"
-    return f"{known.split} images of {read_config(known.workdir, building=False).name}"
+    if options.matrix is not None:
+        return f"the confusion matrix {Path(options.matrix).name}"
+    return f"{options.split} images of {read_config(options.workdir, building=False).name}"
 
 
 def _names(path: str | None, classes: int) -> list[str]:
@@ -146,25 +160,25 @@ def _names(path: str | None, classes: int) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the program with command line arguments."""
-    known, overrides = _arguments().parse_known_args(arguments)
+    options, overrides = _arguments().parse_known_args(arguments)
     with command.readable_errors():
-        out = command.check_new(known.out)
-        _check(known, overrides)
+        out = command.check_new(options.out)
+        _check(options, overrides)
         counts = None
-        if known.coarse is not None:
-            groupings = _of_coarse(known.coarse, known.data, known.dir)
-            made = f"{known.coarse} of {known.data}"
+        if options.coarse is not None:
+            groupings = _of_coarse(options.coarse, options.data, options.dir)
+            origin = f"{options.coarse} of {options.data}"
         else:
-            counts, names = _of_matrix(known, overrides)
-            if known.save_matrix is not None:
-                groups.confusion.write(files.expanded(known.save_matrix), counts, names)
-                print(f"{known.save_matrix}: the counts, for --matrix")
-            how = known.criterion, known.method, known.seed
-            groupings = make(counts, names, known.groups, *how)
-            made = f"{_source(known)}, criterion {how[0]}, method {how[1]}, seed {how[2]}"
-        groups.save(out, groupings, made)
+            counts, names = _of_matrix(options, overrides)
+            if options.save_matrix is not None:
+                groups.confusion.write(files.expanded(options.save_matrix), counts, names)
+                print(f"{options.save_matrix}: the counts, for --matrix")
+            settings = options.criterion, options.method, options.seed
+            groupings = make(counts, names, options.groups, *settings)
+            origin = "{}, criterion {}, method {}, seed {}".format(_source(options), *settings)
+        groups.save(out, groupings, origin)
     print(report(groupings, counts))
-    print(f"{known.out}: the groups, which may be edited")
+    print(f"{options.out}: the groups, which may be edited")
 
 
 if __name__ == "__main__":

@@ -56,12 +56,13 @@ def inspect(config: ConfigDict) -> dict[str, Any]:
         outputs: Any = parts.network.apply({"params": params, **state}, image, aux=aux)
         return outputs
 
+    # Values, not shapes: `apply` closes over them.
     state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), variables)
-    read = traced.parameters_read(apply, params, image)
+    reached = traced.parameters_read(apply, params, image)
     outputs = {
         name: {
             "shape": list(parts.outputs[name].shape[1:]),
-            "parameters": traced.size(params, read[name]),
+            "parameters": traced.size(params, reached[name]),
             "multiply_adds": traced.multiply_adds(
                 lambda p, x, n=name: apply(p, x)[n], params, image
             ),
@@ -83,14 +84,14 @@ def inspect(config: ConfigDict) -> dict[str, Any]:
     }
 
 
-def report(found: Mapping[str, Any]) -> str:
+def report(counts: Mapping[str, Any]) -> str:
     """Writes the counts as a table with a row per output and the totals."""
     rows = [["output", "shape", "parameters", "multiply-adds"]]
-    for name, counts in found["outputs"].items():
-        shape = " x ".join(map(str, counts["shape"]))
-        rows.append([name, shape, f"{counts['parameters']:,}", f"{counts['multiply_adds']:,}"])
-    for title, counts in (("without heads", found["without_heads"]), ("whole network", found)):
-        rows.append([title, "", f"{counts['parameters']:,}", f"{counts['multiply_adds']:,}"])
+    for name, output in counts["outputs"].items():
+        shape = " x ".join(map(str, output["shape"]))
+        rows.append([name, shape, f"{output['parameters']:,}", f"{output['multiply_adds']:,}"])
+    for title, total in (("without heads", counts["without_heads"]), ("whole network", counts)):
+        rows.append([title, "", f"{total['parameters']:,}", f"{total['multiply_adds']:,}"])
     return text.align(rows)
 
 
@@ -99,11 +100,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = command.parser(__doc__)
     parser.add_argument("--config", required=True, help="configs/X.py or configs/X.py:variant")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    known, overrides = parser.parse_known_args(arguments)
+    options, overrides = parser.parse_known_args(arguments)
     with command.readable_errors():
-        config = configuration.load(known.config, overrides)
-        found = inspect(configuration.with_groups(config, dealt=True))
-    print(json.dumps(found) if known.json else report(found))
+        config = configuration.load(options.config, overrides)
+        # The number of groups is enough: what is in them changes no count.
+        counts = inspect(configuration.with_groups(config, dealt=True))
+    print(json.dumps(counts) if options.json else report(counts))
 
 
 if __name__ == "__main__":

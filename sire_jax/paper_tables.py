@@ -40,23 +40,38 @@ def load_table(name: str, configs: Path) -> Table:
     Raises:
         ValueError: If there is no such table.
     """
-    known = {path.stem: path for path in (configs / _TABLES).glob("*.json")}
-    return json.loads(registry.choose(known, name, "table").read_text())
+    tables = {path.stem: path for path in (configs / _TABLES).glob("*.json")}
+    return json.loads(registry.choose(tables, name, "table").read_text())
 
 
 def identity(row: Mapping[str, Any]) -> str:
-    """Returns what a row is called on the command line and in the workdir."""
+    """Returns what a row is called on the command line and in the workdir.
+
+    >>> identity({"variant": "cnn"}), identity({"variant": "cnn", "id": "cnn_small"})
+    ('cnn', 'cnn_small')
+
+    Args:
+        row: A row of a table.
+    """
     return row.get("id", row["variant"])
 
 
 def choose_rows(table: Table, names: Sequence[str]) -> list[dict[str, Any]]:
     """Picks rows by their names, all if no name is given.
 
+    >>> table = {"rows": [{"variant": "cnn"}, {"variant": "cnn_base"}]}
+    >>> choose_rows(table, ["cnn_base"])
+    [{'variant': 'cnn_base'}]
+
+    Args:
+        table: The table.
+        names: What the rows are called (``identity``).
+
     Raises:
         ValueError: If there is no such row.
     """
-    known = {identity(row): row for row in table["rows"]}
-    return [registry.choose(known, name, "row") for name in names] or table["rows"]
+    rows = {identity(row): row for row in table["rows"]}
+    return [registry.choose(rows, name, "row") for name in names] or table["rows"]
 
 
 def row_config(
@@ -76,8 +91,8 @@ def row_config(
     """
     variant = f"{row['variant']},{option}" if option else row["variant"]
     # A row that diverges is a result, too.
-    given = ["--config.on_diverged=record", *row.get("overrides", []), *overrides]
-    return configuration.load(f"{configs / table['config']}:{variant}", given)
+    settings = ["--config.on_diverged=record", *row.get("overrides", []), *overrides]
+    return configuration.load(f"{configs / table['config']}:{variant}", settings)
 
 
 def compare(
@@ -88,6 +103,17 @@ def compare(
     reference: tuple[Mapping[str, Any], Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Puts a row's figures beside the paper's.
+
+    >>> columns = {"accuracy": {"split": "test", "metric": "main/top_1", "percent": True}}
+    >>> row = {"name": "CNN", "variant": "cnn", "accuracy": [82.0, 0.5]}
+    >>> results = {"splits": {"test": {"main/top_1": [0.81, 0.83, 0.85]}}, "seconds": 60.0}
+    >>> line = compare(row, {"columns": columns}, results)
+    >>> round(line["accuracy"]["difference"], 3), round(line["accuracy"]["deviations"], 3)
+    (1.0, 2.0)
+    >>> print(markdown([line], {"columns": columns}))
+    | row | accuracy, paper | ours           | difference       | seconds |
+    | --- | --------------- | -------------- | ---------------- | ------- |
+    | CNN | 82.000 ± 0.500  | 83.000 ± 2.000 | +1.000 (+2.0 sd) | 60      |
 
     Args:
         row: The row of the table.
@@ -119,9 +145,9 @@ def compare(
             runs = results["splits"][kind["split"]].get(kind["metric"])
             runs = None if runs is None else divergence.converged(runs, diverged)
             if runs is not None and kind.get("error_percent"):
-                runs = [100 * (1 - each) for each in runs]
+                runs = [100 * (1 - value) for value in runs]
             elif runs is not None and kind.get("percent"):
-                runs = [100 * each for each in runs]
+                runs = [100 * value for value in runs]
             line[column] = _figure(row.get(column), runs)
     return {**line, "seconds": results["seconds"]}
 
@@ -134,8 +160,8 @@ def _relative_time(
     if reference is None:
         return _figure(None, None)
     paper = row["minutes"] / reference[0]["minutes"] if "minutes" in row else None
-    ours, theirs = results.get("step_seconds"), reference[1].get("step_seconds")
-    return _figure(paper, [ours / theirs] if ours and theirs else None)
+    seconds, reference_seconds = (run.get("step_seconds") for run in (results, reference[1]))
+    return _figure(paper, [seconds / reference_seconds] if seconds and reference_seconds else None)
 
 
 def _figure(paper: Any, runs: list[float] | None) -> Figure:
@@ -176,6 +202,7 @@ def markdown(lines: Sequence[Mapping[str, Any]], table: Table) -> str:
 
 def _cells(figure: Figure, has_paper: bool, form: str) -> list[str]:
     several = figure["runs"] is not None and len(figure["runs"]) > 1
+    # The deviation of a single run is 0, which would look like a measurement.
     ours = _number(figure["ours"] if several else (figure["ours"] or [None])[:1], form)
     if not has_paper:
         return [ours]
@@ -186,15 +213,19 @@ def _cells(figure: Figure, has_paper: bool, form: str) -> list[str]:
 
 
 def note(overrides: Sequence[str]) -> str:
-    """Says what makes a table another one than the paper's.
+    r"""Says what makes a table another one than the paper's.
+
+    >>> note(["--config.data.dir=/data", "--config.epochs=5"])
+    'Overrides: --config.epochs=5\n\n'
 
     Args:
         overrides: ``--config.a.b=value`` each.
     """
-    given = [each for each in overrides if not each.startswith("--config.data.dir=")]
-    return f"Overrides: {' '.join(given)}\n\n" if given else ""
+    # Where the data lie changes no figure.
+    settings = [override for override in overrides if not override.startswith("--config.data.dir=")]
+    return f"Overrides: {' '.join(settings)}\n\n" if settings else ""
 
 
 def _number(value: Sequence[float | None] | None, form: str) -> str:
     """Writes a mean, with its deviation if there is one."""
-    return " ± ".join(f"{each:{form}}" for each in value or [] if each is not None)
+    return " ± ".join(f"{figure:{form}}" for figure in value or [] if figure is not None)

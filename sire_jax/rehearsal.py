@@ -39,6 +39,11 @@ _GIB = 2**30
 class Rehearsal:
     """What some steps of a run have shown.
 
+    >>> losses = {"total": [2.5, 2.0, 1.5, 1.0]}
+    >>> result = Rehearsal("cnn", 1200, "real", 72_000, seconds=[0.1, 0.1, 0.1], losses=losses)
+    >>> result.verdict(), round(result.hours(), 3)
+    ('falls: 2.5 -> 1', 2.0)
+
     Attributes:
         name: Of the run.
         parameters: Of its network.
@@ -151,20 +156,22 @@ def rehearse(
     parts = _with_one_seed(parts)
     runs, whole, images = _open(parts)
     parameters = traced.size(parts.variables["params"])
-    found = Rehearsal(parts.config.name, parameters, images, whole * seeds, finished=False)
+    result = Rehearsal(parts.config.name, parameters, images, whole * seeds, finished=False)
     try:
-        _take(found, runs, steps, memory, note)
+        _take(result, runs, steps, memory, note)
+    # A process takes more than the compiler plans for a step.
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        found.refused = f"too big for this machine: {str(error).splitlines()[0][:200]}"
-    found.finished = True
-    return found
+        result.refused = f"too big for this machine: {str(error).splitlines()[0][:200]}"
+    result.finished = True
+    return result
 
 
 def _with_one_seed(parts: experiment.Experiment) -> experiment.Experiment:
     config = parts.config.copy_and_resolve_references()
     config.seeds, config.steps_per_call = 1, 1
+    # A run alone can't be shared among devices.
     if config.devices_share == "runs":
         config.devices_share, config.devices = "batch", 1
     return replace(parts, config=config)
@@ -175,7 +182,7 @@ def _open(parts: experiment.Experiment) -> tuple[Runs, int, str]:
     config = parts.config
     gradient_flow.check(config.gradient_flow_every, parts.variables["params"])
     steps = experiment.steps_per_epoch(parts.task, config)
-    dealt = [each.file for each in config.data.groups.values() if is_dealt(each)]
+    dealt = [groups.file for groups in config.data.groups.values() if is_dealt(groups)]
     if dealt and steps is None:
         raise FileNotFoundError(
             f"There is no file of groups {dealt[0]}, and without config.data.images it isn't known"
@@ -193,7 +200,7 @@ def _open(parts: experiment.Experiment) -> tuple[Runs, int, str]:
 
 
 def _take(
-    found: Rehearsal,
+    result: Rehearsal,
     runs: Runs,
     steps: int,
     memory: int | None,
@@ -201,49 +208,44 @@ def _take(
 ) -> None:
     """Takes the steps one by one, if there is the memory, and notes what they show."""
     state, began = runs.initial(), time.perf_counter()
-    found.memory = runs.feed.planned_memory(state, runs.no_metrics())
+    result.memory = runs.feed.planned_memory(state, runs.no_metrics())
     # What compiling took is not free any more.
     free = available() if memory is None else memory
-    if found.memory is not None and found.memory > free:
-        found.refused = _too_big(found.memory, free)
+    if result.memory is not None and result.memory > free:
+        result.refused = (
+            f"too big for this machine: {result.memory / _GIB:.1f} GiB, where"
+            f" {free / _GIB:.1f} GiB are free"
+        )
         return
     seconds, hidden = math.inf if steps else SECONDS, not sys.stderr.isatty()
     steps = steps or STEPS
     started = noted = time.perf_counter()
-    with tqdm(total=steps, desc=found.name, unit="step", disable=hidden, leave=False) as bar:
+    with tqdm(total=steps, desc=result.name, unit="step", disable=hidden, leave=False) as bar:
         for step in range(steps):
             epoch, first = divmod(step, runs.feed.steps_per_epoch)
             if first == 0:
                 order = runs.feed.order(state, epoch)
             called = time.perf_counter()
+            # Sums of its own for each step: they are its losses.
             state, sums, broken = runs.feed.take_steps(state, runs.no_metrics(), order, first, 1)
-            _record(found, {k: float(each[0]) for k, each in runs.averages(sums).items()})
+            for name, loss in runs.averages(sums).items():
+                result.losses.setdefault(name.removesuffix("/loss"), []).append(float(loss[0]))
             now = time.perf_counter()
             if step == 0:
-                found.compiling = now - began
+                result.compiling = now - began
             else:
-                found.seconds.append(now - called)
-            bar.set_postfix_str(f"total {found.losses['total'][-1]:.4g}", refresh=False)
+                result.seconds.append(now - called)
+            bar.set_postfix_str(f"total {result.losses['total'][-1]:.4g}", refresh=False)
             bar.update()
-            if min(int(each[0]) for each in broken.values()) != parallel.NEVER:
-                found.diverged = step + 1
+            if min(int(first_step[0]) for first_step in broken.values()) != parallel.NEVER:
+                result.diverged = step + 1
                 return
+            # The first step compiles: without another there is no time to tell.
             if step > 0 and now - started > seconds:
                 return
             if note and now - noted > NOTED:
-                note(found)
+                note(result)
                 noted = now
-
-
-def _record(found: Rehearsal, losses: Mapping[str, float]) -> None:
-    for name, loss in losses.items():
-        found.losses.setdefault(name.removesuffix("/loss"), []).append(loss)
-
-
-def _too_big(needed: int, free: int) -> str:
-    return (
-        f"too big for this machine: {needed / _GIB:.1f} GiB, where {free / _GIB:.1f} GiB are free"
-    )
 
 
 def add_option(parser: argparse.ArgumentParser) -> None:
@@ -265,30 +267,33 @@ def markdown(rehearsals: Mapping[str, Rehearsal]) -> str:
         rehearsals: By the name of the row.
     """
     heads = ("row", "parameters", "images", "steps", "losses", "s a step", "GiB", "hours")
-    rows = [[*heads], *(cells(name, each) for name, each in rehearsals.items())]
-    hours = [each.hours() for each in rehearsals.values()]
-    known = [each for each in hours if each is not None]
-    unknown = len(hours) - len(known)
+    rows = [[*heads], *(cells(name, result) for name, result in rehearsals.items())]
+    hours = [result.hours() for result in rehearsals.values()]
+    figures = [figure for figure in hours if figure is not None]
+    unknown = len(hours) - len(figures)
     note = f", {unknown} without a figure left out" * (unknown > 0)
-    total = f"All of these, every seed after the other, here: {sum(known):,.1f} hours{note}."
+    total = f"All of these, every seed after the other, here: {sum(figures):,.1f} hours{note}."
     return f"{text.align(rows)}\n\n{total}"
 
 
-def cells(name: str, found: Rehearsal) -> list[str]:
+def cells(name: str, result: Rehearsal) -> list[str]:
     """Returns a rehearsal's row of the table.
+
+    >>> cells("cnn", Rehearsal("cnn", 1200, "made up", 100, refused="too big for this machine"))
+    ['cnn', '1,200', 'made up', '0', 'too big for this machine', '', '', '']
 
     Args:
         name: What the row is called.
-        found: What was shown.
+        result: What was shown.
     """
-    seconds, hours = found.step_seconds(), found.hours()
+    seconds, hours = result.step_seconds(), result.hours()
     return [
         name,
-        f"{found.parameters:,}",
-        found.images,
-        f"{len(found.losses.get('total', ()))}{' so far' * (not found.finished)}",
-        found.verdict(),
+        f"{result.parameters:,}",
+        result.images,
+        f"{len(result.losses.get('total', ()))}{' so far' * (not result.finished)}",
+        result.verdict(),
         "" if seconds is None else f"{seconds:.3g}",
-        "" if found.memory is None else f"{found.memory / _GIB:.2f}",
+        "" if result.memory is None else f"{result.memory / _GIB:.2f}",
         "" if hours is None else f"{hours:,.1f}",
     ]

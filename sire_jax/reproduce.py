@@ -64,13 +64,13 @@ def load_rows(
     if option and option not in table.get("options", ()):
         hint = text.nearest(option, table.get("options", ()))
         raise ValueError(f"The table has no option '{option}'.{hint}")
-    found = {}
+    row_configs = {}
     for row in rows:
         with registry.located(f"The row '{paper_tables.identity(row)}'"):
-            found[paper_tables.identity(row)] = paper_tables.row_config(
+            row_configs[paper_tables.identity(row)] = paper_tables.row_config(
                 table, row, configs, option, overrides
             )
-    return found
+    return row_configs
 
 
 def _build(name: str, config: ConfigDict, rehearsed: bool = False) -> experiment.Experiment:
@@ -107,39 +107,40 @@ def rehearse(
     """
     workdir = check_writable(workdir)
     row_configs = load_rows(table, rows, configs, option, overrides)
-    parts = {name: _build(name, config, True) for name, config in row_configs.items()}
-    found: dict[str, rehearsal.Rehearsal] = {}
+    experiments = {name: _build(name, config, True) for name, config in row_configs.items()}
+    rehearsals: dict[str, rehearsal.Rehearsal] = {}
     title = f"{table['title']}: some steps of each row"
 
-    def note(name: str, shown: rehearsal.Rehearsal) -> None:
-        found[name] = shown
-        page = f"{title}\n\n{paper_tables.note(overrides)}{rehearsal.markdown(found)}\n"
+    # Called while a row is under way, too: one that is killed leaves what it has shown.
+    def note(name: str, result: rehearsal.Rehearsal) -> None:
+        rehearsals[name] = result
+        page = f"{title}\n\n{paper_tables.note(overrides)}{rehearsal.markdown(rehearsals)}\n"
         files.replace(workdir / "rehearsal.md", page)
         details = {
             "title": title,
             "option": option,
             "overrides": list(overrides),
             **machine(),
-            "rows": {row: asdict(each) for row, each in found.items()},
+            "rows": {row: asdict(result) for row, result in rehearsals.items()},
         }
         files.replace(workdir / "rehearsal.json", json.dumps(details, indent=1) + "\n")
 
-    for number, (name, each) in enumerate(parts.items(), start=1):
-        note(name, rehearsal.rehearse(each, steps, note=partial(note, name)))
-        print(f"{number}/{len(parts)}  {name}: {found[name].verdict()}", flush=True)
-        _draw_rehearsals(found, workdir / "rehearsal.png")
-    return found
+    for number, (name, parts) in enumerate(experiments.items(), start=1):
+        note(name, rehearsal.rehearse(parts, steps, note=partial(note, name)))
+        print(f"{number}/{len(experiments)}  {name}: {rehearsals[name].verdict()}", flush=True)
+        _draw_rehearsals(rehearsals, workdir / "rehearsal.png")
+    return rehearsals
 
 
-def _draw_rehearsals(found: Mapping[str, rehearsal.Rehearsal], path: Path) -> None:
+def _draw_rehearsals(rehearsals: Mapping[str, rehearsal.Rehearsal], path: Path) -> None:
     """Draws what each row minimized; of a row alone the losses that this is made of."""
-    shown = {row: each.losses for row, each in found.items() if each.losses}
-    if len(shown) == 1:
-        (losses,) = shown.values()
-        single = {name: each for name, each in losses.items() if name != "total"}
+    losses_by_row = {row: result.losses for row, result in rehearsals.items() if result.losses}
+    if len(losses_by_row) == 1:
+        (losses,) = losses_by_row.values()
+        single = {name: values for name, values in losses.items() if name != "total"}
         figures.losses_of_one(single, path)
         return
-    totals = {row: losses["total"] for row, losses in shown.items()}
+    totals = {row: losses["total"] for row, losses in losses_by_row.items()}
     figures.losses(totals, path, "weighted sum of the losses")
 
 
@@ -173,6 +174,7 @@ def reproduce(
     """
     workdir = check_writable(workdir)
     row_configs = load_rows(table, rows, configs, option, overrides)
+    # All are built before one is trained: a mistake in the last row should not take days to show.
     for name, config in row_configs.items():
         if _trained(config, workdir / name) is None:
             _build(name, config)
@@ -192,14 +194,17 @@ def reproduce(
             continue
         drawn[row["name"]] = directory, row.get("curve", table["curves"]["metric"])
         results = results or train(config, str(directory))
+        # Rows above it have no time relative to it.
         if paper_tables.identity(row) in references:
             reference = row, results
         parameters = 0
         if counts:
+            # Some papers print the size of another network than they train.
             counted = {**row, "variant": row.get("counted", row["variant"])}
             chosen = paper_tables.row_config(table, counted, configs, option, overrides)
             parameters = experiment.build(chosen).size()
         lines.append(paper_tables.compare(row, table, results, parameters, reference))
+        # After every row, as the next may take days or be stopped.
         (workdir / "table.md").write_text(
             paper_tables.note(overrides) + paper_tables.markdown(lines, table) + "\n"
         )
@@ -216,7 +221,9 @@ def reproduce(
         figures.compare(drawn, curves["split"], path, curves.get("error_percent", False))
         if table.get("gradient_flow"):
             flows = {title: directory for title, (directory, _) in drawn.items()}
-            measured = {k: each for k, each in flows.items() if gradient_flow.is_measured(each)}
+            measured = {
+                title: run for title, run in flows.items() if gradient_flow.is_measured(run)
+            }
             if measured:
                 gradient_flow.draw(measured, workdir / "gradient_flow.png")
         if "sweep" in table:
@@ -238,8 +245,9 @@ def machine() -> dict[str, Any]:
     """Returns what a table was measured on: versions, devices, processor, platform."""
     versions = f"sire_jax {__version__}, jax {jax.__version__}, Python {platform.python_version()}"
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-    told = Path("/proc/cpuinfo")
-    lines = told.read_text().splitlines() if told.exists() else []
+    # On Linux `platform.processor` knows the architecture at most.
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = (line.partition(": ")[2] for line in lines if line.startswith("model name"))
     return {
         "versions": versions,
@@ -258,32 +266,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--option", default="", help="a reading of the paper, such as as_released")
     parser.add_argument("--workdir", help="where the runs are kept; runs/TABLE by default")
     rehearsal.add_option(parser)
-    known, overrides = parser.parse_known_args(arguments)
-    configs = paper_tables.find_configs(known.table)
-    if known.seeds is not None:
-        overrides.append(f"--config.seeds={known.seeds}")
-    rehearsed = "rehearsal" * (known.rehearse is not None)
-    if known.workdir is None:
-        parts = filter(None, (known.table, known.option, rehearsed))
-        known.workdir = Path("runs") / "-".join(parts)
+    options, overrides = parser.parse_known_args(arguments)
+    configs = paper_tables.find_configs(options.table)
+    if options.seeds is not None:
+        overrides.append(f"--config.seeds={options.seeds}")
+    rehearsed = "rehearsal" * (options.rehearse is not None)
+    if options.workdir is None:
+        parts = filter(None, (options.table, options.option, rehearsed))
+        options.workdir = Path("runs") / "-".join(parts)
     started = time.perf_counter()
     with command.readable_errors(NonFiniteLossError, goes_on=True):
-        table = paper_tables.load_table(known.table, configs)
-        rows = paper_tables.choose_rows(table, [name for name in known.rows.split(",") if name])
+        table = paper_tables.load_table(options.table, configs)
+        rows = paper_tables.choose_rows(table, [name for name in options.rows.split(",") if name])
         if rehearsed:
-            told = (known.workdir, configs, known.option, overrides, known.rehearse)
-            print(f"\n{rehearsal.markdown(rehearse(table, rows, *told))}")
-            print(f"Losses: {files.expanded(known.workdir) / 'rehearsal.png'}")
+            settings = (options.workdir, configs, options.option, overrides, options.rehearse)
+            print(f"\n{rehearsal.markdown(rehearse(table, rows, *settings))}")
+            print(f"Losses: {files.expanded(options.workdir) / 'rehearsal.png'}")
             return
         try:
-            lines = reproduce(table, rows, known.workdir, configs, known.option, overrides)
+            lines = reproduce(table, rows, options.workdir, configs, options.option, overrides)
         except InterruptedRunError as stopped:
             print(stopped, flush=True)
             sys.exit(stopped.status)
     written = paper_tables.note(overrides) + paper_tables.markdown(lines, table)
     print(f"\n{table['title']}\n\n{written}\n")
     seconds = time.perf_counter() - started
-    drawn = files.expanded(known.workdir) / "table.png"
+    drawn = files.expanded(options.workdir) / "table.png"
     print(f"{seconds:.0f} s; curves: {drawn}, and in each row's directory")
 
 

@@ -28,8 +28,6 @@ from sire_jax.storage.checkpoint import Checkpoints, room
 from sire_jax.storage.logs import Logs
 from sire_jax.storage.workdir import Workdir, read_results
 
-PyTree = Any
-
 
 class InterruptedRunError(Exception):
     """Somebody stopped the run; it has been saved.
@@ -71,11 +69,11 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
         check_gradient_flow(config.gradient_flow_every, parts.variables["params"])
         distributed.set_peer_timeout(config.peer_timeout)
         directory = Workdir(workdir, config)
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as stack:
         # Ahead of all that is written there, and of the data, which may take long.
         with distributed.together("taking the workdir"):
             if distributed.is_main():
-                held.enter_context(lock.held(directory.path))
+                stack.enter_context(lock.held(directory.path))
         return _train_in(directory, config, parts)
 
 
@@ -93,11 +91,12 @@ def _train_in(
         logs = Logs(directory, config.tensorboard)
         directory.write_data(runs.feed.contents)
         directory.write_config()
-        found = read_results(directory.path)
+        stored = read_results(directory.path)
     # Process 0's, as a network file system may show it to some before others.
-    results = json.loads(distributed.exchange(json.dumps(found))[0])
+    results = json.loads(distributed.exchange(json.dumps(stored))[0])
     checkpoints = Checkpoints(directory.checkpoints, keep=config.checkpoints_kept)
     whole = config.epochs * runs.feed.steps_per_epoch
+    # Runs that have all diverged end before the last step.
     ended = results and (results["step"] == whole or None not in results.get(DIVERGED, [None]))
     if ended and results["step"] == checkpoints.latest():
         checkpoints.close()
@@ -138,15 +137,18 @@ def _train(
     training.close()
     if stopped:
         raise _interrupted(stop, training.step, directory)
+    # From here on a signal may end the program at once.
     stop.unsaved = False
 
     # ---- Measure the weights that count.
-    kept = training.best if training.best is not None else training.state
-    fitted, measured = runs.fit(kept.params, kept.model_state), {}
+    weights = training.best if training.best is not None else training.state
+    fitted, measured = runs.fit(weights.params, weights.model_state), {}
+    # Once each: the test images may be among those that are measured in training.
     for split in dict.fromkeys((*runs.config.evaluate_splits, "test")):
         if distributed.agree(bool(stop.signal), 1)[0]:
             raise _interrupted(stop, training.step, directory)
-        measured[split] = _lists(runs.measure(kept.params, kept.model_state, split, fitted))
+        metrics = runs.measure(weights.params, weights.model_state, split, fitted)
+        measured[split] = {name: values.tolist() for name, values in metrics.items()}
     results = _results(runs, training, measured)
     if distributed.is_main():
         directory.write_results(results)
@@ -185,10 +187,6 @@ def _draw(config: ConfigDict, directory: Path) -> None:
         gradient_flow.draw({config.name: directory}, directory / "gradient_flow.png")
 
 
-def _lists(values: Mapping[str, np.ndarray]) -> dict[str, list[float]]:
-    return {name: each.tolist() for name, each in values.items()}
-
-
 def _describe(parts: experiment.Experiment, runs: Runs) -> str:
     config = parts.config
     params = traced.size(parts.variables["params"])
@@ -215,18 +213,18 @@ def summary(results: Mapping[str, Any]) -> str:
     diverged = results.get(DIVERGED, [])
     longest = max(len(name) for values in results["splits"].values() for name in values)
     for split, values in results["splits"].items():
-        for name, each in values.items():
-            kept = converged(each, diverged)
-            mean, deviation = text.spread(kept)
-            spread = f" ± {text.number(deviation)}" if len(kept) > 1 else ""
+        for name, runs in values.items():
+            runs = converged(runs, diverged)
+            mean, deviation = text.spread(runs)
+            spread = f" ± {text.number(deviation)}" if len(runs) > 1 else ""
             lines.append(f"  {split:<11}{name:<{longest + 2}}{text.number(mean)}{spread}")
     return "\n".join(lines)
 
 
 def _rehearse(config: ConfigDict, steps: int) -> None:
     parts = experiment.build(configuration.with_groups(config, dealt=True))
-    found = rehearsal.rehearse(parts, steps)
-    distributed.say(rehearsal.markdown({config.name or "run": found}))
+    result = rehearsal.rehearse(parts, steps)
+    distributed.say(rehearsal.markdown({config.name or "run": result}))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -235,23 +233,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--config", required=True, help="configs/X.py or configs/X.py:variant")
     parser.add_argument("--workdir", help="directory of the run")
     rehearsal.add_option(parser)
-    known, overrides = parser.parse_known_args(arguments)
-    if known.workdir is None and known.rehearse is None:
+    options, overrides = parser.parse_known_args(arguments)
+    if options.workdir is None and options.rehearse is None:
         parser.error("--workdir is needed: the directory of the run")
     with (
         distributed.ended_together(),
         command.readable_errors(NonFiniteLossError, distributed.PeerError, goes_on=True),
     ):
         distributed.start()
-        if known.rehearse is not None:
-            _rehearse(configuration.load(known.config, overrides), known.rehearse)
+        if options.rehearse is not None:
+            _rehearse(configuration.load(options.config, overrides), options.rehearse)
             return
         try:
-            results = train(configuration.load(known.config, overrides), known.workdir)
+            results = train(configuration.load(options.config, overrides), options.workdir)
         except InterruptedRunError as stopped:
             distributed.say(str(stopped))
             sys.exit(stopped.status)
-    curves = files.expanded(known.workdir) / "curves.png"
+    curves = files.expanded(options.workdir) / "curves.png"
     distributed.say(
         f"{results['step']} steps in {results['seconds']} s ({results['weights']} weights)"
         f"{described(results.get(DIVERGED, []))}\n"

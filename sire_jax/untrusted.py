@@ -59,12 +59,18 @@ def read_json(path: Path) -> Any:
     return parse_json(read_text(path), str(path))
 
 
-def parse_json(text: str, what: str) -> Any:
+def parse_json(text: str, source: str) -> Any:
     """Parses JSON.
+
+    >>> parse_json('{"epochs": 3}', "config.json")
+    {'epochs': 3}
+    >>> parse_json('{"epochs": 3, "epochs": 4}', "config.json")
+    Traceback (most recent call last):
+    ValueError: config.json can't be read as JSON: the key 'epochs' stands twice.
 
     Args:
         text: The JSON.
-        what: Where it comes from, for messages.
+        source: Where it comes from, for messages.
 
     Returns:
         What it stands for; numbers may be ``nan`` or infinite.
@@ -73,13 +79,13 @@ def parse_json(text: str, what: str) -> Any:
         ValueError: If it is no JSON, has a key twice, or is nested more than 50 deep.
     """
     try:
-        found = json.loads(text, object_pairs_hook=_once)
-        _check_nested(found)
+        value = json.loads(text, object_pairs_hook=_once)
+        _check_nested(value)
     except RecursionError:
-        raise ValueError(f"{what} can't be read as JSON: it is nested too deeply.") from None
+        raise ValueError(f"{source} can't be read as JSON: it is nested too deeply.") from None
     except ValueError as error:
-        raise ValueError(f"{what} can't be read as JSON: {error}.") from None
-    return found
+        raise ValueError(f"{source} can't be read as JSON: {error}.") from None
+    return value
 
 
 def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
@@ -90,10 +96,10 @@ def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _check_nested(found: Any) -> None:
-    level = [found]
+def _check_nested(tree: Any) -> None:
+    level = [tree]
     for _ in range(_MOST_NESTED):
-        level = [each for value in level for each in _inner(value)]
+        level = [child for value in level for child in _inner(value)]
     if level:
         raise ValueError("it is nested too deeply")
 
@@ -121,16 +127,16 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         raise FileNotFoundError(f"There is no file {path}.")
     try:
         _check_archive(path)
-        with np.load(path, allow_pickle=False) as arrays:
-            found = {name: arrays[name] for name in arrays.files}
-        for name, values in found.items():
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+        for name, values in arrays.items():
             if not isinstance(values, np.ndarray):
                 raise ValueError(f"{name} is no array")
     # There is no end to what archives and headers, damaged or made so, make these readers raise.
     except Exception as error:
         reason = str(error).rstrip(".")
         raise ValueError(f"{path} is damaged, or holds no arrays: {reason}.") from error
-    return found
+    return arrays
 
 
 def _check_archive(path: Path) -> None:
@@ -211,12 +217,12 @@ def check_features(version: Path) -> None:
             _check_allowed(name.rpartition(".")[0], f"{path} names code of its own, {name!r},")
 
 
-def _check_allowed(module: str, what: str) -> None:
+def _check_allowed(module: str, subject: str) -> None:
     """Checks that the user allows a module, or a package that it is in."""
-    allowed = [each.strip() for each in os.environ.get(TRUST, "").split(",")]
-    if not any(each and f"{module}.".startswith(f"{each}.") for each in allowed):
+    allowed = [package.strip() for package in os.environ.get(TRUST, "").split(",")]
+    if not any(package and f"{module}.".startswith(f"{package}.") for package in allowed):
         raise ValueError(
-            f"{what} which would be run. If you trust whoever made it, allow its module:"
+            f"{subject} which would be run. If you trust whoever made it, allow its module:"
             f" {TRUST}={module}."
         )
 
@@ -231,8 +237,8 @@ def _features(value: Any) -> Iterator[str]:
         yield from (str(value[key]) for key in _CLASS_NAMES if key in value)
     elif isinstance(value, str) and value.lstrip().startswith("{"):
         yield from _features(parse_json(value, "a feature"))
-    for each in _inner(value):
-        yield from _features(each)
+    for child in _inner(value):
+        yield from _features(child)
 
 
 def has_names(config: "ConfigDict") -> bool:
@@ -249,11 +255,11 @@ def _names(value: Any, path: str) -> Iterator[tuple[str, str]]:
     if path in _TEXTS:
         return
     if registry.is_section(value):
-        for key, each in value.items():
-            yield from _names(each, f"{path}.{key}")
+        for key, child in value.items():
+            yield from _names(child, f"{path}.{key}")
     elif isinstance(value, tuple | list):
-        for each in value:
-            yield from _names(each, path)
+        for child in value:
+            yield from _names(child, path)
     elif isinstance(value, str) and ":" in value and not _is_plain(path):
         yield path, value
 

@@ -52,7 +52,7 @@ def test_ratios_by_hand():
     norms = Norms(
         layers=[1, 3, 5],
         at={"exit": 3, "main": 5},
-        each={"exit": np.array([4.0, 2.0, 0.0]), "main": np.array([10.0, 5.0, 1.0])},
+        by_loss={"exit": np.array([4.0, 2.0, 0.0]), "main": np.array([10.0, 5.0, 1.0])},
         joint=np.array([8.0, 4.0, 1.0]),
         effective=np.array([9.0, 3.0, 1.0]),
         weights={"exit": 0.5, "main": 1.0},
@@ -72,13 +72,13 @@ def test_norms_are_those_of_gradients_to_features(trained):
     assert norms.layers == [1, 3, 5, 7, 9, 11, 13]
     assert norms.at == {"exit_5": 5, "exit_9": 9, "main": 13}
     # Nothing of an exit behind it; the nearest output's ratio at its own layer is 1.
-    assert norms.each["exit_5"].astype(bool).tolist() == [True] * 3 + [False] * 4
+    assert norms.by_loss["exit_5"].astype(bool).tolist() == [True] * 3 + [False] * 4
     np.testing.assert_allclose(ratios(norms)["multiway"][[2, 4, 6]], 1, rtol=1e-6)
     gammas = objectives.depth_weights([5, 9], 2.0)
     np.testing.assert_allclose([norms.weights["exit_5"], norms.weights["exit_9"]], gammas)
     np.testing.assert_allclose(norms.divisors["exit_5"], sum(gammas), rtol=1e-6)
     # Behind the last exit there is the main loss alone.
-    np.testing.assert_allclose(norms.joint[5:], norms.each["main"][5:], rtol=1e-5)
+    np.testing.assert_allclose(norms.joint[5:], norms.by_loss["main"][5:], rtol=1e-5)
 
 
 def test_the_norm_at_a_layer_is_the_slope_along_its_gradient(trained):
@@ -99,7 +99,7 @@ def test_the_norm_at_a_layer_is_the_slope_along_its_gradient(trained):
     loss = jax.jit(loss)
     gradient = jax.jit(jax.grad(loss))(zeros)
     norm = float(jnp.sqrt((gradient**2).sum()))
-    np.testing.assert_allclose(norms.each["main"][4], norm, rtol=1e-5)
+    np.testing.assert_allclose(norms.by_loss["main"][4], norm, rtol=1e-5)
     size = 0.05
     ahead, behind = loss(size * gradient / norm), loss(-size * gradient / norm)
     np.testing.assert_allclose((ahead - behind) / (2 * size), norm, rtol=0.05)

@@ -112,7 +112,9 @@ def _features(parts: Experiment, variables: PyTree, image: Array, layer: Layer) 
     # The layer is there to be captured, not in a loop, where an offset is added to it.
     offsets = {OFFSETS: {module: {name: jnp.zeros((), image.dtype)}}}
     _, state = parts.network.apply(
-        {**variables, **offsets}, image, capture_intermediates=lambda each, _: each.name == name
+        {**variables, **offsets},
+        image,
+        capture_intermediates=lambda submodule, _: submodule.name == name,
     )
     captured: Any = state
     return captured["intermediates"][module][name]["__call__"][0]
@@ -141,12 +143,12 @@ class Explained:
 
 def _mapped(parts: Experiment, outputs: Sequence[str]) -> list[str]:
     """Returns those of the outputs that have a map."""
-    found = []
+    mapped = []
     for output in outputs:
         with contextlib.suppress(ValueError):
             layer_of(parts, output)
-            found.append(output)
-    return found
+            mapped.append(output)
+    return mapped
 
 
 def explain(parts: Experiment, variables: PyTree, image: Array) -> list[Explained]:
@@ -172,19 +174,19 @@ def explain(parts: Experiment, variables: PyTree, image: Array) -> list[Explaine
     def compute(variables: PyTree, image: Array) -> tuple[Any, Any, Any]:
         outputs: Any = parts.network.apply(variables, image)
         predicted = {MAIN: Output(), **parts.predictions}[rule](outputs)
-        each = {k: jax.nn.softmax(outputs[k]) for k in groups}
-        chosen = {k: p.argmax(-1) for k, p in each.items()} | {MAIN: predicted.argmax(-1)}
+        probabilities = {k: jax.nn.softmax(outputs[k]) for k in groups}
+        chosen = {k: p.argmax(-1) for k, p in probabilities.items()} | {MAIN: predicted.argmax(-1)}
         maps = activation_maps(parts, variables, image, {k: chosen[k] for k in mapped})
-        return predicted, each, maps
+        return predicted, probabilities, maps
 
-    predicted, each, maps = jax.tree.map(np.asarray, jax.jit(compute)(variables, image))
+    predicted, probabilities, maps = jax.tree.map(np.asarray, jax.jit(compute)(variables, image))
     return [
         Explained(
             label=int(predicted[i].argmax()),
             probability=float(np.exp(predicted[i].max())),
             rule=rule,
-            groups={k: int(p[i].argmax()) for k, p in each.items()},
-            group_probability={k: float(p[i].max()) for k, p in each.items()},
+            groups={k: int(p[i].argmax()) for k, p in probabilities.items()},
+            group_probability={k: float(p[i].max()) for k, p in probabilities.items()},
             maps={k: maps[k][i] for k in mapped},
         )
         for i in range(len(image))
@@ -195,13 +197,13 @@ def titles(
     explained: Explained, groups: Mapping[str, Groups], names: Sequence[str]
 ) -> dict[str, str]:
     """Writes what each output found: the class, or the labels of the group that a branch chose."""
-    found = {}
+    texts = {}
     for name, group in explained.groups.items():
         labels = groups[name].labels()[group]
         mark = "" if names[explained.label] in labels else f" (without {names[explained.label]})"
         text = textwrap.fill(", ".join(labels) + mark, 26, max_lines=7, placeholder=" …")
-        found[name] = f"{explained.group_probability[name]:.0%}\n{text}"
-    return {**found, MAIN: _main_title(explained, names)}
+        texts[name] = f"{explained.group_probability[name]:.0%}\n{text}"
+    return {**texts, MAIN: _main_title(explained, names)}
 
 
 def _main_title(explained: Explained, names: Sequence[str]) -> str:
@@ -231,12 +233,12 @@ def draw(
     for line, original, row, label in zip(panels, images, rows, labels, strict=True):
         shown = pixels(original, data).clip(0, 1)
         _panel(line[0], shown, "image", label)
-        for panel, (title, (found, text)) in zip(line[1:], row.items(), strict=True):
+        for panel, (title, (activations, text)) in zip(line[1:], row.items(), strict=True):
             _panel(panel, shown, title, text)
             # What speaks against a class is not shown.
             height, width = shown.shape[:2]
             panel.imshow(
-                found.clip(0),
+                activations.clip(0),
                 cmap="inferno",
                 alpha=0.6,
                 extent=(-0.5, width - 0.5, height - 0.5, -0.5),
@@ -280,12 +282,15 @@ def draw_tests(
     variables = of_first_seed(kept_weights(run, workdir))
     explained = explain(parts, variables, batch["image"])
     rows = [
-        {k: (found, titles(each, parts.branches(), names)[k]) for k, found in each.maps.items()}
-        for each in explained
+        {
+            k: (activations, titles(explanation, parts.branches(), names)[k])
+            for k, activations in explanation.maps.items()
+        }
+        for explanation in explained
     ]
     if bare:
-        for row, each in zip(rows, _bare(bare, run, batch, overrides), strict=True):
-            row["without branches"] = each.maps[MAIN], _main_title(each, names)
+        for row, explanation in zip(rows, _bare(bare, run, batch, overrides), strict=True):
+            row["without branches"] = explanation.maps[MAIN], _main_title(explanation, names)
     labels = [names[int(label)] for label in batch["label"]]
     return draw(np.asarray(batch["image"]), rows, labels, run.config.data)
 
@@ -310,12 +315,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--bare", default="", help="a run without branches, for comparison")
     parser.add_argument("--images", type=int, default=4, help="how many test images")
     parser.add_argument("--out", default="activation_maps.png", help="the picture")
-    known, overrides = parser.parse_known_args(arguments)
+    options, overrides = parser.parse_known_args(arguments)
     with command.readable_errors():
-        out = command.check_picture(known.out)
-        if known.images < 1:
-            raise ValueError(f"--images is {known.images}; it should be at least 1.")
-        draw_tests(known.workdir, known.images, known.bare, overrides).savefig(out, dpi=130)
+        out = command.check_picture(options.out)
+        if options.images < 1:
+            raise ValueError(f"--images is {options.images}; it should be at least 1.")
+        draw_tests(options.workdir, options.images, options.bare, overrides).savefig(out, dpi=130)
     print(f"{out}: where each output finds its class; below, what it found")
 
 

@@ -61,11 +61,11 @@ def cosines_of(
 
     def products(params: PyTree) -> list[Array]:
         _, _, pull_back = gradients.of_each(losses, params, model_state)
-        each = {name: pull_back(name) for name in reached.names}
-        return list(gramians(each, reached).values())
+        loss_gradients = {name: pull_back(name) for name in reached.names}
+        return list(gramians(loss_gradients, reached).values())
 
-    found = zip(reached.groups(), jax.jit(products)(params), strict=True)
-    cosines = {names: _cosines(gramian) for names, gramian in found}
+    by_group = zip(reached.groups(), jax.jit(products)(params), strict=True)
+    cosines = {names: _cosines(gramian) for names, gramian in by_group}
     return dict(sorted(cosines.items(), key=lambda item: -len(item[0])))
 
 
@@ -91,6 +91,7 @@ def measure(trained: Trained) -> Cosines:
 def _cosines(gramian: Array) -> np.ndarray:
     wide = np.asarray(gramian, np.float64)
     norms = np.sqrt(np.diag(wide))
+    # A gradient of zero has no angle: its cosines are 0.
     return wide / np.maximum(np.outer(norms, norms), np.finfo(np.float64).tiny)
 
 
@@ -117,12 +118,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--workdir", required=True, help="directory of the run")
     parser.add_argument("--out", default="conflict.png", help="the picture")
     parser.add_argument("--json", action="store_true", help="print the cosines as JSON")
-    known, overrides = parser.parse_known_args(arguments)
+    options, overrides = parser.parse_known_args(arguments)
     with command.readable_errors():
-        out = command.check_picture(known.out)
-        cosines = measure(Trained.load(known.workdir, overrides))
+        out = command.check_picture(options.out)
+        cosines = measure(Trained.load(options.workdir, overrides))
         draw(cosines).savefig(out, dpi=130)
-    if known.json:
+    if options.json:
         groups = [{"losses": list(n), "cosines": m.tolist()} for n, m in cosines.items()]
         print(json.dumps(groups))
     else:

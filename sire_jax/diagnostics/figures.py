@@ -66,12 +66,15 @@ def series(
     chosen = [line for line in lines if line["split"] == split and metric in line]
     epochs = [line["epoch"] for line in chosen]
     values = np.array([line[metric] for line in chosen])
-    kept = finite_runs(lines)
-    return epochs, values[:, kept] if len(values) and kept.any() else values
+    finite = finite_runs(lines)
+    return epochs, values[:, finite] if len(values) and finite.any() else values
 
 
 def finite_runs(lines: Sequence[Mapping[str, Any]]) -> np.ndarray:
     """Tells of each run whether all losses in ``metrics.jsonl`` are finite.
+
+    >>> finite_runs([{"epoch": 1, "split": "train", "main/loss": [2.3, float("nan")]}])
+    array([ True, False])
 
     Args:
         lines: All lines.
@@ -84,7 +87,7 @@ def finite_runs(lines: Sequence[Mapping[str, Any]]) -> np.ndarray:
 
 
 def _draw(axes: Axes, lines: Sequence[Mapping[str, Any]], kind: str) -> None:
-    found = {
+    metrics = {
         (line["split"], name)
         for line in lines
         for name in line
@@ -92,11 +95,11 @@ def _draw(axes: Axes, lines: Sequence[Mapping[str, Any]], kind: str) -> None:
     }
     # A colour for each output; training, which is not the point, paler.
     names = sorted(
-        {metric for _, metric in found}, key=lambda name: (not name.startswith(MAIN), name)
+        {metric for _, metric in metrics}, key=lambda name: (not name.startswith(MAIN), name)
     )
     colours = dict(zip(names, _colours(len(names)), strict=True))
     for metric in names:
-        for split in sorted(split for split, name in found if name == metric):
+        for split in sorted(split for split, name in metrics if name == metric):
             epochs, values = series(lines, split, metric)
             label = f"{metric.rsplit('/', 1)[0]}, {split}"
             opacity = 0.4 if split == "train" else 1.0
@@ -104,7 +107,7 @@ def _draw(axes: Axes, lines: Sequence[Mapping[str, Any]], kind: str) -> None:
     axes.set_xlabel("epoch")
     axes.set_ylabel(_LABELS[kind])
     axes.grid(alpha=0.3)
-    if found:
+    if metrics:
         axes.legend(frameon=False, fontsize=8)
 
 
@@ -202,12 +205,12 @@ def losses_of_one(objectives: Mapping[str, Sequence[float]], path: Path) -> None
         objectives: The loss of each step, by the name of the objective.
         path: The picture to write.
     """
-    main = {name: each for name, each in objectives.items() if name == MAIN}
-    others = {name: each for name, each in objectives.items() if name != MAIN}
-    panels = [each for each in (main, others) if each] or [{}]
+    main = {name: values for name, values in objectives.items() if name == MAIN}
+    others = {name: values for name, values in objectives.items() if name != MAIN}
+    panels = [panel for panel in (main, others) if panel] or [{}]
     figure = Figure(figsize=(4.6 * len(panels), 3.6), layout="constrained")
-    for axes, shown in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
-        _draw_losses(axes, shown, "loss")
+    for axes, panel in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
+        _draw_losses(axes, panel, "loss")
     figure.savefig(path, dpi=130)
 
 
@@ -220,7 +223,7 @@ def _draw_losses(axes: Axes, runs: Mapping[str, Sequence[float]], label: str) ->
             # Of one that broke at once there is no loss to be drawn.
             last = finite[-1:] if len(finite) else [1.0]
             axes.plot(steps[-1:] if len(finite) else [1], last, color=colour, marker="x")
-    drawn = np.array([loss for each in runs.values() for loss in each], np.float64)
+    drawn = np.array([loss for values in runs.values() for loss in values], np.float64)
     axes.set_yscale(_scale(drawn[np.isfinite(drawn)]))
     axes.set_xlabel("step")
     axes.set_ylabel(label)

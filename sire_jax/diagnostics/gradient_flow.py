@@ -43,21 +43,21 @@ def read(path: str | Path) -> dict[str, dict[str, np.ndarray]]:
     Raises:
         ValueError: If the run has none.
     """
-    every = workdir.read_metrics(path)
-    lines = [line for line in every if line["split"] == SPLIT]
-    kept = finite_runs(every)
+    all_lines = workdir.read_metrics(path)
+    lines = [line for line in all_lines if line["split"] == SPLIT]
+    finite = finite_runs(all_lines)
     if not lines:
         raise ValueError(
             f"{path} has no measurements of gradients; train with --config.gradient_flow_every=1."
         )
-    found: dict[str, dict[str, np.ndarray]] = {}
+    flow: dict[str, dict[str, np.ndarray]] = {}
     for key in lines[0]:
         objective, _, convolution = key.partition("/")
         if convolution:
             values = np.array([line[key] for line in lines])
-            values = (values[:, kept] if kept.any() else values).mean(1)
-            found.setdefault(objective, {})[convolution] = values
-    return found
+            values = (values[:, finite] if finite.any() else values).mean(1)
+            flow.setdefault(objective, {})[convolution] = values
+    return flow
 
 
 def draw(workdirs: Mapping[str, str | Path], path: str | Path) -> Path:
@@ -75,7 +75,7 @@ def draw(workdirs: Mapping[str, str | Path], path: str | Path) -> Path:
     Raises:
         ValueError: If a run has no measurements.
     """
-    flows = {title: read(each) for title, each in workdirs.items()}
+    flows = {title: read(directory) for title, directory in workdirs.items()}
     columns = min(len(flows), _COLUMNS)
     lines = -(-len(flows) // columns)
     size = max(4.6 * columns, 6.4), 4.2 * lines + 0.2
@@ -111,8 +111,8 @@ def _panel(
         line: Any = {"color": colours[name], "label": name, "lw": 6 if name == TOTAL else 1.4}
         axes.plot(positions[reached], means, "o-", ms=3, **line)
         # Each measurement, paler the earlier it was.
-        for opacity, each in zip(np.linspace(0.1, 0.5, len(values)), values, strict=True):
-            axes.plot(positions, each, color=colours[name], lw=0.5, alpha=opacity)
+        for opacity, measurement in zip(np.linspace(0.1, 0.5, len(values)), values, strict=True):
+            axes.plot(positions, measurement, color=colours[name], lw=0.5, alpha=opacity)
     labels = list(flow[TOTAL])
     axes.set_xticks(range(1, len(labels) + 1), labels, rotation=90, fontsize=6)
     axes.set_yscale("log")
@@ -126,9 +126,9 @@ def _listed(flow: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, Any]:
     return {
         objective: {
             name: [value if np.isfinite(value) else None for value in values.tolist()]
-            for name, values in each.items()
+            for name, values in convolutions.items()
         }
-        for objective, each in flow.items()
+        for objective, convolutions in flow.items()
     }
 
 
@@ -138,13 +138,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--workdir", required=True, action="append", help="a run; can be repeated")
     parser.add_argument("--out", default="gradient_flow.png", help="the picture")
     parser.add_argument("--json", action="store_true", help="print the measurements as JSON")
-    known = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     with command.readable_errors():
-        out = command.check_picture(known.out)
-        titles = workdir.titles(known.workdir)
+        out = command.check_picture(options.out)
+        titles = workdir.titles(options.workdir)
         draw(titles, out)
         lines = {title: _listed(read(path)) for title, path in titles.items()}
-    print(json.dumps(lines) if known.json else out)
+    print(json.dumps(lines) if options.json else out)
 
 
 if __name__ == "__main__":

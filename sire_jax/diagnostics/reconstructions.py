@@ -80,21 +80,24 @@ def reconstruct(
     names = [name for name, head in parts.network.heads.items() if isinstance(head, Decoder)]
     if not names:
         raise ValueError(f"The network of {workdir} has no decoder.")
-    kept = kept_weights(runs, workdir)
+    weights = kept_weights(runs, workdir)
     number = runs.feed.examples["test"].shape[1]
-    if not all(0 <= each < number for each in chosen):
+    if not all(0 <= index < number for index in chosen):
         raise ValueError(
             f"The test images are numbered 0 to {number - 1}; {list(chosen)} are asked for."
         )
     batch = runs.feed.look("test", list(chosen), "measured")
     image = np.asarray(batch["image"])
-    outputs = jax.jit(parts.network.apply)(of_first_seed(kept), image)
+    outputs = jax.jit(parts.network.apply)(of_first_seed(weights), image)
     shown = {name: pixels(np.asarray(outputs[name]), config.data) for name in names}
-    said = []
+    texts = []
+    # A single logit, of a pair's order, is no choice among classes.
     if parts.accuracy() is not None and outputs[MAIN].shape[-1] > 1:
         target = parts.objectives[parts.main_objective()].target
-        said = classified(outputs[MAIN], np.asarray(batch[target]), runs.feed.names.get(target, ()))
-    return Reconstructed(pixels(image, config.data), shown, said)
+        texts = classified(
+            outputs[MAIN], np.asarray(batch[target]), runs.feed.names.get(target, ())
+        )
+    return Reconstructed(pixels(image, config.data), shown, texts)
 
 
 def classified(logits: Array, labels: np.ndarray, names: Sequence[str]) -> list[str]:
@@ -111,13 +114,13 @@ def classified(logits: Array, labels: np.ndarray, names: Sequence[str]) -> list[
     """
     shares = np.asarray(jax.nn.softmax(logits))
     places = (shares > np.take_along_axis(shares, labels[:, None], 1)).sum(1) + 1
-    said = []
+    texts = []
     for share, label, place in zip(shares, labels, places, strict=True):
         best = int(share.argmax())
         name, right = (names[i] if names else str(i) for i in (best, int(label)))
         wrong = "" if place == 1 else f"\n{right} is number {place}"
-        said.append(f"{name} ({share[best]:.2f}){wrong}")
-    return said
+        texts.append(f"{name} ({share[best]:.2f}){wrong}")
+    return texts
 
 
 def draw(rows: Mapping[str, Reconstructed]) -> Figure:
@@ -130,7 +133,7 @@ def draw(rows: Mapping[str, Reconstructed]) -> Figure:
     Returns:
         The picture: for each image a row of the input and all decoders for each label.
     """
-    columns = max(len(each.outputs) for each in rows.values()) + 1
+    columns = max(len(reconstructed.outputs) for reconstructed in rows.values()) + 1
     image = next(iter(rows.values())).image
     lines = len(image) * len(rows)
     figure = Figure(figsize=(1.25 * columns + 0.6, 1.3 * lines), layout="constrained")
@@ -138,20 +141,21 @@ def draw(rows: Mapping[str, Reconstructed]) -> Figure:
     for panel in panels.flat:
         panel.axis("off")
     for i, original in enumerate(image):
-        for j, (label, found) in enumerate(rows.items()):
+        for j, (label, reconstructed) in enumerate(rows.items()):
             line = panels[i * len(rows) + j]
-            if found.classified:
+            if reconstructed.classified:
                 line[0].text(
                     0.5,
                     -0.04,
-                    found.classified[i],
+                    reconstructed.classified[i],
                     fontsize=5,
                     ha="center",
                     va="top",
                     transform=line[0].transAxes,
                 )
             shown = {f"input\n{label}" if label else "input": original}
-            shown |= {name: each[i] for name, each in found.outputs.items()}
+            shown |= {name: pictures[i] for name, pictures in reconstructed.outputs.items()}
+            # A run with fewer decoders than another leaves panels empty.
             for panel, (name, picture) in zip(line, shown.items(), strict=False):
                 squeezed = picture[..., 0] if picture.shape[-1] == 1 else picture
                 panel.imshow(
@@ -168,25 +172,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--workdir", required=True, action="append", help="a run; can be repeated")
     parser.add_argument("--images", default="4", help="how many test images; or which ones: 3,17,0")
     parser.add_argument("--out", default="reconstructions.png", help="the picture")
-    known, overrides = parser.parse_known_args(arguments)
+    options, overrides = parser.parse_known_args(arguments)
     with command.readable_errors():
-        out = command.check_picture(known.out)
-        chosen = _chosen(known.images)
-        found = {
+        out = command.check_picture(options.out)
+        chosen = _chosen(options.images)
+        rows = {
             title: reconstruct(path, chosen, overrides)
-            for title, path in titles(known.workdir).items()
+            for title, path in titles(options.workdir).items()
         }
-        image = next(iter(found.values())).image
-        if any(not np.array_equal(image, each.image) for each in found.values()):
+        image = next(iter(rows.values())).image
+        if any(not np.array_equal(image, row.image) for row in rows.values()):
             raise ValueError("The runs have different test images; show them one by one.")
-        draw(found).savefig(out, dpi=150)
+        draw(rows).savefig(out, dpi=150)
     print(f"{out}: input, its class, and decoders, with the mean squared error above each")
 
 
 def _chosen(images: str) -> list[int]:
     """Reads a number of images, or the numbers of several."""
     try:
-        numbers = [int(each) for each in images.split(",") if each]
+        numbers = [int(number) for number in images.split(",") if number]
     except ValueError:
         numbers = []
     if not numbers or min(numbers) < 0 or images == "0":

@@ -48,7 +48,7 @@ class Norms:
     Attributes:
         layers: The layers, ``[l]``.
         at: For each loss the layer of its output.
-        each: For each loss ``|dL_k / dx_l|``, ``[l]``; 0 behind its output.
+        by_loss: For each loss ``|dL_k / dx_l|``, ``[l]``; 0 behind its output.
         joint: ``|sum_k w_k dL_k / dx_l|``, ``[l]``.
         effective: The same with the effective weights ``w_k / S_k`` of multi-way backpropagation.
         weights: The weights ``w_k``.
@@ -57,7 +57,7 @@ class Norms:
 
     layers: list[int]
     at: dict[str, int]
-    each: dict[str, np.ndarray]
+    by_loss: dict[str, np.ndarray]
     joint: np.ndarray
     effective: np.ndarray
     weights: dict[str, float]
@@ -92,25 +92,29 @@ def measure(trained: Trained) -> Norms:
 
     def norms(offsets: Any) -> Any:
         def losses(offsets: Any, model_state: Any) -> Any:
+            # The gradient to an offset of zero is that to the features that it is added to.
             def offset(variables: Any, image: Array, **settings: Any) -> Any:
                 return parts.network.apply(
                     {**variables, OFFSETS: {"backbone": offsets}}, image, **settings
                 )
 
             key = jax.random.key(0)
-            named, rest = make_losses(offset, parts.objectives, trained.batch, key)(
+            return make_losses(offset, parts.objectives, trained.batch, key)(
                 trained.params, model_state
             )
-            return named, rest
 
         named, _, pull_back = gradients.of_each(losses, offsets, trained.model_state)
-        each = {name: pull_back(name) for name in named}
-        found = {name: _norm(gradient) for name, gradient in each.items()}
-        return found, _norm(_sum(each, weights)), _norm(_sum(each, effective))
+        loss_gradients = {name: pull_back(name) for name in named}
+        norms_by_loss = {name: _norm(gradient) for name, gradient in loss_gradients.items()}
+        return (
+            norms_by_loss,
+            _norm(_sum(loss_gradients, weights)),
+            _norm(_sum(loss_gradients, effective)),
+        )
 
-    zeros = _zeros(trained, list(layers))
-    each, joint, total = jax.jit(norms)(zeros)
     order = list(layers)
+    zeros = _zeros(trained, order)
+    by_loss, joint, total = jax.jit(norms)(zeros)
 
     def listed(values: Mapping[str, Array]) -> np.ndarray:
         return np.array([float(values[name]) for name in order])
@@ -118,7 +122,7 @@ def measure(trained: Trained) -> Norms:
     return Norms(
         layers=[layers[name] for name in order],
         at=at,
-        each={name: listed(values) for name, values in each.items() if name in at},
+        by_loss={name: listed(values) for name, values in by_loss.items() if name in at},
         joint=listed(joint),
         effective=listed(total),
         weights={name: float(weights[name]) for name in at},
@@ -141,6 +145,7 @@ def _ends(trained: Trained, blocks: list[str]) -> dict[str, str]:
 
 def _zeros(trained: Trained, blocks: list[str]) -> dict[str, Array]:
     """Makes the offsets of all blocks."""
+    # The network asks for the features of its heads alone; this one returns all.
     backbone = trained.parts.network.backbone.clone(endpoints=None)
     variables = {
         kind: values["backbone"]
@@ -152,12 +157,13 @@ def _zeros(trained: Trained, blocks: list[str]) -> dict[str, Array]:
 
 
 def _norm(gradient: Mapping[str, Array]) -> dict[str, Array]:
+    # bfloat16 has too few digits for a sum of many squares.
     wide = {name: values.astype(jnp.float32) for name, values in gradient.items()}
     return {name: jnp.sqrt((values**2).sum()) for name, values in wide.items()}
 
 
-def _sum(each: Mapping[str, Any], weights: Mapping[str, Array]) -> Any:
-    scaled = [jax.tree.map(lambda g, n=n: weights[n] * g, g) for n, g in each.items()]
+def _sum(loss_gradients: Mapping[str, Any], weights: Mapping[str, Array]) -> Any:
+    scaled = [jax.tree.map(lambda g, n=n: weights[n] * g, g) for n, g in loss_gradients.items()]
     return jax.tree.map(lambda *g: sum(g[1:], g[0]), *scaled)
 
 
@@ -171,6 +177,18 @@ def ratios(norms: Norms) -> dict[str, np.ndarray]:
     the layer; the paper's numerator is the norm of a sum (Eq. 5), but features of different shapes
     can't be added. ``effective_joint``: likewise with effective weights.
 
+    >>> norms = Norms(
+    ...     layers=[1, 2],
+    ...     at={"main": 2},
+    ...     by_loss={"main": np.array([10.0, 5.0])},
+    ...     joint=np.array([10.0, 5.0]),
+    ...     effective=np.array([10.0, 5.0]),
+    ...     weights={"main": 1.0},
+    ...     divisors={"main": 1.0},
+    ... )
+    >>> ratios(norms)["main"]
+    array([0.5, 1. ])
+
     Args:
         norms: The norms of a network.
 
@@ -179,19 +197,19 @@ def ratios(norms: Norms) -> dict[str, np.ndarray]:
     """
     order = sorted(norms.at, key=lambda name: norms.at[name])
     main = order[-1]
-    own = {n: norms.each[n][norms.layers.index(norms.at[n])] for n in order}
-    found: dict[str, list[float]] = {way: [] for way in ("main", "joint", "multiway")}
-    found["effective_joint"] = []
+    own = {n: norms.by_loss[n][norms.layers.index(norms.at[n])] for n in order}
+    by_way: dict[str, list[float]] = {way: [] for way in ("main", "joint", "multiway")}
+    by_way["effective_joint"] = []
     for i, layer in enumerate(norms.layers):
         behind = [n for n in order if norms.at[n] >= layer]
         nearest = behind[0]
-        found["main"].append(own[main] / norms.each[main][i])
-        found["multiway"].append(own[nearest] / norms.each[nearest][i])
+        by_way["main"].append(own[main] / norms.by_loss[main][i])
+        by_way["multiway"].append(own[nearest] / norms.by_loss[nearest][i])
         squares = {n: (norms.weights[n] * own[n]) ** 2 for n in behind}
-        found["joint"].append(np.sqrt(sum(squares.values())) / norms.joint[i])
+        by_way["joint"].append(np.sqrt(sum(squares.values())) / norms.joint[i])
         shares = [squares[n] / norms.divisors[n] ** 2 for n in behind]
-        found["effective_joint"].append(np.sqrt(sum(shares)) / norms.effective[i])
-    return {way: np.array(values) for way, values in found.items()}
+        by_way["effective_joint"].append(np.sqrt(sum(shares)) / norms.effective[i])
+    return {way: np.array(values) for way, values in by_way.items()}
 
 
 def draw(measured: Mapping[str, tuple[Norms, str]]) -> Figure:
@@ -203,6 +221,7 @@ def draw(measured: Mapping[str, tuple[Norms, str]]) -> Figure:
     figure = Figure(figsize=(max(4.6 * len(measured), 6.4), 4.0), layout="constrained")
     panels = figure.subplots(1, len(measured), sharey=True, squeeze=False)[0]
     for axes, (title, (norms, rule)) in zip(panels, measured.items(), strict=True):
+        # Pair-wise has the gradients of multi-way; of one output all ways are the same.
         chosen = {"pairwise": "multiway"}.get(rule, rule) if len(norms.at) > 1 else "main"
         for way, values in ratios(norms).items():
             if len(norms.at) == 1 and way != "main":
@@ -231,15 +250,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--workdir", required=True, action="append", help="a run; can be repeated")
     parser.add_argument("--out", default="supervision.png", help="the picture")
     parser.add_argument("--json", action="store_true", help="print the ratios as JSON")
-    known, overrides = parser.parse_known_args(arguments)
+    options, overrides = parser.parse_known_args(arguments)
     with command.readable_errors():
-        out = command.check_picture(known.out)
+        out = command.check_picture(options.out)
         measured = {}
-        for title, path in titles(known.workdir).items():
+        for title, path in titles(options.workdir).items():
             trained = Trained.load(path, overrides)
             measured[title] = (measure(trained), trained.parts.config.update_rule.name)
         draw(measured).savefig(out, dpi=130)
-    if known.json:
+    if options.json:
         lines = {
             title: {"layers": norms.layers, **{k: v.tolist() for k, v in ratios(norms).items()}}
             for title, (norms, _) in measured.items()

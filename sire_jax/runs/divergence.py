@@ -11,24 +11,43 @@ from sire_jax.runs import parallel
 
 # Its key in checkpoints and results.
 DIVERGED = "diverged"
-_KEPT = (
+_ADVICE = (
     "The last finite checkpoint is kept in {}; try a smaller learning rate or weight, or clip"
     " gradients (config.optimizer.clip)."
 )
 
 
 class NonFiniteLossError(Exception):
-    """A loss or a parameter was not a number or infinite; it has not been saved."""
+    """A loss or a parameter was not a number or infinite; it has not been saved.
+
+    The message names the loss and the step, and says what may help.
+
+    >>> from sire_jax import NonFiniteLossError
+    >>> diverged = Diverged("stop", range(1), Path("runs/pairs/checkpoints"))
+    >>> try:
+    ...     diverged.note({"main/loss": np.array([3]), "total/loss": np.array([3])})
+    ... except NonFiniteLossError as error:
+    ...     print(str(error).split(". ")[0])
+    The loss 'main' is not finite after 3 steps of the run with seed 0
+    """
 
 
 class Diverged:
     """Which runs have diverged, and after how many steps.
 
+    >>> diverged = Diverged("record", range(2), Path("runs/pairs/checkpoints"))
+    >>> for message in diverged.note({"main/loss": np.array([parallel.NEVER, 7])}):
+    ...     print(message)
+    The loss 'main' is not finite after 7 steps of the run with seed 1. It is recorded; the other
+    runs go on.
+    >>> diverged.steps, diverged.all()
+    ([None, 7], False)
+
     Args:
         policy: ``"stop"`` or ``"record"`` (``config.on_diverged``).
         seeds: The seeds of the runs.
         checkpoints: The directory of the checkpoints, for messages.
-        known: What ``steps`` was, of a run that goes on.
+        steps: What ``steps`` was, of a run that goes on.
 
     Attributes:
         steps: For each run the steps that it had taken when it diverged, ``None`` if it hasn't.
@@ -39,10 +58,10 @@ class Diverged:
         policy: str,
         seeds: range,
         checkpoints: Path,
-        known: Sequence[int | None] | None = None,
+        steps: Sequence[int | None] | None = None,
     ):
         self._stops, self._seeds, self._checkpoints = policy == "stop", seeds, checkpoints
-        self.steps = list(known or [None] * len(seeds))
+        self.steps = list(steps or [None] * len(seeds))
 
     def note(self, broken: Mapping[str, jax.Array]) -> list[str]:
         """Notes the runs of which a loss was not finite.
@@ -58,23 +77,23 @@ class Diverged:
             NonFiniteLossError: If one has and the policy is to stop; it names the first loss, the
                 total only if that is alone.
         """
-        first = {name: np.asarray(each) for name, each in broken.items()}
-        name = first_broken({name: int(each.min()) for name, each in first.items()})
+        first = {name: np.asarray(steps) for name, steps in broken.items()}
+        name = first_broken({name: int(steps.min()) for name, steps in first.items()})
         if self._stops and first[name].min() != parallel.NEVER:
-            what = what_broke(name, first[name].min(), self._seeds[int(first[name].argmin())])
-            raise NonFiniteLossError(f"{what} {_KEPT.format(self._checkpoints)}")
-        said = []
+            message = what_broke(name, first[name].min(), self._seeds[int(first[name].argmin())])
+            raise NonFiniteLossError(f"{message} {_ADVICE.format(self._checkpoints)}")
+        messages = []
         for run, seed in enumerate(self._seeds):
-            name = first_broken({name: int(each[run]) for name, each in first.items()})
-            at = int(first[name][run])
-            if at != parallel.NEVER and self.steps[run] is None:
-                self.steps[run] = at
-                said.append(what_broke(name, at, seed))
-        return self._recorded(said)
+            name = first_broken({name: int(steps[run]) for name, steps in first.items()})
+            step = int(first[name][run])
+            if step != parallel.NEVER and self.steps[run] is None:
+                self.steps[run] = step
+                messages.append(what_broke(name, step, seed))
+        return self._recorded(messages)
 
-    def _recorded(self, said: list[str]) -> list[str]:
+    def _recorded(self, messages: list[str]) -> list[str]:
         tail = "It is recorded." if self.all() else "It is recorded; the other runs go on."
-        return [f"{each} {tail}" for each in said]
+        return [f"{message} {tail}" for message in messages]
 
     def check(self, finite: np.ndarray, step: int) -> list[str]:
         """Notes the runs whose parameters are not finite: losses are taken before an update.
@@ -92,17 +111,17 @@ class Diverged:
         if self._stops and not finite.all():
             raise NonFiniteLossError(
                 f"The parameters are not finite after {step} steps."
-                f" {_KEPT.format(self._checkpoints)}"
+                f" {_ADVICE.format(self._checkpoints)}"
             )
-        said = []
+        messages = []
         for run in np.flatnonzero(~finite):
             if self.steps[run] is None:
                 self.steps[run] = step
                 seed = self._seeds[run]
-                said.append(
+                messages.append(
                     f"The parameters of the run with seed {seed} are not finite after {step} steps."
                 )
-        return self._recorded(said)
+        return self._recorded(messages)
 
     def all(self) -> bool:
         """Tells whether no run is left."""
@@ -115,12 +134,16 @@ class Diverged:
             accuracy: Of each run.
             loss: Measured with it; not finite where only the last update broke the parameters.
         """
-        kept = np.array([step is None for step in self.steps]) & np.isfinite(loss)
-        return np.where(kept, accuracy, -1.0)
+        finite = np.array([step is None for step in self.steps]) & np.isfinite(loss)
+        # Below any accuracy.
+        return np.where(finite, accuracy, -1.0)
 
 
 def converged(values: list[Any], steps: Sequence[int | None]) -> list[Any]:
     """Leaves out what belongs to runs that diverged, if others did not.
+
+    >>> converged([0.91, 0.1, 0.93], [None, 7, None])
+    [0.91, 0.93]
 
     Args:
         values: A value for each run.
@@ -134,14 +157,17 @@ def converged(values: list[Any], steps: Sequence[int | None]) -> list[Any]:
 def described(steps: Sequence[int | None]) -> str:
     """Says how many runs diverged, in brackets; nothing if none did.
 
+    >>> described([None, 7, None])
+    ' (1 of 3 runs diverged after 7 steps)'
+
     Args:
         steps: As of ``converged``.
     """
     broken = [step for step in steps if step is not None]
     if not broken:
         return ""
-    those = f"{len(broken)} of {len(steps)} runs " * (len(steps) > 1)
-    return f" ({those}diverged after {', '.join(map(str, broken))} steps)"
+    count = f"{len(broken)} of {len(steps)} runs " * (len(steps) > 1)
+    return f" ({count}diverged after {', '.join(map(str, broken))} steps)"
 
 
 def first_broken(steps: Mapping[str, int]) -> str:

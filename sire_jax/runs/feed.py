@@ -123,12 +123,13 @@ class NoFeed:
     def __init__(self, names: Mapping[str, tuple[str, ...]]):
         self.names = names
 
-    def __getattr__(self, asked: str) -> Any:
-        if asked.startswith("__"):
-            raise AttributeError(asked)
-        raise ValueError(f"This needs the data of the run ({asked}), which were not loaded.")
+    def __getattr__(self, name: str) -> Any:
+        # Python asks so whether an object can be copied or pickled, and takes no for an answer.
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise ValueError(f"This needs the data of the run ({name}), which were not loaded.")
 
 
-def some(chosen: int | Sequence[int]) -> slice | np.ndarray:
+def index_of(chosen: int | Sequence[int]) -> slice | np.ndarray:
     """Returns the index of the first examples, or of those with some numbers."""
     return slice(chosen) if isinstance(chosen, int) else np.asarray(chosen)

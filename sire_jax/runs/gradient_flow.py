@@ -20,6 +20,10 @@ TOTAL = "total"
 def convolutions(params: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Lists the paths of the backbone's convolution kernels, shallow to deep.
 
+    >>> kernel = {"kernel": jax.ShapeDtypeStruct((3, 3, 8, 8), jnp.float32)}
+    >>> convolutions({"backbone": {"block_10": kernel, "block_9": kernel}, "heads_exit": kernel})
+    [('backbone', 'block_9', 'kernel'), ('backbone', 'block_10', 'kernel')]
+
     Args:
         params: Parameters of a ``Network``, or their shapes.
 
@@ -78,20 +82,24 @@ def make_gradient_flow(
     """
 
     def measure(state: TrainState, batch: Batch) -> Metrics:
+        # As a step splits its key: what is measured is the batch that a step would see.
         augmenting, dropout, _ = jax.random.split(jax.random.fold_in(state.key, state.step), 3)
         batch = augment(augmenting, batch) if augment else batch
         losses = make_losses(apply, chosen, batch, dropout)
         named, pull_back = jax.vjp(lambda p: losses(p, state.model_state)[0], state.params)
         weights = objectives.weights(chosen, state.step)
         nothing = {name: jnp.zeros_like(loss) for name, loss in named.items()}
-        found: dict[str, Any] = {}
+        gradients: dict[str, Any] = {}
         for name in named:
-            found[name] = pull_back({**nothing, name: weights[name]})[0]
-        found[TOTAL] = jax.tree.map(lambda *each: sum(each[1:], each[0]), *found.values())
-        one = jnp.ones((), jnp.float32)
+            gradients[name] = pull_back({**nothing, name: weights[name]})[0]
+        # The gradient of the weighted sum, without another backward pass.
+        gradients[TOTAL] = jax.tree.map(
+            lambda *leaves: sum(leaves[1:], leaves[0]), *gradients.values()
+        )
+        count = jnp.ones((), jnp.float32)
         return {
-            f"{name}/{_name(path)}": Average(total=jnp.abs(_at(gradient, path)).mean(), count=one)
-            for name, gradient in found.items()
+            f"{name}/{_name(path)}": Average(total=jnp.abs(_at(gradient, path)).mean(), count=count)
+            for name, gradient in gradients.items()
             for path in convolutions(state.params)
         }
 

@@ -51,6 +51,7 @@ def load_data(parts: Experiment) -> tuple[Dataset[Any], list[tasks.Draw]]:
             f"config.batch_size is {parts.config.batch_size}, but there are only"
             f" {len(draws[0].train)} training examples."
         )
+    # Every run ends with a measurement of the test images.
     for split in (*parts.config.evaluate_splits, "test"):
         if not len(getattr(draws[0], split)):
             raise ValueError(

@@ -1,6 +1,7 @@
 """Runs whose images are all on the devices (``config.data.feed='device'``)."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from sire_jax.data.augmentation import Batch
 from sire_jax.job import distributed
 from sire_jax.metrics import Metrics
 from sire_jax.runs import parallel
-from sire_jax.runs.feed import Measure, Taken, Totals, some
+from sire_jax.runs.feed import Measure, Taken, Totals, index_of
 from sire_jax.runs.loading import load_data
 from sire_jax.runs.placement import Placement
 from sire_jax.runs.program import Program
@@ -45,13 +46,14 @@ class DeviceFeed:
         self._parts, self._config, self._placement = parts, parts.config, placement
         self.contents = described or contents.Contents({}, {})
         self.names = self.contents.names
-        self._skipped, self._unsaid = len(skipped), list(skipped)
+        self._skipped, self._unreported = len(skipped), list(skipped)
         self.arrays = placement.place(arrays)
         self.examples: Mapping[str, Any] = placement.place(examples)
         self.steps_per_epoch = examples["train"].shape[1] // self._config.batch_size
         # Vectorizing over runs comes first: shuffling is no work.
-        shuffle = parallel.over_seeds(self._shuffled, (2,), self._config.seeds)
-        shuffle = parallel.over_runs(shuffle, (2,), placement.mesh)
+        shuffle = partial(parallel.shuffle, batch_size=self._config.batch_size)
+        shuffle = parallel.over_seeds(shuffle, (1,), self._config.seeds)
+        shuffle = parallel.over_runs(shuffle, (1,), placement.mesh)
         self._shuffle = Program(jax.jit(shuffle, out_shardings=placement.of_runs))
         self._steps: Any = self._step_program()
 
@@ -72,12 +74,9 @@ class DeviceFeed:
         # Training and test images in one array, so that one program measures all splits of a size.
         halves = [parts.task.prepare(source) for source in (dataset.train, dataset.test)]
         arrays = {key: np.concatenate([half[key] for half in halves]) for key in halves[0]}
-        train, validation, test = (np.stack(each) for each in zip(*draws, strict=True))
+        train, validation, test = (np.stack(indices) for indices in zip(*draws, strict=True))
         examples = {"train": train, "validation": validation, "test": test + len(dataset.train)}
         return cls(parts, placement, arrays, examples, contents.of(dataset), dataset.skipped)
-
-    def _shuffled(self, key: jax.Array, examples: jax.Array, epoch: jax.Array) -> jax.Array:
-        return parallel.shuffle(key, epoch, examples, self._config.batch_size)
 
     def _lookup(self, crop: str = "none") -> Callable[[PyTree, jax.Array], Batch]:
         """Returns the function that makes the batch of examples, each device a part of it."""
@@ -92,37 +91,32 @@ class DeviceFeed:
         placement = self._placement
         if self._config.parallel == "pmap":
 
-            def own(arrays: tasks.Arrays, examples: jax.Array) -> Batch:
+            def lookup_part(arrays: tasks.Arrays, examples: jax.Array) -> Batch:
                 return self._parts.lookup(arrays, parallel.own_part(examples, "data"))
 
-            steps = parallel.over_steps(self._parts.step("data"), own)
+            steps = parallel.over_steps(self._parts.step("data"), lookup_part)
             runs = parallel.over_seeds(steps, (2, 4, 5), self._config.seeds_at_once)
             return Program(parallel.pmapped(runs, placement.mesh, 6, donated=(0, 1)))
         steps = parallel.over_steps(self._parts.step(), self._lookup())
+        # Every process reads at which steps losses broke.
         places = (placement.of_runs, placement.of_runs, placement.everywhere)
         return placement.program(steps, (2, 4, 5), places, donate_argnums=(0, 1))
 
     def order(self, state: TrainState, epoch: int) -> jax.Array:
         """Returns the examples of an epoch in their order, ``[runs, steps, batch, …]``."""
-        shuffled: jax.Array = self._shuffle(state.key, self.examples["train"], np.int32(epoch))
-        return shuffled
+        return self._shuffle(state.key, np.int32(epoch), self.examples["train"])
 
     def take_steps(
         self, state: TrainState, sums: Metrics, order: jax.Array, first: int, count: int
     ) -> Taken:
         """Takes steps in all runs; see ``parallel.over_steps``."""
-        taken: Taken = self._steps(
-            state, sums, self.arrays, order, np.int32(first), np.int32(count)
-        )
-        return taken
+        span = np.int32(first), np.int32(count)
+        return self._steps(state, sums, self.arrays, order, *span)
 
     def planned_memory(self, state: TrainState, sums: Metrics) -> int | None:
         """Returns the bytes that a step takes with all arrays; see ``Feed``."""
         span = np.int32(0), np.int32(1)
-        memory: int | None = self._steps.memory(
-            state, sums, self.arrays, self.order(state, 0), *span
-        )
-        return memory
+        return self._steps.memory(state, sums, self.arrays, self.order(state, 0), *span)
 
     def totals(self, measure: Measure, crop: str) -> Totals:
         """Makes the program that measures a split; see ``Feed``."""
@@ -159,11 +153,11 @@ class DeviceFeed:
 
     def look(self, split: str, chosen: int | Sequence[int], crop: str = "central") -> Batch:
         """Returns examples of a split of the first run, to look at; see ``Feed``."""
-        return self._parts.lookup(self.arrays, self.examples[split][0][some(chosen)], crop)
+        return self._parts.lookup(self.arrays, self.examples[split][0][index_of(chosen)], crop)
 
     def newly_skipped(self) -> list[str]:
         """Returns what is wrong with the damaged images skipped since the last call."""
-        new, self._unsaid = self._unsaid, []
+        new, self._unreported = self._unreported, []
         return new
 
     def number_skipped(self) -> int:

@@ -128,7 +128,7 @@ def pmapped(
     everywhere = NamedSharding(mesh, PartitionSpec())
     # pmap insists on an argument that differs: the first.
     mapped = jax.pmap(
-        lambda _, *given: function(*given),
+        lambda _, *args: function(*args),
         axis_name="data",
         in_axes=(0, *(0 if i in split else None for i in range(arguments))),
         out_axes=None,
@@ -137,8 +137,8 @@ def pmapped(
     )
 
     def run(*args: Any) -> Any:
-        found = mapped(np.arange(local), *args)
-        return jax.tree.map(lambda x: _everywhere(x, everywhere), found)
+        results = mapped(np.arange(local), *args)
+        return jax.tree.map(lambda x: _everywhere(x, everywhere), results)
 
     return run
 
@@ -196,17 +196,19 @@ def one_step(
     def run(
         state: TrainState, sums: Metrics, broken: dict[str, Array], batch: Batch
     ) -> tuple[TrainState, Metrics, dict[str, Array]]:
-        at = state.step
-        state, found = step(state, batch)
-        now = {k: jnp.where(jnp.isfinite(v.total), NEVER, at) for k, v in found.items()}
-        return state, add(sums, found), jax.tree.map(jnp.minimum, broken, now)
+        number = state.step
+        state, metrics = step(state, batch)
+        broken_now = {
+            k: jnp.where(jnp.isfinite(v.total), NEVER, number) for k, v in metrics.items()
+        }
+        return state, add(sums, metrics), jax.tree.map(jnp.minimum, broken, broken_now)
 
     return run
 
 
 def never_broken(sums: Metrics) -> dict[str, Array]:
     """Returns the books of metrics of which none was not finite yet."""
-    return {name: jnp.full(each.count.shape, NEVER, jnp.int32) for name, each in sums.items()}
+    return {name: jnp.full(average.count.shape, NEVER, jnp.int32) for name, average in sums.items()}
 
 
 def over_batches(
@@ -237,12 +239,14 @@ def over_batches(
         filled = _in_batches(examples, batch_size, devices)
         mask = jnp.arange(filled.shape[0] * filled.shape[1]) < len(examples)
 
-        def one(chosen: tuple[Array, Array]) -> PyTree:
+        def measure_batch(chosen: tuple[Array, Array]) -> PyTree:
             indices, counts = chosen
             return measure(params, model_state, lookup(arrays, indices), counts, fitted)
 
-        each = jax.lax.map(one, (filled, mask.astype(jnp.float32).reshape(filled.shape[:2])))
-        return jax.tree.map(lambda x: x.sum(0), each)
+        sums = jax.lax.map(
+            measure_batch, (filled, mask.astype(jnp.float32).reshape(filled.shape[:2]))
+        )
+        return jax.tree.map(lambda x: x.sum(0), sums)
 
     return run
 
@@ -267,8 +271,10 @@ def collected(
 
     def run(params: PyTree, model_state: PyTree, arrays: PyTree, examples: Array) -> Any:
         filled = _in_batches(examples, batch_size, devices)
-        each = jax.lax.map(lambda some: predict(params, model_state, lookup(arrays, some)), filled)
-        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[: len(examples)], each)
+        predictions = jax.lax.map(
+            lambda indices: predict(params, model_state, lookup(arrays, indices)), filled
+        )
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[: len(examples)], predictions)
 
     return run
 
@@ -298,23 +304,23 @@ def over_seeds(function: Callable[..., Any], shared: tuple[int, ...], at_once: i
     """
 
     def run(*args: Any) -> Any:
-        own = [i for i in range(len(args)) if i not in shared]
-        runs = jax.tree.leaves(args[own[0]])[0].shape[0]
+        positions = [i for i in range(len(args)) if i not in shared]
+        runs = jax.tree.leaves(args[positions[0]])[0].shape[0]
         size = at_once or (1 if jax.default_backend() == "cpu" else runs)
 
-        def one(given: tuple[Any, ...]) -> Any:
-            placed = dict(zip(own, given, strict=True))
+        def single(arrays: tuple[Any, ...]) -> Any:
+            placed = dict(zip(positions, arrays, strict=True))
             return function(*(placed.get(i, arg) for i, arg in enumerate(args)))
 
-        given = tuple(args[i] for i in own)
+        arrays = tuple(args[i] for i in positions)
         if size >= runs > 1:
-            return jax.vmap(lambda *each: one(each))(*given)
+            return jax.vmap(lambda *arrays: single(arrays))(*arrays)
         if runs == 1:
             # No loop around a single run: a compiler sees more without.
-            alone = one(jax.tree.map(lambda x: x[0], given))
+            alone = single(jax.tree.map(lambda x: x[0], arrays))
             return jax.tree.map(lambda x: jnp.asarray(x)[None], alone)
         # Not batch_size=1, which would vectorize over one run.
-        return jax.lax.map(one, given, batch_size=size if size > 1 else None)
+        return jax.lax.map(single, arrays, batch_size=size if size > 1 else None)
 
     return run
 

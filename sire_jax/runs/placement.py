@@ -40,6 +40,7 @@ class Placement:
         self.of_runs = (
             NamedSharding(self.mesh, PartitionSpec("runs")) if spread else self.everywhere
         )
+        # Where the runs are spread, a device has the whole batches of its own.
         self.sharing = 1 if spread else self.mesh.size
 
     def place(self, tree: PyTree) -> PyTree:

@@ -30,16 +30,18 @@ class Program:
         if signature in self._compiled:
             return self._function(*args)
         with distributed.patience("compiling"):
-            found = jax.block_until_ready(self._function(*args))
+            results = jax.block_until_ready(self._function(*args))
         self._compiled.add(signature)
-        return found
+        return results
 
     def memory(self, *args: Any) -> int | None:
         """Returns the bytes of arguments, results and all between; ``None`` if that isn't told."""
+        # A function around `jax.pmap` has none.
         if not hasattr(self._function, "lower"):
             return None
         planned = self._function.lower(*args).compile().memory_analysis()
         if planned is None:
             return None
-        own = planned.argument_size_in_bytes + planned.output_size_in_bytes
-        return int(own - planned.alias_size_in_bytes + planned.temp_size_in_bytes)
+        # Donated arguments and the results in their place are the same bytes.
+        total = planned.argument_size_in_bytes + planned.output_size_in_bytes
+        return int(total - planned.alias_size_in_bytes + planned.temp_size_in_bytes)

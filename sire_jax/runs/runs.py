@@ -157,12 +157,14 @@ class Runs:
         Fitted predictions need what ``fit`` returned; none is measured on what it was fitted to.
         """
         rules = self.parts.predictions
-        others = {k: each for k, each in (fitted or {}).items() if rules[k].split != split}
-        return self.averages(self._measure(params, model_state, others, split))
+        usable = {
+            name: values for name, values in (fitted or {}).items() if rules[name].split != split
+        }
+        return self.averages(self._measure(params, model_state, usable, split))
 
     def averages(self, metrics: Metrics) -> dict[str, np.ndarray]:
         """Divides metrics; a value for each run."""
-        return {name: np.asarray(each) for name, each in self._means(metrics).items()}
+        return {name: np.asarray(average) for name, average in self._means(metrics).items()}
 
     def finite(self, state: TrainState) -> np.ndarray:
         """Tells of each run whether all its parameters and states are finite."""
@@ -170,15 +172,16 @@ class Runs:
 
     def fit(self, params: PyTree, model_state: PyTree) -> dict[str, PyTree]:
         """Fits the prediction rules that have parameters; a value for each run."""
-        rules = {k: each for k, each in self.parts.predictions.items() if is_fitted(each)}
+        rules = {name: rule for name, rule in self.parts.predictions.items() if is_fitted(rule)}
         predicted = {}
-        for split in sorted({each.split for each in rules.values()}):
+        for split in sorted({rule.split for rule in rules.values()}):
+            # Rounded up: at most that many examples.
             every = -(-self.feed.examples[split].shape[1] // MOST)
             predicted[split] = self._predict(params, model_state, split, every)
         # One by one: a rule searches for as long as its own run needs.
         return {
             name: Program(
-                jax.jit(lambda given, rule=rule: jax.lax.map(lambda x: rule.fit(*x), given))
+                jax.jit(lambda examples, rule=rule: jax.lax.map(lambda x: rule.fit(*x), examples))
             )(predicted[rule.split])
             for name, rule in rules.items()
         }

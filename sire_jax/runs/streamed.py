@@ -9,6 +9,7 @@ import itertools
 import json
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +25,7 @@ from sire_jax.job import distributed
 from sire_jax.metrics import Metrics
 from sire_jax.registry import located
 from sire_jax.runs import parallel
-from sire_jax.runs.feed import Measure, Taken, Totals, some
+from sire_jax.runs.feed import Measure, Taken, Totals, index_of
 from sire_jax.runs.loading import load_data
 from sire_jax.runs.placement import Placement
 from sire_jax.runs.program import Program
@@ -70,12 +71,12 @@ class StreamFeed:
         self.names = self.contents.names
         self._records = {"train": dataset.train, "validation": dataset.train, "test": dataset.test}
         self.examples: Mapping[str, np.ndarray] = {
-            split: np.asarray(each)[None] for split, each in draw._asdict().items()
+            split: np.asarray(indices)[None] for split, indices in draw._asdict().items()
         }
         self.steps_per_epoch = len(draw.train) // self._config.batch_size
         # What is wrong with the damaged images that this process has met, in their order.
-        self._met: dict[str, None] = {}
-        self._said = 0
+        self._damaged: dict[str, None] = {}
+        self._reported = 0
         self._split_over_devices = NamedSharding(placement.mesh, PartitionSpec("data"))
         shape = tuple(data.shape)
         random = data.random_resized_crop
@@ -84,7 +85,8 @@ class StreamFeed:
             self._training = stream.Transform(shape, data.resize, data.crop, random)
         # The stream that is open: its epoch, its next step, its batches.
         self._open: tuple[int, int, Iterator[Batch]] | None = None
-        self._shuffle = Program(jax.jit(self._shuffled))
+        shuffle = partial(parallel.shuffle, batch_size=self._config.batch_size)
+        self._shuffle = Program(jax.jit(shuffle))
         self._steps: Any = self._step_program()
 
     @property
@@ -123,7 +125,7 @@ class StreamFeed:
             data.damaged,
         )
         for batch in batches:
-            self._met |= dict.fromkeys(batch.damaged)
+            self._damaged |= dict.fromkeys(batch.damaged)
             yield batch
 
     def _place_part(self, arrays: Arrays) -> Batch:
@@ -136,20 +138,18 @@ class StreamFeed:
 
     def _place_pmapped(self, arrays: Arrays) -> Arrays:
         """Splits this process's part of a batch over its devices, ``[devices, b, …]``."""
+        # Several processes use all of their devices; a single one may leave some out.
         devices = jax.local_device_count() if jax.process_count() > 1 else self._placement.mesh.size
         return {k: np.reshape(v, (devices, -1, *v.shape[1:])) for k, v in arrays.items()}
 
     def _training_batches(self, order: Order, first: int) -> Iterator[Batch]:
         if self._open is None or self._open[:2] != (order.epoch, first):
             place = self._place_pmapped if self._config.parallel == "pmap" else self._place_part
-            read = self._batches("train", order.examples, self._training, order.epoch, first)
-            self._open = order.epoch, first, ahead(without_mask(read), place)
+            batches = self._batches("train", order.examples, self._training, order.epoch, first)
+            self._open = order.epoch, first, ahead(without_mask(batches), place)
         return self._open[2]
 
     # ---- Programs over batches.
-
-    def _shuffled(self, key: Array, examples: Array, epoch: Array) -> Array:
-        return parallel.shuffle(key, epoch, examples, self._config.batch_size)
 
     def _step_program(self) -> Callable[..., Any]:
         pmap = self._config.parallel == "pmap"
@@ -169,7 +169,7 @@ class StreamFeed:
         """Returns the examples of an epoch in their order, for ``take_steps``."""
         examples = self._placement.place(self.examples["train"][0])
         key = jax.tree.map(lambda x: x[0], state.key)
-        return Order(epoch, np.asarray(self._shuffle(key, examples, np.int32(epoch))))
+        return Order(epoch, np.asarray(self._shuffle(key, np.int32(epoch), examples)))
 
     def take_steps(
         self, state: TrainState, sums: Metrics, order: Order, first: int, count: int
@@ -194,24 +194,25 @@ class StreamFeed:
         batch = next(batches)
         self._open = order.epoch, 0, itertools.chain([batch], batches)
         broken = self._placement.place(jax.tree.map(np.asarray, parallel.never_broken(sums)))
-        memory: int | None = self._steps.memory(state, sums, broken, batch)
-        return memory
+        return self._steps.memory(state, sums, broken, batch)
 
     def totals(self, measure: Measure, crop: str) -> Totals:
         """Makes the program that measures a split; see ``Feed``."""
 
-        def one(params: PyTree, model_state: PyTree, fitted: PyTree, batch: Batch) -> PyTree:
+        def measure_batch(
+            params: PyTree, model_state: PyTree, fitted: PyTree, batch: Batch
+        ) -> PyTree:
             batch = dict(batch)
             mask = batch.pop("intact").astype(jnp.float32)
             return measure(params, model_state, self._parts.ready(batch, crop), mask, fitted)
 
-        program = self._placement.program(one, (3,))
+        program = self._placement.program(measure_batch, (3,))
 
         def run(params: PyTree, model_state: PyTree, fitted: PyTree, split: str) -> PyTree:
             total = None
             for batch in self._evaluated(split):
-                found = program(params, model_state, fitted, batch)
-                total = found if total is None else _sum(total, found)
+                sums = program(params, model_state, fitted, batch)
+                total = sums if total is None else _sum(total, sums)
             return total
 
         return run
@@ -222,14 +223,15 @@ class StreamFeed:
         devices = self._placement.mesh.size
         size = -(-min(self._config.evaluate_batch_size, len(chosen)) // devices) * devices
         steps = -(-len(chosen) // size)
+        # Begins anew with the first examples, where an array's own method would add zeros.
         filled = np.resize(chosen, steps * size)
         counts = (np.arange(steps * size) < len(chosen)).reshape(steps, size)
         part = size // jax.process_count()
         own = slice(jax.process_index() * part, (jax.process_index() + 1) * part)
 
         def counted() -> Iterator[Arrays]:
-            read = self._batches(split, filled.reshape(steps, size), self._still)
-            for batch, real in zip(read, counts[:, own], strict=True):
+            batches = self._batches(split, filled.reshape(steps, size), self._still)
+            for batch, real in zip(batches, counts[:, own], strict=True):
                 yield {**batch.arrays, "intact": batch.arrays["intact"] & real}
 
         return ahead(counted(), self._place_part)
@@ -237,17 +239,19 @@ class StreamFeed:
     def predictions(self, predict: Callable[..., Any]) -> Callable[..., Any]:
         """Makes the program that predicts a split; see ``Feed``."""
 
-        def one(params: PyTree, model_state: PyTree, batch: Batch) -> Any:
+        def predict_batch(params: PyTree, model_state: PyTree, batch: Batch) -> Any:
             batch = dict(batch)
             mask = batch.pop("intact")
             return predict(params, model_state, self._parts.ready(batch, "measured")), mask
 
-        program = self._placement.program(one, (2,))
+        program = self._placement.program(predict_batch, (2,))
 
         def run(params: PyTree, model_state: PyTree, split: str, every: int) -> Any:
-            found = [program(params, model_state, each) for each in self._evaluated(split, every)]
+            batches = [
+                program(params, model_state, batch) for batch in self._evaluated(split, every)
+            ]
             joined, mask = jax.tree.map(
-                lambda *each: np.concatenate([np.asarray(x) for x in each], axis=1), *found
+                lambda *parts: np.concatenate([np.asarray(x) for x in parts], axis=1), *batches
             )
             return self._placement.place(jax.tree.map(lambda x: x[:, mask[0]], joined))
 
@@ -258,32 +262,31 @@ class StreamFeed:
     ) -> Callable[[TrainState, int], Metrics]:
         """Makes the program that measures an epoch's first batch; see ``Feed``."""
 
-        def one(state: TrainState, batch: Batch) -> Metrics:
+        def measure_batch(state: TrainState, batch: Batch) -> Metrics:
             return flow(state, self._parts.ready(batch))
 
-        program = self._placement.program(one, (1,))
+        program = self._placement.program(measure_batch, (1,))
 
         def run(state: TrainState, epoch: int) -> Metrics:
             order = self.order(state, epoch)
             batches = self._batches("train", order.examples[:1], self._training, epoch)
-            found: Metrics = program(state, next(ahead(without_mask(batches), self._place_part)))
-            return found
+            return program(state, next(ahead(without_mask(batches), self._place_part)))
 
         return run
 
     def newly_skipped(self) -> list[str]:
         """Returns what is wrong with the damaged images skipped since the last call."""
-        new = list(self._met)[self._said :]
-        self._said += len(new)
+        new = list(self._damaged)[self._reported :]
+        self._reported += len(new)
         return _gathered(new)
 
     def number_skipped(self) -> int:
         """Returns how many damaged images have been skipped, by all processes."""
-        return len(set(_gathered(list(self._met))))
+        return len(set(_gathered(list(self._damaged))))
 
     def look(self, split: str, chosen: int | Sequence[int], crop: str = "central") -> Batch:
         """Returns examples of a split, to look at; see ``Feed``."""
-        batches = self._batches(split, self.examples[split][:, some(chosen)], self._still)
+        batches = self._batches(split, self.examples[split][:, index_of(chosen)], self._still)
         batch = jax.device_put(dict(next(without_mask(batches))))
         return self._parts.ready(batch, crop)
 
@@ -295,8 +298,8 @@ def _sum(a: PyTree, b: PyTree) -> PyTree:
 
 def _gathered(messages: list[str]) -> list[str]:
     """Returns the messages of all processes."""
-    everyone = distributed.exchange(json.dumps(messages))
-    return [message for each in everyone for message in json.loads(each)]
+    answers = distributed.exchange(json.dumps(messages))
+    return [message for answer in answers for message in json.loads(answer)]
 
 
 def without_mask(batches: Iterator[stream.Batch]) -> Iterator[Arrays]:

@@ -51,15 +51,18 @@ class Training:
         started = time.perf_counter()
         self._runs, self._logs, self._checkpoints, self._stop = runs, logs, checkpoints, stop
         self._compiled = compilation.counts()
-        self.step, found = _open(runs, checkpoints, directory)
-        self.state, self._sums, self.best = found.state, found.sums, found.best
+        self.step, checkpoint = _open(runs, checkpoints, directory)
+        self.state, self._sums, self.best = checkpoint.state, checkpoint.sums, checkpoint.best
         seeds = range(config.seed, config.seed + config.seeds)
-        known = checkpoints.notes().get(DIVERGED) if self.step else None
-        self.diverged = Diverged(config.on_diverged, seeds, directory.checkpoints, known)
+        diverged = checkpoints.notes().get(DIVERGED) if self.step else None
+        self.diverged = Diverged(config.on_diverged, seeds, directory.checkpoints, diverged)
         steps = runs.feed.steps_per_epoch
+        # Once measured there are no losses left; those of runs that all diverged tell nothing.
         between_epochs = self.step > 0 and self.step % steps == 0
         self.unmeasured = between_epochs and (self._has_losses() or self.diverged.all())
-        self._before = float(found.seconds) - started
+        # With the clock added: the seconds of all starts.
+        self._before = float(checkpoint.seconds) - started
+        # What was recorded of an epoch that is measured anew is dropped.
         logs.go_on_after(self.step - 1 if self.unmeasured else self.step)
         images, silent = _images_per_step(runs.parts), not distributed.is_main()
         self._progress = Progress(config.epochs, steps, images, self.step, silent)
@@ -113,9 +116,11 @@ class Training:
         self._progress.advance(count)
         self._checkpoints.check()
         if len(self.step_seconds) == 1:
-            took = compilation.counts().since(self._compiled)
-            kept = f" (kept in {self._runs.config.compilation_cache})" if compilation.kept() else ""
-            self._say(f"First step: {took}{kept}.")
+            compiling = compilation.counts().since(self._compiled)
+            cache = (
+                f" (kept in {self._runs.config.compilation_cache})" if compilation.kept() else ""
+            )
+            self._say(f"First step: {compiling}{cache}.")
 
     def _say(self, *messages: str) -> None:
         for message in messages:
@@ -128,6 +133,7 @@ class Training:
 
     def is_due_within(self) -> bool:
         """Tells whether a checkpoint is due after so many steps."""
+        # The next one is a whole interval away: this is the step of one.
         return self._until_save() == self._runs.config.checkpoint_steps
 
     def is_due_after(self, epoch: int) -> bool:
@@ -159,10 +165,11 @@ class Training:
             anew after the next start.
         """
         runs, config = self._runs, self._runs.config
+        # `self.best` stays until all is measured, as the whole is done anew after a stop.
         losses, best = runs.averages(self._sums), self.best
         self._logs.record(self.step, epoch, "steps", losses)
         last = epoch == config.epochs
-        shown = {name: each for name, each in losses.items() if name != "total/loss"}
+        shown = {name: values for name, values in losses.items() if name != "total/loss"}
         if last or (config.evaluate_every and epoch % config.evaluate_every == 0):
             for split in config.evaluate_splits:
                 if distributed.agree(bool(self._stop.signal), 1)[0]:
@@ -179,8 +186,8 @@ class Training:
         every = config.gradient_flow_every
         if every and (last or epoch % every == 0):
             self._logs.record(self.step, epoch, SPLIT, runs.gradients(self.state, epoch - 1))
-        kept = {k: np.asarray(converged(list(v), self.diverged.steps)) for k, v in shown.items()}
-        self._progress.report(self.step, kept)
+        finite = {k: np.asarray(converged(list(v), self.diverged.steps)) for k, v in shown.items()}
+        self._progress.report(self.step, finite)
         self._say(*(f"Skipped: {message}" for message in runs.feed.newly_skipped()))
         self.best, self._sums = best, runs.no_metrics()
         return True
