@@ -19,11 +19,33 @@ _FLAX_FIELDS = {"parent", "name"}
 _INT_LIMIT, _FLOAT_LIMIT = 2**31, 2.0**128
 
 
-def choose(registry: Mapping[str, Any], name: str, what: str, where: str = "") -> Any:
-    """Looks a part up by its name.
+def choose(registry: Mapping[str, Any], name: Any, what: str, where: str = "") -> Any:
+    """Looks something up by its name.
+
+    >>> choose({"joint": "all at once"}, "joint", "rule")
+    'all at once'
 
     Args:
-        registry: Known parts by name.
+        registry: What there is, by name.
+        name: A name in ``registry``.
+        what: What it is, for the message ("table", "variant", …).
+        where: The path of the name in a config, for the message.
+
+    Raises:
+        ValueError: If there is none of that name; the message has the nearest one.
+    """
+    if isinstance(name, str) and name in registry:
+        return registry[name]
+    start = f"{where}: " if where else ""
+    text = name if isinstance(name, str) else shown(name)
+    raise ValueError(f"{start}There is no {what} '{text}'.{nearest(text, registry)}")
+
+
+def choose_part(registry: Mapping[str, Any], name: Any, what: str, where: str = "") -> Any:
+    """Looks a part up by its name, or imports one of the user's own.
+
+    Args:
+        registry: Parts by name.
         name: A name in ``registry``, or ``package.module:attribute`` for a part of one's own.
         what: What the part is, for the message ("backbone", "loss", …).
         where: The path of the name in a config, for the message.
@@ -32,24 +54,21 @@ def choose(registry: Mapping[str, Any], name: str, what: str, where: str = "") -
         The class or function.
 
     Raises:
-        ValueError: If there is no such part; the message names the nearest one.
+        ValueError: If there is no such part; the message has the nearest one.
     """
-    start = f"{where}: " if where else ""
-    if isinstance(name, str) and name in registry:
-        return registry[name]
-    if isinstance(name, str) and ":" in name:
-        module, attribute = name.split(":", 1)
-        try:
-            if not module or module.startswith(".") or not attribute:
-                raise ValueError("it should be package.module:Name")
-            part = getattr(importlib.import_module(module), attribute)
-            if not callable(part):
-                raise ValueError("it is no class or function")
-            return part
-        except (ImportError, AttributeError, ValueError) as error:
-            raise ValueError(f"{start}The {what} '{name}' can't be imported: {error}.") from error
-    text = name if isinstance(name, str) else shown(name)
-    raise ValueError(f"{start}There is no {what} '{text}'.{nearest(text, registry)}")
+    if not isinstance(name, str) or name in registry or ":" not in name:
+        return choose(registry, name, what, where)
+    module, attribute = name.split(":", 1)
+    try:
+        if not module or module.startswith(".") or not attribute:
+            raise ValueError("it should be package.module:Name")
+        part = getattr(importlib.import_module(module), attribute)
+        if not callable(part):
+            raise ValueError("it is no class or function")
+    except (ImportError, AttributeError, ValueError) as error:
+        start = f"{where}: " if where else ""
+        raise ValueError(f"{start}The {what} '{name}' can't be imported: {error}.") from error
+    return part
 
 
 def settings(part: Callable[..., Any]) -> dict[str, inspect.Parameter]:
@@ -74,7 +93,7 @@ def describe(registry: Mapping[str, Any], name: str, what: str, **changes: Any) 
     Raises:
         ValueError: If the part or a setting does not exist.
     """
-    parameters = settings(choose(registry, name, what))
+    parameters = settings(choose_part(registry, name, what))
     for key in changes:
         if key not in parameters:
             raise ValueError(
@@ -150,7 +169,7 @@ def _checked(
         )
     if "name" not in section:
         raise ValueError(f"{start}A {what} needs a 'name'; it has only {sorted(section)}.")
-    part = choose(registry, section["name"], what, where and f"{where}.name")
+    part = choose_part(registry, section["name"], what, where and f"{where}.name")
     values = {key: _plain(value) for key, value in section.items() if key != "name"}
     check_settings(part, values, f"{what} '{section['name']}'", where, supplied, optional)
     return part, values

@@ -54,7 +54,7 @@ def test_parts_are_chosen_by_name():
 
 
 def test_parts_of_ones_own_are_imported():
-    chosen = registry.choose(PARTS, "collections:OrderedDict", "container")
+    chosen = registry.choose_part(PARTS, "collections:OrderedDict", "container")
     assert chosen is collections.OrderedDict
     assert registry.create({}, {"name": "fractions:Fraction", "numerator": 3}, "number") == 3
 
@@ -71,7 +71,12 @@ def test_parts_of_ones_own_are_imported():
 )
 def test_a_part_that_cannot_be_imported_is_refused_with_the_reason(name, reason):
     with pytest.raises(ValueError, match=f"The container '{name}' can't be imported: .*{reason}"):
-        registry.choose(PARTS, name, "container")
+        registry.choose_part(PARTS, name, "container")
+
+
+def test_what_is_no_part_is_never_imported():
+    with pytest.raises(ValueError, match="There is no table 'os:getcwd'"):
+        registry.choose({"pairs_1": 1}, "os:getcwd", "table")
 
 
 def test_settings_are_the_arguments_that_a_config_may_give():

@@ -47,7 +47,7 @@ def check(name: str, section: Any) -> None:
         with_settings = LOSSES_WITH_SETTINGS
         registry.check(with_settings, section["loss"], "loss", f"{where}.loss")
     else:
-        registry.choose(LOSSES, section["loss"], "loss", f"{where}.loss")
+        registry.choose_part(LOSSES, section["loss"], "loss", f"{where}.loss")
     if _is_by_depth(section.get("weight")):
         weights = {"depth": objectives.depth_weights}
         registry.check(weights, section["weight"], "weight", f"{where}.weight", ("layers",))
@@ -172,7 +172,7 @@ def _loss(chosen: Any) -> Loss:
     """Makes a loss from its name, or from a section if it has settings."""
     if registry.is_section(chosen):
         return registry.create(LOSSES_WITH_SETTINGS, chosen, "loss")
-    return registry.choose(LOSSES, chosen, "loss")
+    return registry.choose_part(LOSSES, chosen, "loss")
 
 
 def _objective(

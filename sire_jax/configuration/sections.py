@@ -171,7 +171,7 @@ def objective(
         ValueError: If there is no such loss.
     """
     if isinstance(loss, str):
-        registry.choose(LOSSES, loss, "loss")
+        registry.choose_part(LOSSES, loss, "loss")
     return ConfigDict(
         {
             "output": output,

@@ -674,4 +674,4 @@ def test_a_part_that_a_config_names_is_only_looked_up_in_its_registry():
     # Attributes of a registry's parts, of Python and of this module are no names.
     for name in ("__class__", "keys", "os.system", "registry.choose", ""):
         with pytest.raises(ValueError, match="There is no part"):
-            registry.choose({"flip": jax.numpy.flip}, name, "part")
+            registry.choose_part({"flip": jax.numpy.flip}, name, "part")
