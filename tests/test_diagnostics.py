@@ -145,10 +145,18 @@ def test_reconstructions_of_a_trained_run(trained, tmp_path, capsys, monkeypatch
     whole = reconstructions.reconstruct
     monkeypatch.setattr(reconstructions, "reconstruct", reconstruct)
     picture = tmp_path / "seen.png"
-    reconstructions.main([f"--workdir={directory}", "--images=2", f"--out={picture}"])
+    arguments = [f"--workdir={directory}", "--images=2", f"--out={picture}"]
+    reconstructions.main(arguments)
     assert picture.read_bytes()[:4] == b"\x89PNG"
     assert str(picture) in capsys.readouterr().out
     ((images, found, classified),) = seen
+    monkeypatch.setattr(reconstructions, "reconstruct", lambda *_: seen[0])
+    reconstructions.main([*arguments, "--json"])
+    (report,) = json.loads(capsys.readouterr().out).values()
+    assert (report["images"], report["classified"]) == ([0, 1], classified)
+    assert report["errors"]["decoder_2"][3] == pytest.approx(
+        ((found["decoder_2"][3] - images[3]) ** 2).mean(), rel=1e-5
+    )
     dataset = load_data(experiment.build(config))[0]
     np.testing.assert_allclose(images, dataset.test.image / 255, atol=1e-6)
     assert set(found) == {"decoder_1", "decoder_2"}
@@ -176,6 +184,7 @@ def test_reconstructions_are_drawn_a_row_for_each_run_under_each_image():
             "b": Reconstructed(images, {"d_1": images}, []),
         }
     )
+    assert figure.axes[0].texts[0].get_color() == "black"
     assert [[text.get_text() for text in axes.texts] for axes in figure.axes[:4]] == [
         ["cat"], [], [], [],
     ]  # fmt: skip
@@ -185,6 +194,16 @@ def test_reconstructions_are_drawn_a_row_for_each_run_under_each_image():
     assert titles[3:6] == ["input\nb", "d_1\n0.0e+00", ""]
     shown = figure.axes[7].get_images()[0].get_array()
     np.testing.assert_array_equal(shown, images[1])
+
+
+def test_what_another_run_takes_for_something_else_is_red():
+    images = np.zeros((2, 4, 4, 3))
+    rows = {
+        "ire": Reconstructed(images, {}, ["cat (0.60)", "dog (0.50)\ncat is number 3"]),
+        "sire": Reconstructed(images, {}, ["cat (0.90)", "cat (0.40)"]),
+    }
+    texts = [text for axes in reconstructions.draw(rows).axes for text in axes.texts]
+    assert [text.get_color() for text in texts] == ["black", "black", "black", "firebrick"]
 
 
 def test_what_an_image_is_taken_for_and_at_which_place_the_right_class_comes():

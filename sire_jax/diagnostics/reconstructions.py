@@ -1,13 +1,15 @@
 """Shows what decoders make of images: each run a row under each image, as Fig. 2 of SIRe-Networks.
 
-``python -m sire_jax.diagnostics.reconstructions --workdir=DIR --workdir=DIR2 --out=FILE``
+``python -m sire_jax.diagnostics.reconstructions --workdir=DIR --workdir=DIR2 --out=FILE [--json]``
 
-Beside each row stands how the run classifies the image: with and without skips, for instance.
+Under each input stands how the run classifies it, in red where another run than the first takes it
+for something else: with and without skips, for instance.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -53,6 +55,13 @@ class Reconstructed(NamedTuple):
     image: np.ndarray
     outputs: dict[str, np.ndarray]
     classified: list[str]
+
+    def errors(self) -> dict[str, np.ndarray]:
+        """Returns the mean squared error of each decoder on each image, ``[n]``."""
+        return {
+            name: ((pictures - self.image) ** 2).mean((1, 2, 3))
+            for name, pictures in self.outputs.items()
+        }
 
 
 def reconstruct(
@@ -134,7 +143,8 @@ def draw(rows: Mapping[str, Reconstructed]) -> Figure:
         The picture: for each image a row of the input and all decoders for each label.
     """
     columns = max(len(reconstructed.outputs) for reconstructed in rows.values()) + 1
-    image = next(iter(rows.values())).image
+    first = next(iter(rows.values()))
+    image = first.image
     lines = len(image) * len(rows)
     figure = Figure(figsize=(1.25 * columns + 0.6, 1.3 * lines), layout="constrained")
     panels = figure.subplots(lines, columns, squeeze=False)
@@ -144,15 +154,19 @@ def draw(rows: Mapping[str, Reconstructed]) -> Figure:
         for j, (label, reconstructed) in enumerate(rows.items()):
             line = panels[i * len(rows) + j]
             if reconstructed.classified:
+                text = reconstructed.classified[i]
+                changed = first.classified and _class_of(text) != _class_of(first.classified[i])
                 line[0].text(
                     0.5,
                     -0.04,
-                    reconstructed.classified[i],
+                    text,
                     fontsize=5,
+                    color="firebrick" if changed else "black",
                     ha="center",
                     va="top",
                     transform=line[0].transAxes,
                 )
+            errors = reconstructed.errors()
             shown = {f"input\n{label}" if label else "input": original}
             shown |= {name: pictures[i] for name, pictures in reconstructed.outputs.items()}
             # A run with fewer decoders than another leaves panels empty.
@@ -161,9 +175,15 @@ def draw(rows: Mapping[str, Reconstructed]) -> Figure:
                 panel.imshow(
                     squeezed.clip(0, 1), cmap="gray", vmin=0, vmax=1, interpolation="nearest"
                 )
-                error = f"\n{((picture - original) ** 2).mean():.1e}"
-                panel.set_title(name + ("" if picture is original else error), fontsize=6)
+                error = "" if picture is original else f"\n{errors[name][i]:.1e}"
+                panel.set_title(name + error, fontsize=6)
     return figure
+
+
+def _class_of(text: str) -> str:
+    """Returns the class that ``classified`` says an image is taken for."""
+    line = text.partition("\n")[0]
+    return line.rpartition(" (")[0] or line
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -172,6 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--workdir", required=True, action="append", help="a run; can be repeated")
     parser.add_argument("--images", default="4", help="how many test images; or which ones: 3,17,0")
     parser.add_argument("--out", default="reconstructions.png", help="the picture")
+    parser.add_argument("--json", action="store_true", help="print classes and errors as JSON")
     options, overrides = parser.parse_known_args(arguments)
     with command.readable_errors():
         out = command.check_picture(options.out)
@@ -184,7 +205,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if any(not np.array_equal(image, row.image) for row in rows.values()):
             raise ValueError("The runs have different test images; show them one by one.")
         draw(rows).savefig(out, dpi=150)
+    if options.json:
+        print(json.dumps({title: _report(chosen, row) for title, row in rows.items()}))
+        return
     print(f"{out}: input, its class, and decoders, with the mean squared error above each")
+
+
+def _report(chosen: Sequence[int], row: Reconstructed) -> dict[str, Any]:
+    errors = {name: [float(x) for x in values] for name, values in row.errors().items()}
+    return {"images": list(chosen), "classified": row.classified, "errors": errors}
 
 
 def _chosen(images: str) -> list[int]:
