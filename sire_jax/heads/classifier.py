@@ -5,7 +5,8 @@ import numpy as np
 from flax import linen as nn
 from jax import Array, lax
 
-from sire_jax.backbones.blocks import Unit, check_widths
+from sire_jax.backbones.blocks import Unit
+from sire_jax.backbones.settings import check_widths
 from sire_jax.layers import BatchNorm, Dropout, he_normal, uniform_fan_in
 
 
@@ -50,6 +51,13 @@ class ConvolutionalClassifier(nn.Module):
 
     5 x 5 average pooling of stride 3 (of features larger than 4 x 4), a 1 x 1 convolution with
     batch norm and ReLU, a dense layer with ReLU, dropout, and a dense layer.
+
+    >>> import jax
+    >>> head = ConvolutionalClassifier(("stage_4_block_1",), classes=10)
+    >>> features = jnp.ones((2, 14, 14, 512))
+    >>> logits, variables = jax.eval_shape(head.init_with_output, jax.random.key(0), features)
+    >>> logits.shape, variables["params"]["hidden"]["kernel"].shape  # 4 x 4 pixels of 128 channels
+    ((2, 10), (2048, 1024))
 
     Attributes:
         endpoints: The one endpoint that it classifies.

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from sire_jax.backbones.blocks import check_widths
+from sire_jax.backbones.settings import check_widths
 from sire_jax.layers import he_normal, uniform_fan_in
 
 

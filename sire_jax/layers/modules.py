@@ -168,8 +168,9 @@ class Dropout(nn.Module):
         if not train or self.rate == 0:
             return x
         bits = random_bits(self.make_rng("dropout"), x.shape)
-        kept = bits >= jnp.uint32(min(round(self.rate * 2**32), 2**32 - 1))
-        return jnp.where(kept, x / (1 - self.rate), 0.0)
+        # A rate just below 1 rounds to 2^32, which is no uint32.
+        mask = bits >= jnp.uint32(min(round(self.rate * 2**32), 2**32 - 1))
+        return jnp.where(mask, x / (1 - self.rate), 0.0)
 
 
 def _broadcast(vector: Array, x: Array, axis: int) -> Array:
@@ -218,6 +219,7 @@ def _normalize_forward(
     axes = _other_axes(x, axis)
     wide = x.astype(at_least_float32(x.dtype))
     mean = _average(wide.mean(axes), devices)
+    # Rounding may make the difference of two such means negative.
     variance = jnp.maximum(_average((wide * wide).mean(axes), devices) - mean * mean, 0.0)
     inverse = lax.rsqrt(variance + epsilon)
     slope = scale * inverse
@@ -261,6 +263,13 @@ _BATCH_AXIS: ContextVar[str | None] = ContextVar("batch axis", default=None)
 def batch_over(axis: str | None) -> Iterator[None]:
     """Takes batch statistics over an axis of devices, too, in what is traced in this block.
 
+    >>> def normalized(x):  # as pmap would map it
+    ...     with batch_over("devices"):
+    ...         return BatchNorm().init_with_output(jax.random.key(0), x, train=True)[0]
+    >>> parts = jnp.array([[[0.0]], [[2.0]]])  # one example a device
+    >>> jax.vmap(normalized, axis_name="devices")(parts).round(2).tolist()
+    [[[-1.0]], [[1.0]]]
+
     Args:
         axis: Name of the axis, as ``jax.pmap`` has it; ``None`` for each device's own statistics.
             Under ``jit`` there is no need: an array is the whole batch, wherever it lies.
@@ -302,6 +311,10 @@ def _check_statistics(
 class BatchNorm(nn.Module):
     """Batch normalization over all axes but one (Ioffe and Szegedy, 2015).
 
+    >>> norm, x = BatchNorm(), jnp.array([[1.0, 5.0], [3.0, 9.0]])
+    >>> norm.init_with_output(jax.random.key(0), x, train=True)[0].round(2).tolist()
+    [[-1.0, -1.0], [1.0, 1.0]]
+
     Statistics and parameters are float32; the result has the dtype of the input.
 
     Attributes:
@@ -330,6 +343,7 @@ class BatchNorm(nn.Module):
         y, batch_mean, batch_variance = normalize(
             x, scale, bias, self.axis, self.epsilon, _BATCH_AXIS.get()
         )
+        # To initialize is no step: the averages begin with 0 and 1, as Flax's do.
         if not self.is_initializing():
             keep = self.momentum
             mean.value = keep * mean.value + (1 - keep) * lax.stop_gradient(batch_mean)
