@@ -69,6 +69,7 @@ def loop(equation: core.JaxprEqn) -> Loop | None:
 
 def called(equation: core.JaxprEqn) -> core.ClosedJaxpr | None:
     """Returns the program that an equation calls on its own operands, ``None`` if it is no call."""
+    # Their programs may have as many operands, but not those of the equation.
     if equation.primitive.name in ("scan", "while", "cond"):
         return None
     for key in _CALLS:

@@ -135,8 +135,8 @@ def reach(
     leaves, tree = jax.tree.flatten(params)
     # The cotangents are the first inputs, in the order of their sorted names.
     cotangents: list[slices.Marks] = [{i: {}} for i in range(len(names))]
-    others: list[slices.Marks] = [{} for _ in program.invars[len(names) :]]
-    gradients = slices.dependencies(program, cotangents + others)
+    unmarked: list[slices.Marks] = [{} for _ in program.invars[len(names) :]]
+    gradients = slices.dependencies(program, cotangents + unmarked)
 
     def reached(mark: int) -> list[Any]:
         return [

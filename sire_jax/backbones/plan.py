@@ -241,12 +241,12 @@ class Planned(nn.Module):
         output = nn.Dense(self.classes, kernel_init=uniform_fan_in, name="output")
         return output(x.astype(jnp.float32)), endpoints
 
-    def _asked(self, name: str) -> bool:
-        """Tells whether a feature has to be there: of misspelt names nothing is known."""
-        # Then all are returned: the network's message has the nearest name.
+    def _needed(self, name: str) -> bool:
+        """Tells whether a feature has to be there."""
+        # Beside a misspelt name all are: the network's message has the nearest.
         misspelt = set(self.endpoints or ()) - self.plan.names()
-        asked = self.endpoints is None or name in self.endpoints or bool(misspelt)
-        return asked or self.has_variable(OFFSETS, name)
+        needed = self.endpoints is None or name in self.endpoints or bool(misspelt)
+        return needed or self.has_variable(OFFSETS, name)
 
     def _offset(self, name: str, x: Array) -> Array:
         return x + self.get_variable(OFFSETS, name) if self.has_variable(OFFSETS, name) else x
@@ -269,6 +269,7 @@ class Planned(nn.Module):
                     f" {x.shape[2]} when {first} would divide them by {block.stride}."
                 )
             names = [name for name, _ in run]
+            # Initial values of a block are the same, whether it will be in a loop or not.
             if key is not None and block.loops:
                 y = self._make(names, block, x, key)
             elif len(run) > 1:
@@ -289,7 +290,7 @@ class Planned(nn.Module):
         run: list[tuple[str, Block]] = []
         keeps = False
         for name, block in blocks:
-            joins = keeps and block == run[-1][1] and not self._asked(run[-1][0])
+            joins = keeps and block == run[-1][1] and not self._needed(run[-1][0])
             if run and not joins:
                 yield run
                 run = []

@@ -103,6 +103,7 @@ class PreActivation(Block):
     shortcut_scale: float = 1.0
     dropout: float = 0.0
     squeeze: int = 0
+    # So that 1001 layers compile in a fifth of the time.
     loops = True
 
     def __post_init__(self) -> None:

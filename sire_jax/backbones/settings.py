@@ -25,6 +25,7 @@ def scaled(widths: Sequence[int], multiple: float) -> tuple[int, ...]:
     """
     if not 0 < multiple < math.inf:
         raise ValueError(f"width is {multiple}; it should be above 0 and finite.")
+    # No widths, of which there is no largest, are those of a pool in a branch.
     multiplied = tuple(max(1, round(multiple * width)) for width in widths)
     if max(multiplied, default=1) > _MOST_CHANNELS:
         raise ValueError(

@@ -48,10 +48,10 @@ def wide_resnet(
     blocks = repeats("wide ResNet", depth, 6, 4)
     stages: list[tuple[Any, ...]] = [(Stem(16),)]
     for channels, stride in zip(scaled((16, 32, 64), width), (1, 2, 2), strict=True):
-        first, other = (
+        first, equal = (
             PreActivation((channels, channels), (3, 3), s, "B", dropout=dropout, squeeze=squeeze)
             for s in (stride, 1)
         )
-        stages.append((first, *[other] * (blocks - 1)))
+        stages.append((first, *[equal] * (blocks - 1)))
     plan = Plan(tuple(stages), (Activation(),), around_stages(blocks))
     return Planned(plan, classes, dtype=dtype)

@@ -165,5 +165,6 @@ class Dense(Block):
     @nn.compact
     def __call__(self, x: Array, before: Array, *, train: bool) -> Array:
         """Maps ``[b, c]`` to ``[b, width]``."""
+        # Without a dtype Flax would go from half precision to that of the parameters.
         dense = nn.Dense(self.width, kernel_init=he_normal, dtype=x.dtype, name="dense")
         return nn.relu(dense(x))

@@ -84,6 +84,7 @@ class ConvolutionalClassifier(nn.Module):
         x = features
         if min(x.shape[1:3]) > 4:
             window, strides = (1, 5, 5, 1), (1, 3, 3, 1)
+            # NumPy's zero: of a sum from a traced one JAX has no gradient.
             x = lax.reduce_window(x, np.zeros((), x.dtype), lax.add, window, strides, "VALID") / 25
         x = nn.relu(Unit(self.width, 1, name="unit")(x, train=train)).reshape(len(x), -1)
         x = nn.Dense(self.hidden, kernel_init=he_normal, dtype=x.dtype, name="hidden")(x)

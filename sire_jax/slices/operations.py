@@ -154,8 +154,8 @@ def _stack(equation: core.JaxprEqn, operands: list[Marks]) -> list[Marks]:
 
 def _unstack(equation: core.JaxprEqn, operands: list[Marks]) -> list[Marks]:
     axis, rank = equation.params["axis"], len(_shape(equation))
-    others = {a: i + 1 for a, i in places_without(rank, [axis]).items()}
-    first = moved(operands[0], {axis: 0, **others})
+    places = {a: i + 1 for a, i in places_without(rank, [axis]).items()}
+    first = moved(operands[0], {axis: 0, **places})
     return [slice_at(first, i) for i in range(len(equation.outvars))]
 
 
@@ -173,8 +173,8 @@ def _dynamic_slice(equation: core.JaxprEqn, operands: list[Marks]) -> list[Marks
     # Where it starts is not known, only which axes it takes whole.
     sizes = zip(_shape(equation), equation.params["slice_sizes"], strict=True)
     cut = {axis for axis, (whole, part) in enumerate(sizes) if whole != part}
-    taken = blur(operands[0], cut, causes_of(equation, operands))
-    return [union([taken, everything(operands[1:])])]
+    result = blur(operands[0], cut, causes_of(equation, operands))
+    return [union([result, everything(operands[1:])])]
 
 
 def _dynamic_update(equation: core.JaxprEqn, operands: list[Marks]) -> list[Marks]:
@@ -197,13 +197,13 @@ def _gather(equation: core.JaxprEqn, operands: list[Marks]) -> list[Marks]:
     sizes = enumerate(zip(shape, equation.params["slice_sizes"], strict=True))
     cut = {axis for axis, (whole, part) in sizes if whole != part and axis not in batched}
     causes = causes_of(equation, operands)
-    taken = moved(blur(operands[0], cut, causes), places)
+    result = moved(blur(operands[0], cut, causes), places)
     for mark, slices in operands[0].items():
         if slices.keys() & (cut - places.keys()):
             # Any place may be that of a slice that depends.
             unknown = [i for i in looked_up if i not in of_batches] or [WHETHER]
-            taken[mark] |= dict.fromkeys(unknown, causes[mark])
-    return [union([taken, everything(operands[1:])])]
+            result[mark] |= dict.fromkeys(unknown, causes[mark])
+    return [union([result, everything(operands[1:])])]
 
 
 def _scatter(equation: core.JaxprEqn, operands: list[Marks]) -> list[Marks]:
@@ -330,8 +330,8 @@ def _reshape(equation: core.JaxprEqn, operands: list[Marks]) -> list[Marks]:
                 merged = b"".join(part if byte else b"\0" * len(part) for byte in merged)
             divided = np.frombuffer(merged, bool).reshape([after[axis] for axis in new])
             for i, axis in enumerate(new):
-                others = tuple(j for j in range(len(new)) if j != i)
-                result[mark][axis] = divided.any(others).tobytes()
+                across = tuple(j for j in range(len(new)) if j != i)
+                result[mark][axis] = divided.any(across).tobytes()
     return [result]
 
 
