@@ -165,8 +165,8 @@ class Planned(nn.Module):
     >>> import jax.numpy as jnp
     >>> from sire_jax.backbones import Convolution, MaxPool
     >>> plan = Plan(((Convolution(4), MaxPool()), (Convolution(8), MaxPool())))
-    >>> network = Planned(plan, classes=10)
-    >>> logits, endpoints = network.init_with_output(jax.random.key(0), jnp.zeros((2, 8, 8, 1)))[0]
+    >>> network, image = Planned(plan, classes=10), jnp.zeros((2, 8, 8, 1))
+    >>> logits, endpoints = jax.eval_shape(network.init_with_output, jax.random.key(0), image)[0]
     >>> logits.shape, endpoints["stage_1"].shape, endpoints["stage_2"].shape
     ((2, 10), (2, 4, 4, 4), (2, 2, 2, 8))
 

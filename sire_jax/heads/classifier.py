@@ -14,8 +14,8 @@ class Classifier(nn.Module):
     """Global average pooling, where there is something to pool, and a dense layer.
 
     >>> import jax
-    >>> head = Classifier(endpoints=("middle",), classes=10)
-    >>> head.init_with_output(jax.random.key(0), jnp.ones((2, 4, 4, 8)))[0].shape
+    >>> head, features = Classifier(endpoints=("middle",), classes=10), jnp.ones((2, 4, 4, 8))
+    >>> jax.eval_shape(head.init_with_output, jax.random.key(0), features)[0].shape
     (2, 10)
 
     Attributes:

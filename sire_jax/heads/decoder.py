@@ -34,7 +34,7 @@ class Decoder(nn.Module):
     >>> from sire_jax.backbones import Convolution, MaxPool
     >>> plan = Plan(((Convolution(4), MaxPool()), (Convolution(8), MaxPool())))
     >>> decoder = Decoder(plan, stage=2)
-    >>> decoder.endpoints  # of the first block it is the output that skips
+    >>> decoder.endpoints  # the outputs of the last two skip to their mirrors
     ('image', 'stage_2', 'stage_2_block_1', 'stage_1_block_1')
     >>> shapes = (2, 8, 8, 3), (2, 2, 2, 8), (2, 4, 4, 8), (2, 8, 8, 4)
     >>> features = [jnp.zeros(shape) for shape in shapes]

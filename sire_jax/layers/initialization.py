@@ -44,8 +44,10 @@ def as_pytorch(key: Array, params: PyTree) -> PyTree:
             )
         limit = 1 / math.sqrt(math.prod(flat[path].shape[:-1]))
         bias = (*path[:-1], "bias")
-        for name, key in zip((path, bias), jax.random.split(layer_key), strict=True):
+        for name, array_key in zip((path, bias), jax.random.split(layer_key), strict=True):
             if name in flat:
                 values = flat[name]
-                flat[name] = jax.random.uniform(key, values.shape, values.dtype, -limit, limit)
+                flat[name] = jax.random.uniform(
+                    array_key, values.shape, values.dtype, -limit, limit
+                )
     return unflatten_dict(flat)
