@@ -69,14 +69,16 @@ def loop(equation: core.JaxprEqn) -> Loop | None:
 
 def called(equation: core.JaxprEqn) -> core.ClosedJaxpr | None:
     """Returns the program that an equation calls on its own operands, ``None`` if it is no call."""
+    # Their programs may have as many operands, but not those of the equation.
     if equation.primitive.name in ("scan", "while", "cond"):
         return None
     for key in _CALLS:
-        given: Any = equation.params.get(key)
-        program = _open(given)
+        parameter: Any = equation.params.get(key)
+        program = _open(parameter)
+        # A program of other operands than the equation's is not simply called.
         arity = (len(equation.invars), len(equation.outvars))
         if hasattr(program, "eqns") and (len(program.invars), len(program.outvars)) == arity:
-            return core.ClosedJaxpr(program, getattr(given, "consts", ()))
+            return core.ClosedJaxpr(program, getattr(parameter, "consts", ()))
     return None
 
 

@@ -54,13 +54,13 @@ class Network(nn.Module):
             _check_endpoints(name, getattr(head, "endpoints", None))
         if _is_told(self.backbone):
             # One that can leave out what nobody asks for is told what is asked for.
-            asked: set[str] = set()
+            needed: set[str] = set()
             outputs = {MAIN}
             for name, head in self.heads.items():
                 # A head may have the name of an endpoint: only later heads mean the output.
-                asked |= set(head.endpoints) - outputs
+                needed |= set(head.endpoints) - outputs
                 outputs.add(name)
-            self.backbone = self.backbone.clone(endpoints=tuple(sorted(asked)))
+            self.backbone = self.backbone.clone(endpoints=tuple(sorted(needed)))
         super().__post_init__()
 
     def __call__(self, image: Array, *, train: bool = False, aux: bool = True) -> dict[str, Array]:
@@ -84,15 +84,15 @@ class Network(nn.Module):
             return outputs
         for name, head in self.heads.items():
             # What the backbone has goes first, whatever heads are called.
-            known = {**outputs, **endpoints}
+            features = {**outputs, **endpoints}
             for endpoint in head.endpoints:
-                if endpoint not in known:
+                if endpoint not in features:
                     raise ValueError(
                         f"The head '{name}' is attached to '{endpoint}', which is neither an"
                         " endpoint of the backbone nor the output of a head before it."
-                        f"{nearest(endpoint, known)}"
+                        f"{nearest(endpoint, features)}"
                     )
-            outputs[name] = head(*(known[e] for e in head.endpoints), train=train)
+            outputs[name] = head(*(features[e] for e in head.endpoints), train=train)
         return outputs
 
     def _backbone_outputs(self, image: Array, train: bool) -> tuple[Array, Mapping[str, Array]]:
@@ -128,8 +128,8 @@ class Network(nn.Module):
 
 def _takes_train(backbone: nn.Module) -> bool:
     parameters = inspect.signature(backbone.__call__).parameters
-    anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    return "train" in parameters or anything
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    return "train" in parameters or takes_any
 
 
 def _described(value: Any) -> str:
@@ -138,14 +138,14 @@ def _described(value: Any) -> str:
     return f"an array {list(value.shape)}" if hasattr(value, "shape") else type(value).__name__
 
 
-def _check_module(what: str, module: Any) -> None:
+def _check_module(part: str, module: Any) -> None:
     """Checks that something is a Linen module: of others, Flax would not see the parameters."""
     if isinstance(module, nn.Module):
         return
     kind = module if isinstance(module, type) else type(module)
     instance = ", made, as in MyNetwork()" if isinstance(module, type) else ""
     raise ValueError(
-        f"{what} is {kind.__module__}.{kind.__qualname__}, whose parameters would never be trained;"
+        f"{part} is {kind.__module__}.{kind.__qualname__}, whose parameters would never be trained;"
         f" it should be a flax.linen.Module{instance}. An NNX module has to be written as one."
     )
 

@@ -32,44 +32,50 @@ def dependencies(program: core.Jaxpr, inputs: list[int]) -> list[int]:
     """
     marks: dict[Any, int] = dict(zip(program.invars, inputs, strict=True))
 
-    def read(atom: Any) -> int:
+    def mark_of(atom: Any) -> int:
         return 0 if isinstance(atom, core.Literal) else marks.get(atom, 0)
 
     for equation in program.eqns:
-        given = [read(atom) for atom in equation.invars]
-        marks.update(zip(equation.outvars, through(equation, given), strict=True))
-    return [read(atom) for atom in program.outvars]
+        operands = [mark_of(atom) for atom in equation.invars]
+        marks.update(zip(equation.outvars, through(equation, operands), strict=True))
+    return [mark_of(atom) for atom in program.outvars]
 
 
-def through(equation: core.JaxprEqn, given: list[int]) -> list[int]:
+def through(equation: core.JaxprEqn, marks: list[int]) -> list[int]:
     """Follows sets of marks from the operands of one equation to its results."""
     loop = jaxprs.loop(equation)
     if loop is not None:
-        return _through_loop(loop, given)
+        return _through_loop(loop, marks)
     program = jaxprs.called(equation)
     if program is not None:
-        return dependencies(program.jaxpr, given)
+        return dependencies(program.jaxpr, marks)
     everything = 0
-    for mark in given:
+    for mark in marks:
         everything |= mark
     return [everything] * len(equation.outvars)
 
 
-def _through_loop(loop: jaxprs.Loop, given: list[int]) -> list[int]:
+def _through_loop(loop: jaxprs.Loop, marks: list[int]) -> list[int]:
     first, last = loop.constants, loop.constants + loop.carried
-    given = list(given)
+    operands = list(marks)
+    # What is carried only gains marks, so that turns end to change it, whatever the loop's length.
     while True:
-        results = dependencies(loop.body, given)
-        carried = [given[first + i] | results[i] for i in range(loop.carried)]
-        if carried == given[first:last]:
+        results = dependencies(loop.body, operands)
+        carried = [operands[first + i] | results[i] for i in range(loop.carried)]
+        if carried == operands[first:last]:
             return results
-        given[first:last] = carried
+        operands[first:last] = carried
 
 
 def parameters_read(
     function: Callable[..., Mapping[str, PyTree]], params: PyTree, *args: Any
 ) -> dict[str, PyTree]:
     """Finds which parameters each named output is computed from.
+
+    >>> params = {"shared": jnp.ones(3), "own": jnp.ones(3)}
+    >>> function = lambda p: {"exit": p["shared"].sum(), "main": (p["shared"] * p["own"]).sum()}
+    >>> parameters_read(function, params)["exit"]
+    {'own': False, 'shared': True}
 
     Args:
         function: Maps ``(params, *args)`` to a mapping of named outputs.
@@ -81,15 +87,16 @@ def parameters_read(
     """
     program, results = jax.make_jaxpr(function, return_shape=True)(params, *args)
     leaves, tree = jax.tree.flatten(params)
-    own = [1 << i for i in range(len(leaves))]
-    found = dependencies(program.jaxpr, own + [0] * (len(program.jaxpr.invars) - len(own)))
-    read: dict[str, int] = dict.fromkeys(results, 0)
+    bits = [1 << i for i in range(len(leaves))]
+    marks = dependencies(program.jaxpr, bits + [0] * (len(program.jaxpr.invars) - len(bits)))
+    by_name: dict[str, int] = dict.fromkeys(results, 0)
+    # A mapping's leaves are in the order of its sorted keys.
     names = [name for name in sorted(results) for _ in jax.tree.leaves(results[name])]
-    for name, mark in zip(names, found, strict=True):
-        read[name] |= mark
+    for name, mark in zip(names, marks, strict=True):
+        by_name[name] |= mark
     return {
-        name: jax.tree.unflatten(tree, [bool(mark & bit) for bit in own])
-        for name, mark in read.items()
+        name: jax.tree.unflatten(tree, [bool(mark & bit) for bit in bits])
+        for name, mark in by_name.items()
     }
 
 
@@ -102,6 +109,10 @@ def reach(
     loss if its gradient depends on that loss's cotangent. A parameter that a loss reads through
     ``stop_gradient`` is therefore not reached; one whose gradient happens to be zero is. Of an
     array of several layers, as ``nn.scan`` makes them, a loss may reach some slices alone.
+
+    >>> losses = lambda layers: {"exit": layers[0] ** 2, "main": (layers**2).sum()}
+    >>> {name: str(reached) for name, reached in reach(losses, jnp.ones(4)).items()}
+    {'exit': '1 of 4 slices', 'main': 'True'}
 
     Args:
         losses: Maps ``(params, *args)`` to ``{name: scalar}``.
@@ -122,17 +133,18 @@ def reach(
 
     program = jax.make_jaxpr(pull_back)(shapes, params, args).jaxpr
     leaves, tree = jax.tree.flatten(params)
-    own: list[slices.Marks] = [{i: {}} for i in range(len(names))]
-    rest: list[slices.Marks] = [{} for _ in program.invars[len(own) :]]
-    marks = slices.dependencies(program, own + rest)
+    # The cotangents are the first inputs, in the order of their sorted names.
+    cotangents: list[slices.Marks] = [{i: {}} for i in range(len(names))]
+    unmarked: list[slices.Marks] = [{} for _ in program.invars[len(names) :]]
+    gradients = slices.dependencies(program, cotangents + unmarked)
 
-    def one(mark: int) -> list[Any]:
+    def reached(mark: int) -> list[Any]:
         return [
-            slices.reached(reached.get(mark), jnp.shape(leaf))
-            for leaf, reached in zip(leaves, marks, strict=True)
+            slices.reached(marks.get(mark), jnp.shape(leaf))
+            for leaf, marks in zip(leaves, gradients, strict=True)
         ]
 
-    return {name: jax.tree.unflatten(tree, one(i)) for i, name in enumerate(names)}
+    return {name: jax.tree.unflatten(tree, reached(i)) for i, name in enumerate(names)}
 
 
 def multiply_adds(function: Callable[..., Any], *args: Any) -> int:
@@ -159,6 +171,10 @@ def multiply_adds_together(
 ) -> list[int]:
     """Counts the multiply-adds of sets of named outputs, what a set has in common only once.
 
+    >>> outputs = lambda x, w: {"exit": x @ w, "main": (x @ w) @ w}
+    >>> multiply_adds_together(outputs, [["exit"], ["exit", "main"]], jnp.ones(3), jnp.ones((3, 3)))
+    [9, 27]
+
     Args:
         function: Maps ``args`` to a mapping of named outputs; it is traced once.
         chosen: Sets of names.
@@ -169,14 +185,16 @@ def multiply_adds_together(
     """
     program, results = _trace_whole(function, args)
     names = [name for name in sorted(results) for _ in jax.tree.leaves(results[name])]
-    return [_count_needed(program, [name in each for name in names]) for each in chosen]
+    return [
+        _count_needed(program, [name in chosen_names for name in names]) for chosen_names in chosen
+    ]
 
 
 def _trace_whole(function: Callable[..., Any], args: Sequence[Any]) -> tuple[core.Jaxpr, Any]:
     """Traces a function with each convolution as one operation; also returns its shapes."""
     with convolution.whole():
         # A function of its own, or JAX might remember how it has traced this one before.
-        traced = jax.make_jaxpr(lambda *each: function(*each), return_shape=True)
+        traced = jax.make_jaxpr(lambda *inputs: function(*inputs), return_shape=True)
         program, shapes = traced(*args)
     return program.jaxpr, shapes
 

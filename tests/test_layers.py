@@ -11,7 +11,8 @@ from jax.test_util import check_grads
 
 from sire_jax.layers import BatchNorm, Conv, Dropout, convolution
 from sire_jax.layers.convolution import convolve
-from sire_jax.layers.modules import normalize, random_bits
+from sire_jax.layers.modules import random_bits
+from sire_jax.layers.normalization import normalize
 from sire_jax.layers.pooling import max_pool, upsample
 
 

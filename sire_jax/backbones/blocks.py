@@ -1,7 +1,6 @@
 """Blocks of plans: each is a module that also knows its mirror, which reads it backwards."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +8,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
+from sire_jax.backbones.settings import (
+    check_convolutions,
+    check_odd,
+    check_stride,
+    check_widths,
+    strides,
+)
 from sire_jax.layers import BatchNorm, Conv, TransposedConv, he_normal
 from sire_jax.layers.pooling import max_pool, upsample
 
@@ -63,10 +69,11 @@ class Block(nn.Module):
 
     @nn.nowrap
     def __repr__(self) -> str:
-        fields = (each.name for each in dataclasses.fields(self))
-        own = [name for name in fields if name not in ("parent", "name")]
-        told = ", ".join(f"{name}={getattr(self, name)!r}" for name in own)
-        return f"{type(self).__name__}({told})"
+        # Flax would write it over several lines: messages have it in a sentence.
+        names = (field.name for field in dataclasses.fields(self))
+        settings = [name for name in names if name not in ("parent", "name")]
+        shown = ", ".join(f"{name}={getattr(self, name)!r}" for name in settings)
+        return f"{type(self).__name__}({shown})"
 
 
 class Unit(nn.Module):
@@ -109,93 +116,6 @@ class Unit(nn.Module):
         x = BatchNorm(name="norm")(x, train=train) if self.norm else x
         repeats_after = self.transposed and self.kernel_size == 1
         return upsample(x, self.stride) if repeats_after else x
-
-
-# More are a slip: one convolution would have a trillion parameters.
-_MOST_CHANNELS = 2**18
-
-
-def scaled(widths: Sequence[int], multiple: float) -> tuple[int, ...]:
-    """Multiplies widths, to whole channels.
-
-    Args:
-        widths: Channels.
-        multiple: What they are multiplied by, above 0.
-
-    Returns:
-        At least one channel each.
-
-    Raises:
-        ValueError: If the multiple is not above 0 or not finite, or very large.
-    """
-    if not 0 < multiple < math.inf:
-        raise ValueError(f"width is {multiple}; it should be above 0 and finite.")
-    multiplied = tuple(max(1, round(multiple * width)) for width in widths)
-    if max(multiplied, default=1) > _MOST_CHANNELS:
-        raise ValueError(
-            f"width is {multiple}, which makes {max(multiplied)} channels; it should make at most"
-            f" {_MOST_CHANNELS:,}."
-        )
-    return multiplied
-
-
-def repeats(kind: str, depth: int, unit: int, rest: int, note: str = "") -> int:
-    """Returns how many blocks a stage has in a network of a depth.
-
-    Args:
-        kind: The network, for the message.
-        depth: Its depth, ``unit n + rest``.
-        unit: By how much one block more in every stage deepens it.
-        rest: Its other layers.
-        note: Ends the name of the network in the message.
-
-    Returns:
-        n, at least 1.
-
-    Raises:
-        ValueError: If there is no network of that depth; the message has the nearest.
-    """
-    blocks = max(1, round((depth - rest) / unit))
-    nearest = unit * blocks + rest
-    if nearest != depth:
-        raise ValueError(
-            f"There is no {kind} of depth {depth}{note}; it should be {unit} n + {rest}, such as"
-            f" {nearest}."
-        )
-    return blocks
-
-
-def check_odd(what: str, kernel_size: int) -> None:
-    """Checks a kernel's side.
-
-    Raises:
-        ValueError: If it is not odd and above 0.
-    """
-    if kernel_size < 1 or kernel_size % 2 == 0:
-        raise ValueError(
-            f"A {what} has kernel_size {kernel_size}; it should be odd, to keep the size of images."
-        )
-
-
-def check_widths(what: str, *widths: int) -> None:
-    """Checks numbers of channels.
-
-    Raises:
-        ValueError: If one is below 1.
-    """
-    least = min(widths, default=1)
-    if least < 1:
-        raise ValueError(f"A {what} has a width of {least}; it should be at least 1.")
-
-
-def check_stride(what: str, stride: int) -> None:
-    """Checks a stride.
-
-    Raises:
-        ValueError: If it is below 1.
-    """
-    if stride < 1:
-        raise ValueError(f"A {what} has stride {stride}; it should be at least 1.")
 
 
 class Convolution(Block):
@@ -293,7 +213,7 @@ class MaxPool(Block):
 
     def __post_init__(self) -> None:
         check_stride("MaxPool", self.stride)
-        if self.size < 1 or not all(0 <= each < self.size for each in self.padding):
+        if self.size < 1 or not all(0 <= pad < self.size for pad in self.padding):
             raise ValueError(
                 f"A MaxPool has size {self.size} and padding {self.padding}; the size should be at"
                 " least 1 and the padding smaller."
@@ -346,15 +266,7 @@ class Residual(Block):
     stride: int = 1
 
     def __post_init__(self) -> None:
-        if len(self.widths) != len(self.kernel_sizes):
-            raise ValueError(
-                f"A Residual has {len(self.widths)} widths, {self.widths}, but"
-                f" {len(self.kernel_sizes)} kernel_sizes, {self.kernel_sizes}."
-            )
-        check_widths("Residual", *self.widths)
-        for kernel_size in self.kernel_sizes:
-            check_odd("Residual", kernel_size)
-        check_stride("Residual", self.stride)
+        check_convolutions("Residual", self.widths, self.kernel_sizes, self.stride)
         super().__post_init__()
 
     @property
@@ -378,9 +290,8 @@ class Residual(Block):
 
     @nn.nowrap
     def _units(self, widths: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
-        spatial = next((i for i, k in enumerate(self.kernel_sizes) if k > 1), 0)
-        strides = [self.stride if i == spatial else 1 for i in range(len(widths))]
-        return tuple(zip(widths, self.kernel_sizes, strides, strict=True))
+        sizes = self.kernel_sizes
+        return tuple(zip(widths, sizes, strides(sizes, self.stride), strict=True))
 
 
 class _MirroredResidual(nn.Module):
@@ -401,6 +312,7 @@ def _residual(
     y, shortcut = x, x
     for i, unit in enumerate(units, start=1):
         y = Unit(*unit, transposed=transposed, name=f"unit_{i}")(y, train=train)
+        # The last ReLU comes behind the sum.
         y = nn.relu(y) if i < len(units) else y
     if stride > 1 or x.shape[-1] != y.shape[-1]:
         projection = Unit(y.shape[-1], 1, stride, transposed=transposed, name="shortcut")

@@ -3,8 +3,9 @@
 from dataclasses import replace
 from typing import Any
 
-from sire_jax.backbones.blocks import Convolution, MaxPool, scaled
+from sire_jax.backbones.blocks import Convolution, MaxPool
 from sire_jax.backbones.plan import Plan, Planned
+from sire_jax.backbones.settings import scaled
 
 # Convolutions in each stage.
 _VGG = {
@@ -34,6 +35,10 @@ def cnn(
 
     Avola et al., *SIRe-Networks* (2022), Section 3.1; its dropout rate is not given.
 
+    >>> network = cnn(classes=10, width=0.25, hidden=(64,))
+    >>> len(network.plan.stages), network.plan.layers()["stage_4_block_3"]
+    (4, 8)
+
     Args:
         classes: Number of classes.
         width: Multiplies the channels 64, 128, 256 and 512.
@@ -52,8 +57,8 @@ def cnn(
         ValueError: If a setting is out of range.
     """
     stages = tuple(
-        _stage(Convolution(each, use_bias=True, decoder_norm=decoder_norm), 2, residuals)
-        for each in scaled((64, 128, 256, 512), width)
+        _stage(Convolution(channels, use_bias=True, decoder_norm=decoder_norm), 2, residuals)
+        for channels in scaled((64, 128, 256, 512), width)
     )
     return Planned(Plan(stages), classes, tuple(hidden), True, dropout, dtype)
 
@@ -71,6 +76,9 @@ def vgg(
     """VGG with batch norm (Simonyan and Zisserman, 2015, Table 1, columns A, B, D and E).
 
     Convolutions have no bias beside batch norm's; their transposes in decoders have none either.
+
+    >>> vgg(classes=10, depth=19).plan.layers()["stage_5_block_5"]  # and three dense layers
+    16
 
     Args:
         classes: Number of classes.
@@ -96,7 +104,7 @@ def vgg(
         )
     widths = scaled((64, 128, 256, 512, 512), width)
     stages = tuple(
-        _stage(Convolution(each, decoder_norm=decoder_norm), number, residuals)
-        for each, number in zip(widths, _VGG[depth], strict=True)
+        _stage(Convolution(channels, decoder_norm=decoder_norm), number, residuals)
+        for channels, number in zip(widths, _VGG[depth], strict=True)
     )
     return Planned(Plan(stages), classes, tuple(hidden), True, dropout, dtype)

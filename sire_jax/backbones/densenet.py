@@ -6,10 +6,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from sire_jax.backbones.blocks import Block, check_widths, repeats
+from sire_jax.backbones.blocks import Block
 from sire_jax.backbones.plan import Plan, Planned, around_stages
-from sire_jax.backbones.preactivation import Activation, Stem
-from sire_jax.layers import BatchNorm, Conv, Dropout, he_normal
+from sire_jax.backbones.preactivation import Activation, Stem, convolution
+from sire_jax.backbones.settings import check_widths, repeats
+from sire_jax.layers import BatchNorm, Dropout
 from sire_jax.layers.pooling import average_pool
 
 # Channels of the 1 x 1 convolution of a layer, as a multiple of the growth.
@@ -19,8 +20,7 @@ _BOTTLENECK = 4
 def _activated(x: Array, features: int, kernel_size: int, i: int, train: bool) -> Array:
     """Batch norm, ReLU and a convolution that keeps the size."""
     x = nn.relu(BatchNorm(name=f"norm_{i}")(x, train=train))
-    padding = kernel_size // 2
-    return Conv(features, kernel_size, padding, 1, False, he_normal, name=f"conv_{i}")(x)
+    return convolution(features, kernel_size, 1, f"conv_{i}")(x)
 
 
 class DenseLayers(Block):
@@ -33,6 +33,10 @@ class DenseLayers(Block):
     Within a block gradients add up part by part. Layers that were blocks of their own would compile
     several times as long and train at half the speed: to the gradient of each layer the compiler
     would compute those of all later ones again.
+
+    >>> layers = DenseLayers(number=4, growth=12)
+    >>> layers.channels(24), layers.layers
+    (72, 8)
 
     Attributes:
         number: n, how many layers.
@@ -88,6 +92,9 @@ class Transition(Block):
 
     Batch norm, ReLU, a 1 x 1 convolution to ``floor(reduction c)`` channels, 2 x 2 average pooling.
 
+    >>> Transition(reduction=0.5).channels(72), Transition().stride
+    (36, 2)
+
     Attributes:
         reduction: Share of the channels that it keeps, in (0, 1].
         dropout: Share of the values that training drops after the convolution, in [0, 1).
@@ -142,6 +149,10 @@ def densenet(
     the first convolution, then in the middle of each dense block and at the end of its stage
     (``around_stages``).
 
+    >>> network = densenet(classes=10, depth=40, growth=12)
+    >>> network.plan.positions[:3], network.plan.layers()["stage_2_block_2"]
+    (('stage_1', 'stage_2_block_1', 'stage_2'), 13)
+
     Args:
         classes: Number of classes.
         depth: 10, 16, …, 100, 190, 250, ….
@@ -158,6 +169,7 @@ def densenet(
         ValueError: If there is no network of that depth or a setting is out of range.
     """
     number = repeats("DenseNet-BC", depth, 6, 4)
+    # Of one layer there is no first half.
     halves = [half for half in (number // 2, number - number // 2) if half]
     layers = tuple(DenseLayers(half, growth, dropout) for half in halves)
     divided = (*layers, Transition(reduction, dropout))

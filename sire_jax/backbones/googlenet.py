@@ -6,17 +6,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from sire_jax.backbones.blocks import (
-    Block,
-    Convolution,
-    MaxPool,
-    Unit,
-    check_odd,
-    check_widths,
-    scaled,
-)
+from sire_jax.backbones.blocks import Block, Convolution, MaxPool, Unit
 from sire_jax.backbones.plan import Plan, Planned
 from sire_jax.backbones.resnet import check_stem
+from sire_jax.backbones.settings import check_odd, check_widths, scaled
 from sire_jax.layers.pooling import max_pool
 
 # Table 1: 1x1, reduced and 3x3, reduced and larger, pooled; of the stages 3, 4 and 5.
@@ -42,6 +35,9 @@ class Inception(Block):
     1 x 1; 1 x 1 and 3 x 3; 1 x 1 and a larger one; 3 x 3 max pooling and 1 x 1. Read backwards the
     channels are split into the four paths, each is transposed, and their results are summed: what
     the transpose of a concatenation is. The max pool stays one (Avola et al., Section 4.3).
+
+    >>> Inception(64, 96, 128, 16, 32, 32).channels(192)  # of Table 1, "3a"
+    256
 
     Attributes:
         direct: Width of the 1 x 1 path.
@@ -124,6 +120,7 @@ class _MirroredInception(nn.Module):
             _path(part, units, f"path_{i}", train, transposed=True)
             for i, (part, units) in enumerate(zip(parts, self.paths, strict=True), start=1)
         ]
+        # The transpose of using one input four times.
         y = functools.reduce(jnp.add, ends)
         return y if self.last else nn.relu(y)
 
@@ -142,6 +139,14 @@ def googlenet(
     auxiliary classifiers belong to ``stage_4_block_1`` and ``stage_4_block_4`` (Section 5). With
     the CIFAR stem the first convolution is 3 x 3 of stride 1 instead of 7 x 7 of stride 2; the
     pools stay, so that 32 x 32 pixels end as 2 x 2.
+
+    >>> import sire_jax as sj
+    >>> network = sj.Network(
+    ...     googlenet(classes=10),
+    ...     {"early": sj.heads.ConvolutionalClassifier(("stage_4_block_1",), classes=10)},
+    ... )
+    >>> network.backbone.plan.layers()["stage_4_block_1"]
+    9
 
     Args:
         classes: Number of classes.
@@ -163,7 +168,7 @@ def googlenet(
     # What is left over at the end of a map has a window of its own.
     pool = MaxPool(3, 2, (0, 1))
     inception = [
-        tuple(Inception(*scaled(each, width)).clone(kernel_size=kernel_size) for each in stage)
+        tuple(Inception(*scaled(widths, width)).clone(kernel_size=kernel_size) for widths in stage)
         for stage in _INCEPTION
     ]
     first, reduced, second = scaled((64, 64, 192), width)

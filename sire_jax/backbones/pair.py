@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from sire_jax.backbones.blocks import check_widths
+from sire_jax.backbones.settings import check_widths
 from sire_jax.layers import BatchNorm, Conv, Dropout, uniform_fan_in
 from sire_jax.layers.pooling import max_pool
 
@@ -26,6 +26,11 @@ def _dense(features: int, name: str) -> nn.Dense:
 
 class PairDense(nn.Module):
     """Both images flattened and concatenated, dense layers with ReLU (Section III.A).
+
+    >>> network, pairs = PairDense(), jnp.zeros((3, 2, 14, 14, 1))
+    >>> logits, endpoints = jax.eval_shape(network.init_with_output, jax.random.key(0), pairs)[0]
+    >>> logits.shape, endpoints["hidden_1"].shape
+    ((3, 1), (3, 64))
 
     Attributes:
         hidden: Widths of the hidden layers.
@@ -137,6 +142,11 @@ class ResidualFeatures(nn.Module):
 class PairConvolutional(nn.Module):
     """Both images as two channels of one (Section III.B).
 
+    >>> network, pairs = PairConvolutional(), jnp.zeros((3, 2, 14, 14, 1))
+    >>> logits, endpoints = jax.eval_shape(network.init_with_output, jax.random.key(0), pairs)[0]
+    >>> logits.shape, endpoints
+    ((3, 1), {})
+
     Attributes:
         batch_norm: Whether hidden layers have batch norm.
         convolution_dropout: Dropout after a convolution, in [0, 1).
@@ -163,6 +173,7 @@ class PairConvolutional(nn.Module):
             relu=self.relu,
             name="features",
         )
+        # Images last: a network this small takes half the time so (``layers.convolution``).
         return features(jnp.transpose(image[..., 0], (1, 2, 3, 0)), train=train), {}
 
 
@@ -171,6 +182,11 @@ class PairBranches(nn.Module):
 
     ``g`` ends in 10 logits; ``f`` sees their softmax, is dense with one hidden layer and ReLU, and
     has the dropout of a dense layer. The logits are the endpoint ``digits``.
+
+    >>> network, pairs = PairBranches(shared=True), jnp.zeros((3, 2, 14, 14, 1))
+    >>> logits, endpoints = jax.eval_shape(network.init_with_output, jax.random.key(0), pairs)[0]
+    >>> logits.shape, endpoints["digits"].shape
+    ((3, 1), (3, 2, 10))
 
     Attributes:
         shared: Whether both images go through the same ``g``.

@@ -120,13 +120,13 @@ class Plan:
                 f"There is no stage {stage} to make a decoder of; the plan has the stages"
                 f" {', '.join(str(i + 1) for i in range(len(self.stages)))}."
             )
-        for each in range(1, stage + 1):
-            for name, block in self.blocks(each):
-                where = f"block {name.rsplit('_', 1)[1]} of stage {each}, {block},"
+        for number in range(1, stage + 1):
+            for name, block in self.blocks(number):
+                where = f"block {name.rsplit('_', 1)[1]} of stage {number}, {block},"
                 if not callable(getattr(block, "decoder", None)):
                     raise ValueError(
                         f"Decoder {stage} can't be made: {where} has no mirror. Give it a method"
-                        f" 'decoder', leave the decoders from stage {each} on out, or move it to"
+                        f" 'decoder', leave the decoders from stage {number} on out, or move it to"
                         " the plan's tail."
                     )
 
@@ -141,6 +141,9 @@ def around_stages(blocks: int) -> tuple[str, ...]:
     Palacio et al. (*Contextual Classification*, Section 4.2) attach branches to seven points
     before, after and in between macro-blocks; where exactly is in their Fig. 4 alone. Here: behind
     the stem, then in the middle and at the end of each of the stages 2 to 4.
+
+    >>> around_stages(2)[:3]
+    ('stage_1', 'stage_2_block_1', 'stage_2')
 
     Args:
         blocks: Blocks of each stage, at least 1, what ends it not counted; one has no middle.
@@ -162,8 +165,8 @@ class Planned(nn.Module):
     >>> import jax.numpy as jnp
     >>> from sire_jax.backbones import Convolution, MaxPool
     >>> plan = Plan(((Convolution(4), MaxPool()), (Convolution(8), MaxPool())))
-    >>> network = Planned(plan, classes=10)
-    >>> logits, endpoints = network.init_with_output(jax.random.key(0), jnp.zeros((2, 8, 8, 1)))[0]
+    >>> network, image = Planned(plan, classes=10), jnp.zeros((2, 8, 8, 1))
+    >>> logits, endpoints = jax.eval_shape(network.init_with_output, jax.random.key(0), image)[0]
     >>> logits.shape, endpoints["stage_1"].shape, endpoints["stage_2"].shape
     ((2, 10), (2, 4, 4, 4), (2, 2, 2, 8))
 
@@ -193,9 +196,9 @@ class Planned(nn.Module):
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}; it should be one of {', '.join(DTYPES)}.")
-        for what, width in (("classes", self.classes), *(("hidden", each) for each in self.hidden)):
+        for name, width in (("classes", self.classes), *(("hidden", h) for h in self.hidden)):
             if width < 1:
-                raise ValueError(f"{what} has {width}; it should be at least 1.")
+                raise ValueError(f"{name} has {width}; it should be at least 1.")
         super().__post_init__()
 
     @nn.compact
@@ -238,11 +241,12 @@ class Planned(nn.Module):
         output = nn.Dense(self.classes, kernel_init=uniform_fan_in, name="output")
         return output(x.astype(jnp.float32)), endpoints
 
-    def _asked(self, name: str) -> bool:
-        """Tells whether a feature has to be there: of misspelt names nothing is known."""
+    def _needed(self, name: str) -> bool:
+        """Tells whether a feature has to be there."""
+        # Beside a misspelt name all are: the network's message has the nearest.
         misspelt = set(self.endpoints or ()) - self.plan.names()
-        asked = self.endpoints is None or name in self.endpoints or bool(misspelt)
-        return asked or self.has_variable(OFFSETS, name)
+        needed = self.endpoints is None or name in self.endpoints or bool(misspelt)
+        return needed or self.has_variable(OFFSETS, name)
 
     def _offset(self, name: str, x: Array) -> Array:
         return x + self.get_variable(OFFSETS, name) if self.has_variable(OFFSETS, name) else x
@@ -258,19 +262,20 @@ class Planned(nn.Module):
     ) -> Array:
         before = x
         for run in self._runs(blocks, x.shape[-1]):
-            name, block = run[0]
+            first, block = run[0]
             if min(x.shape[1:3]) < block.stride:
                 raise ValueError(
                     f"Images of {shape[1]} x {shape[2]} are too small: they are {x.shape[1]} x"
-                    f" {x.shape[2]} when {name} would divide them by {block.stride}."
+                    f" {x.shape[2]} when {first} would divide them by {block.stride}."
                 )
-            names = [each for each, _ in run]
+            names = [name for name, _ in run]
+            # Initial values of a block are the same, whether it will be in a loop or not.
             if key is not None and block.loops:
                 y = self._make(names, block, x, key)
             elif len(run) > 1:
                 y = self._loop(names, block, x, train)
             else:
-                y = block.clone(parent=self, name=name)(x, before, train=train)
+                y = block.clone(parent=self, name=first)(x, before, train=train)
             before, x = x, self._offset(names[-1], y)
             endpoints[names[-1]] = x
         return x
@@ -285,7 +290,7 @@ class Planned(nn.Module):
         run: list[tuple[str, Block]] = []
         keeps = False
         for name, block in blocks:
-            joins = keeps and block == run[-1][1] and not self._asked(run[-1][0])
+            joins = keeps and block == run[-1][1] and not self._needed(run[-1][0])
             if run and not joins:
                 yield run
                 run = []
@@ -299,14 +304,21 @@ class Planned(nn.Module):
     def _loop(self, names: list[str], block: Block, x: Array, train: bool) -> Array:
         """Applies equal blocks one after another, each with the variables of its own name."""
         module = block.clone(parent=None, name=None)
-        own = {k: [v[name] for name in names] for k, v in self.variables.items() if names[0] in v}
-        stacked = {k: jax.tree.map(lambda *each: jnp.stack(each), *v) for k, v in own.items()}
-        changing = [kind for kind in own if self.is_mutable_collection(kind)]
+        trees = {
+            kind: [variables[name] for name in names]
+            for kind, variables in self.variables.items()
+            if names[0] in variables
+        }
+        stacked = {
+            kind: jax.tree.map(lambda *leaves: jnp.stack(leaves), *of_blocks)
+            for kind, of_blocks in trees.items()
+        }
+        changing = [kind for kind in trees if self.is_mutable_collection(kind)]
         random = train and self.has_rng("dropout")
         drops = jax.random.split(self.make_rng("dropout"), len(names)) if random else None
 
-        def body(x: Array, given: tuple[Any, Any]) -> tuple[Array, Any]:
-            variables, key = given
+        def body(x: Array, turn: tuple[Any, Any]) -> tuple[Array, Any]:
+            variables, key = turn
             rngs = {} if key is None else {"dropout": key}
             return module.apply(variables, x, x, train=train, mutable=changing, rngs=rngs)
 
@@ -317,6 +329,7 @@ class Planned(nn.Module):
     def _make(self, names: list[str], block: Block, x: Array, key: Array) -> Array:
         """Makes the variables of equal blocks, by keys of their names; returns such a feature."""
         module = block.clone(parent=None, name=None)
+        # A checksum is the same in every process; Python's hash is not.
         keys = jnp.stack([jax.random.fold_in(key, zlib.crc32(name.encode())) for name in names])
         features, variables = jax.vmap(lambda k: module.init_with_output(k, x, x, train=False))(
             keys

@@ -7,8 +7,16 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from sire_jax.backbones.blocks import Block, check_odd, check_stride, check_widths, repeats, scaled
+from sire_jax.backbones.blocks import Block
 from sire_jax.backbones.plan import Plan, Planned
+from sire_jax.backbones.settings import (
+    check_convolutions,
+    check_odd,
+    check_widths,
+    repeats,
+    scaled,
+    strides,
+)
 from sire_jax.layers import BatchNorm, Conv, Dropout, SqueezeExcitation, he_normal
 
 SHORTCUTS = ("A", "B")
@@ -16,6 +24,9 @@ SHORTCUTS = ("A", "B")
 
 class Stem(Block):
     """A convolution alone, without batch norm or activation.
+
+    >>> Stem(16).channels(3), Stem(16).layers
+    (16, 1)
 
     Attributes:
         width: Output channels.
@@ -37,16 +48,21 @@ class Stem(Block):
     @nn.compact
     def __call__(self, x: Array, before: Array, *, train: bool) -> Array:
         """Maps ``[b, h, w, c]`` to ``[b, h, w, width]``."""
-        return _convolution(self.width, self.kernel_size, 1, "conv")(x)
+        return convolution(self.width, self.kernel_size, 1, "conv")(x)
 
 
-def _convolution(width: int, kernel_size: int, stride: int, name: str) -> Conv:
+def convolution(width: int, kernel_size: int, stride: int, name: str) -> Conv:
+    """Makes a convolution without bias, which keeps the size or divides it by its stride."""
     padding = kernel_size // 2
     return Conv(width, kernel_size, padding, stride, False, he_normal, name=name)
 
 
 class Activation(Block):
-    """Batch norm and ReLU: the end of a network with pre-activation."""
+    """Batch norm and ReLU: the end of a network with pre-activation.
+
+    >>> Activation().channels(64), Activation().layers  # it adds no layer
+    (64, 0)
+    """
 
     layers = 0
 
@@ -61,6 +77,10 @@ class PreActivation(Block):
 
     ``y = lambda shortcut(x) + F(x)``, ``F``: batch norm, ReLU, convolution, once a width (He et
     al., *Identity Mappings*, 2016, Fig. 1b; lambda: Guo et al., *The Shallow End*, Eq. 1).
+
+    >>> block = PreActivation((64, 64, 256), (1, 3, 1), stride=2)  # a bottleneck
+    >>> block.channels(128), block.stride, block.layers
+    (256, 2, 3)
 
     Attributes:
         widths: Output channels of the convolutions.
@@ -83,18 +103,11 @@ class PreActivation(Block):
     shortcut_scale: float = 1.0
     dropout: float = 0.0
     squeeze: int = 0
+    # So that 1001 layers compile in a fifth of the time.
     loops = True
 
     def __post_init__(self) -> None:
-        if len(self.widths) != len(self.kernel_sizes):
-            raise ValueError(
-                f"A PreActivation has {len(self.widths)} widths, {self.widths}, but"
-                f" {len(self.kernel_sizes)} kernel_sizes, {self.kernel_sizes}."
-            )
-        check_widths("PreActivation", *self.widths)
-        for kernel_size in self.kernel_sizes:
-            check_odd("PreActivation", kernel_size)
-        check_stride("PreActivation", self.stride)
+        check_convolutions("PreActivation", self.widths, self.kernel_sizes, self.stride)
         if self.shortcut not in SHORTCUTS:
             raise ValueError(
                 f"shortcut is {self.shortcut!r}; it should be one of {', '.join(SHORTCUTS)}."
@@ -122,17 +135,17 @@ class PreActivation(Block):
     @nn.compact
     def __call__(self, x: Array, before: Array, *, train: bool) -> Array:
         """Maps ``[b, h, w, c]`` to ``[b, h / stride, w / stride, widths[-1]]``."""
-        spatial = next((i for i, k in enumerate(self.kernel_sizes) if k > 1), 0)
         last = len(self.widths) - 1
         changes = self.stride > 1 or x.shape[-1] != self.widths[-1]
         y, shortcut = x, x
-        for i, (width, kernel_size) in enumerate(zip(self.widths, self.kernel_sizes, strict=True)):
+        sizes = self.kernel_sizes
+        units = zip(self.widths, sizes, strides(sizes, self.stride), strict=True)
+        for i, unit in enumerate(units):
             y = nn.relu(BatchNorm(name=f"norm_{i + 1}")(y, train=train))
             if i == 0 and self.shortcut == "B" and changes:
-                shortcut = _convolution(self.widths[-1], 1, self.stride, "shortcut")(y)
+                shortcut = convolution(self.widths[-1], 1, self.stride, "shortcut")(y)
             y = Dropout(self.dropout)(y, train=train) if i == last else y
-            stride = self.stride if i == spatial else 1
-            y = _convolution(width, kernel_size, stride, f"conv_{i + 1}")(y)
+            y = convolution(*unit, f"conv_{i + 1}")(y)
         y = SqueezeExcitation(self.squeeze, name="squeeze")(y) if self.squeeze else y
         if self.shortcut == "A":
             shortcut = _pad_channels(x[:, :: self.stride, :: self.stride], y.shape[-1])
@@ -166,6 +179,10 @@ def preactivation_resnet(
     dense layer. Depth ``6 n + 2``, of bottlenecks ``9 n + 2``, counts the convolutions and the
     dense layer. Guo et al. (*The Shallow End*) call it ResNet-depth/N.
 
+    >>> plan = preactivation_resnet(classes=10, depth=20).plan
+    >>> plan.layers()["stage_4_block_3"]  # the dense layer is the twentieth
+    19
+
     Args:
         classes: Number of classes.
         depth: 20, 26, 32, 44, 56, 110, …, or with bottlenecks 164, 1001, ….
@@ -192,6 +209,6 @@ def preactivation_resnet(
         return PreActivation(outer, sizes, stride, shortcut, shortcut_scale, dropout)
 
     stages: list[tuple[Any, ...]] = [(Stem(first),)]
-    for each, stride in zip(widths, (1, 2, 2), strict=True):
-        stages.append((block(each, stride), *[block(each, 1)] * (blocks - 1)))
+    for channels, stride in zip(widths, (1, 2, 2), strict=True):
+        stages.append((block(channels, stride), *[block(channels, 1)] * (blocks - 1)))
     return Planned(Plan(tuple(stages), tail=(Activation(),)), classes, dtype=dtype)

@@ -1,7 +1,8 @@
 """Residual networks (He et al., 2016)."""
 
-from sire_jax.backbones.blocks import Convolution, MaxPool, Residual, scaled
+from sire_jax.backbones.blocks import Convolution, MaxPool, Residual
 from sire_jax.backbones.plan import Plan, Planned
+from sire_jax.backbones.settings import scaled
 
 # Blocks in each stage, and whether they are bottlenecks.
 _RESNET = {
@@ -50,6 +51,10 @@ def resnet(
     1.5 (WideResNet18), with four further convolutions of 256 channels (DeepResNet18) and with four
     of 512 (DWResNet18).
 
+    >>> plan = resnet(classes=10, depth=18).plan
+    >>> plan.positions, plan.layers()["stage_5_block_2"]
+    (('stage_2', 'stage_3', 'stage_4', 'stage_5'), 17)
+
     Args:
         classes: Number of classes.
         depth: 18, 34, 50 or 101.
@@ -67,19 +72,20 @@ def resnet(
         ValueError: If there is no ResNet of that depth or a setting is out of range.
     """
     if depth not in _RESNET:
-        known = ", ".join(map(str, _RESNET))
-        raise ValueError(f"There is no ResNet of depth {depth}; there are {known}.")
+        depths = ", ".join(map(str, _RESNET))
+        raise ValueError(f"There is no ResNet of depth {depth}; there are {depths}.")
     check_stem(stem)
     numbers, bottleneck = _RESNET[depth]
     widths = scaled((64, 128, 256, 512), width)
     imagenet = stem == "imagenet"
     first = Convolution(widths[0], 7, 2) if imagenet else Convolution(widths[0], 3)
+    # Of even sizes a row after the image, as others add it, would be in no window.
     pool = (MaxPool(3, 2, (1, 0)),) if imagenet else ()
-    further = [Convolution(each) for each in extra]
+    further = [Convolution(channels) for channels in extra]
     stages = [(first,), (*pool, *further, *[_block(widths[0], bottleneck, 1)] * numbers[0])]
-    for each, number in zip(widths[1:], numbers[1:], strict=True):
-        rest = [_block(each, bottleneck, 1)] * (number - 1)
-        stages.append((_block(each, bottleneck, 2), *rest))
+    for channels, number in zip(widths[1:], numbers[1:], strict=True):
+        equal = [_block(channels, bottleneck, 1)] * (number - 1)
+        stages.append((_block(channels, bottleneck, 2), *equal))
     positions = tuple(f"stage_{i}" for i in (2, 3, 4, 5))
     plan = Plan(tuple(stages), positions=positions)
     return Planned(plan, classes, dropout=dropout, dtype=dtype)

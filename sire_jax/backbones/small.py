@@ -3,7 +3,7 @@
 from flax import linen as nn
 from jax import Array
 
-from sire_jax.backbones.blocks import check_widths
+from sire_jax.backbones.settings import check_widths
 from sire_jax.layers import Conv
 from sire_jax.layers.pooling import max_pool
 
@@ -12,6 +12,12 @@ Endpoints = dict[str, Array]
 
 class SmallCNN(nn.Module):
     """3 x 3 convolutions with ReLU, each but the last with 2 x 2 max pooling, and a classifier.
+
+    >>> import jax, jax.numpy as jnp
+    >>> network, image = SmallCNN(classes=10), jnp.zeros((2, 8, 8, 1))
+    >>> logits, endpoints = jax.eval_shape(network.init_with_output, jax.random.key(0), image)[0]
+    >>> logits.shape, {name: features.shape for name, features in endpoints.items()}
+    ((2, 10), {'block_1': (2, 8, 8, 16), 'block_2': (2, 4, 4, 32)})
 
     Attributes:
         classes: Number of classes.

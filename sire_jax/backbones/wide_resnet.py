@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from sire_jax.backbones.blocks import repeats, scaled
 from sire_jax.backbones.plan import Plan, Planned, around_stages
 from sire_jax.backbones.preactivation import Activation, PreActivation, Stem
+from sire_jax.backbones.settings import repeats, scaled
 
 
 def wide_resnet(
@@ -26,6 +26,10 @@ def wide_resnet(
     The plan's positions are behind the stem, then in the middle and at the end of each stage
     (``around_stages``).
 
+    >>> network = wide_resnet(classes=100, depth=16, width=8, squeeze=16)
+    >>> network.plan.stages[1][0].widths, network.plan.positions[-1]
+    ((128, 128), 'stage_4')
+
     Args:
         classes: Number of classes.
         depth: 10, 16, 22, 28, 40, ….
@@ -43,11 +47,11 @@ def wide_resnet(
     """
     blocks = repeats("wide ResNet", depth, 6, 4)
     stages: list[tuple[Any, ...]] = [(Stem(16),)]
-    for each, stride in zip(scaled((16, 32, 64), width), (1, 2, 2), strict=True):
-        first, other = (
-            PreActivation((each, each), (3, 3), s, "B", dropout=dropout, squeeze=squeeze)
+    for channels, stride in zip(scaled((16, 32, 64), width), (1, 2, 2), strict=True):
+        first, equal = (
+            PreActivation((channels, channels), (3, 3), s, "B", dropout=dropout, squeeze=squeeze)
             for s in (stride, 1)
         )
-        stages.append((first, *[other] * (blocks - 1)))
+        stages.append((first, *[equal] * (blocks - 1)))
     plan = Plan(tuple(stages), (Activation(),), around_stages(blocks))
     return Planned(plan, classes, dtype=dtype)

@@ -8,8 +8,9 @@ from flax import linen as nn
 from jax import Array
 
 from sire_jax import registry
-from sire_jax.backbones.blocks import Block, Convolution, MaxPool, check_widths, scaled
+from sire_jax.backbones.blocks import Block, Convolution, MaxPool
 from sire_jax.backbones.plan import OFFSETS, Plan
+from sire_jax.backbones.settings import check_widths, scaled
 from sire_jax.heads.branch_blocks import (
     AveragePool,
     Dense,
@@ -59,6 +60,12 @@ class Branch(nn.Module):
     The auxiliary classifier ``g`` of SSAL: its classes are groups of the labels (Palacio et al.,
     *Contextual Classification*, Section 3.2).
 
+    >>> import jax, sire_jax as sj
+    >>> layers = (sj.backbones.Convolution(16, 5), sj.heads.GlobalPool(), sj.heads.Dense(32))
+    >>> head, features = Branch(("stage_2",), classes=20, layers=layers), jnp.ones((2, 8, 8, 4))
+    >>> jax.eval_shape(head.init_with_output, jax.random.key(0), features)[0].shape
+    (2, 20)
+
     Attributes:
         endpoints: The one endpoint that it is attached to.
         classes: Number of groups.
@@ -86,10 +93,12 @@ class Branch(nn.Module):
             self._check(i, block, x)
             name = f"layer_{i}"
             x = block.clone(parent=self, name=name)(x, x, train=train)
+            # Zeros, by which a diagnostic differentiates: as a planned backbone has them.
             if self.has_variable(OFFSETS, name):
                 x = x + self.get_variable(OFFSETS, name)
         pooled = x.mean(tuple(range(1, x.ndim - 1)))
         output = nn.Dense(self.classes, kernel_init=uniform_fan_in, name="output")
+        # In half precision logits would tie.
         return output(pooled.astype(jnp.float32))
 
     def last_image(self) -> str | None:
@@ -124,6 +133,12 @@ def branch(
 ) -> Branch:
     """Makes a branch from a config.
 
+    >>> import sire_jax as sj
+    >>> backbone = sj.backbones.resnet(classes=100, depth=18)
+    >>> head = branch(backbone.plan, position=3, classes=20, layers="resnet_3", width=0.5)
+    >>> head.endpoints, head.layers[0].width
+    (('stage_4',), 64)
+
     Args:
         plan: The backbone's plan (in a config, that of its backbone).
         position: Where it is attached: a position between the macro-blocks of the backbone, 1 being
@@ -142,18 +157,19 @@ def branch(
     """
     named = isinstance(layers, str)
     sections: Any = registry.choose(RELEASED, str(layers), "branch") if named else layers
-    made = [registry.create(LAYERS, each, "layer of a branch") for each in sections]
-    return Branch((_endpoint(plan, position),), classes, tuple(_widened(b, width) for b in made))
+    blocks = [registry.create(LAYERS, section, "layer of a branch") for section in sections]
+    return Branch((_endpoint(plan, position),), classes, tuple(_widened(b, width) for b in blocks))
 
 
 def _widened(block: Any, multiple: float) -> Any:
     """Multiplies all widths of a block."""
-    given = {key: getattr(block, key) for key in _WIDTHS if hasattr(block, key)}
-    widths = scaled(tuple(given.values()), multiple)
-    return block.clone(**dict(zip(given, widths, strict=True)))
+    widths = {name: getattr(block, name) for name in _WIDTHS if hasattr(block, name)}
+    multiplied = scaled(tuple(widths.values()), multiple)
+    return block.clone(**dict(zip(widths, multiplied, strict=True)))
 
 
 def _endpoint(plan: Plan | None, position: int | str) -> str:
+    # A config has numbers as text, so that an override may be a number or a name.
     if isinstance(position, str) and position.isdigit():
         position = int(position)
     if isinstance(position, str):
@@ -165,10 +181,11 @@ def _endpoint(plan: Plan | None, position: int | str) -> str:
             )
         return position
     positions = plan.positions if plan is not None else ()
+    # Not isinstance, to which True is position 1.
     if type(position) is not int or position not in range(1, len(positions) + 1):
-        known = ", ".join(f"{i} ({name})" for i, name in enumerate(positions, start=1))
+        listed = ", ".join(f"{i} ({name})" for i, name in enumerate(positions, start=1))
         raise ValueError(
             f"A branch is at position {position}, which the backbone does not have. It has the"
-            f" positions {known or 'none'}; the name of an endpoint can be given, too."
+            f" positions {listed or 'none'}; the name of an endpoint can be given, too."
         )
     return positions[position - 1]

@@ -4,7 +4,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from sire_jax.backbones.blocks import Block, Unit, check_odd, check_widths
+from sire_jax.backbones.blocks import Block, Unit
+from sire_jax.backbones.settings import check_odd, check_widths
 from sire_jax.layers import BatchNorm, SqueezeExcitation, he_normal
 from sire_jax.layers.convolution import convolve_line
 from sire_jax.layers.pooling import local_mean
@@ -16,6 +17,10 @@ class ExpandedInception(Block):
     1 x 1; 1 x 1, then 1 x 3 beside 3 x 1; two of 1 x 1, then 1 x 3 beside 3 x 1; 3 x 3 average
     pooling, then 3 x 1 (after Szegedy et al., *Rethinking the Inception Architecture*, 2016, Fig.
     7; widths as released with Palacio et al.).
+
+    >>> block = ExpandedInception(width=16, reduced=20, pooled=12)
+    >>> block.channels(8), block.stride, block.layers  # 5 x 16 + 12 channels
+    (92, 1, 3)
 
     Attributes:
         width: Output channels of all convolutions but two.
@@ -97,6 +102,13 @@ class AveragePool(Block):
 class Recalibration(Block):
     """Squeeze-and-excitation: channels are scaled by what the whole image shows of them.
 
+    >>> import jax
+    >>> from functools import partial
+    >>> block, x = Recalibration(reduction=4), jnp.ones((2, 4, 4, 8))
+    >>> variables = jax.eval_shape(partial(block.init, train=False), jax.random.key(0), x, x)
+    >>> variables["params"]["squeeze"]["reduce"]["kernel"].shape
+    (8, 2)
+
     Attributes:
         reduction: By how much the layer between is narrower than the features
             (``layers.SqueezeExcitation``).
@@ -129,6 +141,13 @@ class GlobalPool(Block):
 class Dense(Block):
     """A dense layer with ReLU, of pooled features.
 
+    >>> import jax
+    >>> from functools import partial
+    >>> block, x = Dense(16), jnp.ones((2, 8))
+    >>> apply = partial(block.init_with_output, train=False)
+    >>> jax.eval_shape(apply, jax.random.key(0), x, x)[0].shape
+    (2, 16)
+
     Attributes:
         width: Number of units.
     """
@@ -146,5 +165,6 @@ class Dense(Block):
     @nn.compact
     def __call__(self, x: Array, before: Array, *, train: bool) -> Array:
         """Maps ``[b, c]`` to ``[b, width]``."""
+        # Without a dtype Flax would go from half precision to that of the parameters.
         dense = nn.Dense(self.width, kernel_init=he_normal, dtype=x.dtype, name="dense")
         return nn.relu(dense(x))

@@ -5,7 +5,8 @@ import numpy as np
 from flax import linen as nn
 from jax import Array, lax
 
-from sire_jax.backbones.blocks import Unit, check_widths
+from sire_jax.backbones.blocks import Unit
+from sire_jax.backbones.settings import check_widths
 from sire_jax.layers import BatchNorm, Dropout, he_normal, uniform_fan_in
 
 
@@ -13,8 +14,8 @@ class Classifier(nn.Module):
     """Global average pooling, where there is something to pool, and a dense layer.
 
     >>> import jax
-    >>> head = Classifier(endpoints=("middle",), classes=10)
-    >>> head.init_with_output(jax.random.key(0), jnp.ones((2, 4, 4, 8)))[0].shape
+    >>> head, features = Classifier(endpoints=("middle",), classes=10), jnp.ones((2, 4, 4, 8))
+    >>> jax.eval_shape(head.init_with_output, jax.random.key(0), features)[0].shape
     (2, 10)
 
     Attributes:
@@ -51,6 +52,13 @@ class ConvolutionalClassifier(nn.Module):
     5 x 5 average pooling of stride 3 (of features larger than 4 x 4), a 1 x 1 convolution with
     batch norm and ReLU, a dense layer with ReLU, dropout, and a dense layer.
 
+    >>> import jax
+    >>> head = ConvolutionalClassifier(("stage_4_block_1",), classes=10)
+    >>> features = jnp.ones((2, 14, 14, 512))
+    >>> logits, variables = jax.eval_shape(head.init_with_output, jax.random.key(0), features)
+    >>> logits.shape, variables["params"]["hidden"]["kernel"].shape  # 4 x 4 pixels of 128 channels
+    ((2, 10), (2048, 1024))
+
     Attributes:
         endpoints: The one endpoint that it classifies.
         classes: Number of classes.
@@ -76,6 +84,7 @@ class ConvolutionalClassifier(nn.Module):
         x = features
         if min(x.shape[1:3]) > 4:
             window, strides = (1, 5, 5, 1), (1, 3, 3, 1)
+            # NumPy's zero: of a sum from a traced one JAX has no gradient.
             x = lax.reduce_window(x, np.zeros((), x.dtype), lax.add, window, strides, "VALID") / 25
         x = nn.relu(Unit(self.width, 1, name="unit")(x, train=train)).reshape(len(x), -1)
         x = nn.Dense(self.hidden, kernel_init=he_normal, dtype=x.dtype, name="hidden")(x)

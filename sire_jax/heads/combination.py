@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from sire_jax.backbones.blocks import check_widths
+from sire_jax.backbones.settings import check_widths
 from sire_jax.layers import he_normal, uniform_fan_in
 
 
@@ -17,7 +17,7 @@ class Combination(nn.Module):
     >>> import jax
     >>> head = Combination(endpoints=("early", "late"), classes=10)
     >>> features = jnp.ones((2, 4, 4, 8)), jnp.ones((2, 16))
-    >>> head.init_with_output(jax.random.key(0), *features)[0].shape
+    >>> jax.eval_shape(head.init_with_output, jax.random.key(0), *features)[0].shape
     (2, 10)
 
     Attributes:

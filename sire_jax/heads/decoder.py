@@ -30,6 +30,17 @@ class Decoder(nn.Module):
 
     Avola et al., *SIRe-Networks* (2022), Sections 3.2 and 4.3, Fig. 1.
 
+    >>> import jax
+    >>> from sire_jax.backbones import Convolution, MaxPool
+    >>> plan = Plan(((Convolution(4), MaxPool()), (Convolution(8), MaxPool())))
+    >>> decoder = Decoder(plan, stage=2)
+    >>> decoder.endpoints  # the outputs of the last two skip to their mirrors
+    ('image', 'stage_2', 'stage_2_block_1', 'stage_1_block_1')
+    >>> shapes = (2, 8, 8, 3), (2, 2, 2, 8), (2, 4, 4, 8), (2, 8, 8, 4)
+    >>> features = [jnp.zeros(shape) for shape in shapes]
+    >>> jax.eval_shape(decoder.init_with_output, jax.random.key(0), *features)[0].shape
+    (2, 8, 8, 3)
+
     Attributes:
         plan: The backbone's plan.
         stage: Number of the stage that it starts from, the first being 1.
@@ -68,7 +79,7 @@ class Decoder(nn.Module):
 
     def _reversed(self) -> list[tuple[str, Any]]:
         stages = range(self.stage, 0, -1)
-        return [each for stage in stages for each in reversed(list(self.plan.blocks(stage)))]
+        return [entry for stage in stages for entry in reversed(list(self.plan.blocks(stage)))]
 
     def _skipped(self) -> list[str]:
         """Names the blocks whose output skips to their mirror: not pooling, not the start."""
@@ -93,6 +104,7 @@ class Decoder(nn.Module):
         self._check_size(image.shape)
         channels = self._channels(image.shape[-1])
 
+        # nn.remat takes a function of the module whose parameters it makes.
         def decode(module: "Decoder", start: Array, *skipped: Array) -> Array:
             return module._decode(start, skipped, channels, train)
 
@@ -111,6 +123,7 @@ class Decoder(nn.Module):
     ) -> Array:
         blocks = self._reversed()
         skips = dict(zip(self._skipped(), skipped, strict=True))
+        # Behind it there may be up-sampling alone, which has nothing to end linearly.
         ends = max((i for i, (_, block) in enumerate(blocks) if block.skips), default=-1)
         for i, (name, block) in enumerate(blocks):
             x = x + skips[name] if name in skips else x
@@ -164,6 +177,12 @@ def decoders(
     last: str = "normalized",
 ) -> dict[str, Decoder]:
     """Makes the decoders of a plan: a family of heads.
+
+    >>> import sire_jax as sj
+    >>> backbone = sj.backbones.cnn(classes=10, width=0.25)
+    >>> network = sj.Network(backbone, decoders(backbone.plan, stages=(1, 3)))
+    >>> network.heads["3"].endpoints[:3]
+    ('image', 'stage_3', 'stage_3_block_2')
 
     Args:
         plan: The backbone's plan (in a config, that of its backbone).

@@ -24,6 +24,12 @@ def exits(
     convolution of a block one more, the network's own output the last. A layer at which a block
     ends can have an exit: batch norm, ReLU, the mean over all pixels, a dense layer.
 
+    >>> import sire_jax as sj
+    >>> backbone = sj.backbones.preactivation_resnet(classes=10, depth=20)
+    >>> heads = exits(backbone.plan, layers=(9, 15), classes=10)
+    >>> {name: head.endpoints for name, head in heads.items()}
+    {'9': ('stage_3_block_1',), '15': ('stage_4_block_1',)}
+
     Args:
         plan: The backbone's plan (in a config, that of its backbone).
         layers: The exits' layers, in rising order.
@@ -43,32 +49,34 @@ def exits(
             "Exits are named by the layers of a plan, but the backbone has none. Attach"
             " 'classifier' heads to its endpoints instead."
         )
-    known = {count: name for name, count in plan.layers().items()}
+    # Of blocks without layers, as pools, the last has the name: it returns what comes next.
+    blocks = {count: name for name, count in plan.layers().items()}
     # After the last block is the network's own output.
-    depth = max(known) + 1
-    known.pop(max(known))
+    depth = max(blocks) + 1
+    blocks.pop(max(blocks))
     for layer in layers:
-        if layer not in known:
-            own = layer in (depth - 1, depth)
-            why = "that is the network's own output" if own else "no block ends there"
+        if layer not in blocks:
+            main = layer in (depth - 1, depth)
+            why = "that is the network's own output" if main else "no block ends there"
             raise ValueError(
                 f"There is no exit at layer {layer} of {depth}: {why}. The nearest layers are"
-                f" {_nearest(layer, list(known))}."
+                f" {_nearest(layer, list(blocks))}."
             )
     if list(layers) != sorted(set(layers)):
         raise ValueError(
             f"The exits' layers are {tuple(layers)}; each should be there once, in rising order:"
             f" {tuple(sorted(set(layers)))}."
         )
+    # Probes leave the features as they are, so that they can't harm the other outputs.
     if not detached:
         _warn(layers, depth)
     return {
-        str(layer): Classifier((known[layer],), classes, normalize, detached) for layer in layers
+        str(layer): Classifier((blocks[layer],), classes, normalize, detached) for layer in layers
     }
 
 
-def _nearest(layer: int, known: Sequence[int]) -> str:
-    nearest = sorted(sorted(known, key=lambda k: abs(k - layer))[:2])
+def _nearest(layer: int, layers: Sequence[int]) -> str:
+    nearest = sorted(sorted(layers, key=lambda number: abs(number - layer))[:2])
     return " and ".join(map(str, nearest)) or "none"
 
 

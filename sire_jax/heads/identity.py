@@ -7,6 +7,10 @@ from jax import Array
 class Identity(nn.Module):
     """Returns its endpoint, without parameters: the digits of the pairs system.
 
+    >>> import jax.numpy as jnp
+    >>> Identity(endpoints=("digits",)).apply({}, jnp.ones((3, 2, 10))).shape
+    (3, 2, 10)
+
     Attributes:
         endpoints: The one endpoint.
     """

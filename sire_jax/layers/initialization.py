@@ -34,7 +34,8 @@ def as_pytorch(key: Array, params: PyTree) -> PyTree:
     flat = flatten_dict(params)
     kernels = [path for path in flat if path[-1] == "kernel"]
     keys = jax.random.split(key, max(len(kernels), 1))
-    for path, own in zip(sorted(kernels), keys, strict=False):
+    # Sorted: what is drawn must not depend on the order in which modules were called.
+    for path, layer_key in zip(sorted(kernels), keys, strict=False):
         if flat[path].ndim not in (2, 4):
             raise ValueError(
                 f"The kernel '{'/'.join(path)}' has the shape {flat[path].shape}; PyTorch's initial"
@@ -43,8 +44,10 @@ def as_pytorch(key: Array, params: PyTree) -> PyTree:
             )
         limit = 1 / math.sqrt(math.prod(flat[path].shape[:-1]))
         bias = (*path[:-1], "bias")
-        for name, each in zip((path, bias), jax.random.split(own), strict=True):
+        for name, array_key in zip((path, bias), jax.random.split(layer_key), strict=True):
             if name in flat:
                 values = flat[name]
-                flat[name] = jax.random.uniform(each, values.shape, values.dtype, -limit, limit)
+                flat[name] = jax.random.uniform(
+                    array_key, values.shape, values.dtype, -limit, limit
+                )
     return unflatten_dict(flat)

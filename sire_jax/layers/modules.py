@@ -1,11 +1,7 @@
 """Layers whose training step is fast on a CPU, inside loops and under ``vmap`` as outside."""
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
-from functools import partial
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +9,7 @@ from flax import linen as nn
 from jax import Array, lax
 
 from sire_jax.layers.convolution import at_least_float32, convolve
+from sire_jax.layers.normalization import broadcast_along
 
 # The default of PyTorch's layers, U(-1/sqrt(fan_in), 1/sqrt(fan_in)): the pairs system comes from
 # there, and shallow networks without batch norm are sensitive to it.
@@ -34,7 +31,8 @@ def _check_floating(x: Array) -> None:
 class Conv(nn.Module):
     """A convolution, in the dtype of its input; parameters are float32.
 
-    >>> Conv(8, 3, padding=1).init_with_output(jax.random.key(0), jnp.ones((2, 4, 4, 3)))[0].shape
+    >>> layer, x = Conv(8, 3, padding=1), jnp.ones((2, 4, 4, 3))
+    >>> jax.eval_shape(layer.init_with_output, jax.random.key(0), x)[0].shape
     (2, 4, 4, 8)
 
     Attributes:
@@ -79,7 +77,7 @@ class Conv(nn.Module):
         if not self.use_bias:
             return y
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
-        return y + _broadcast(bias.astype(x.dtype), y, axis)
+        return y + broadcast_along(bias.astype(x.dtype), y, axis)
 
 
 class TransposedConv(nn.Module):
@@ -89,8 +87,8 @@ class TransposedConv(nn.Module):
     ``p = (k - 1) / 2``: the kernel is that of the convolution from ``features`` channels that this
     one reads backwards.
 
-    >>> layer = TransposedConv(3, 3)
-    >>> layer.init_with_output(jax.random.key(0), jnp.ones((2, 4, 4, 8)))[0].shape
+    >>> layer, x = TransposedConv(3, 3), jnp.ones((2, 4, 4, 8))
+    >>> jax.eval_shape(layer.init_with_output, jax.random.key(0), x)[0].shape
     (2, 4, 4, 3)
 
     Attributes:
@@ -116,7 +114,7 @@ class TransposedConv(nn.Module):
         if not self.use_bias:
             return y
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
-        return y + _broadcast(bias.astype(x.dtype), y, -1)
+        return y + broadcast_along(bias.astype(x.dtype), y, -1)
 
 
 def random_bits(key: Array, shape: tuple[int, ...]) -> Array:
@@ -168,173 +166,9 @@ class Dropout(nn.Module):
         if not train or self.rate == 0:
             return x
         bits = random_bits(self.make_rng("dropout"), x.shape)
-        kept = bits >= jnp.uint32(min(round(self.rate * 2**32), 2**32 - 1))
-        return jnp.where(kept, x / (1 - self.rate), 0.0)
-
-
-def _broadcast(vector: Array, x: Array, axis: int) -> Array:
-    shape = [1] * x.ndim
-    shape[axis] = -1
-    return vector.reshape(shape)
-
-
-def _average(values: Array, devices: str | None) -> Array:
-    """Averages over devices that have as many examples each."""
-    return values if devices is None else lax.pmean(values, devices)
-
-
-def _other_axes(x: Array, axis: int) -> tuple[int, ...]:
-    return tuple(i for i in range(x.ndim) if i != axis % x.ndim)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def normalize(
-    x: Array, scale: Array, bias: Array, axis: int, epsilon: float, devices: str | None = None
-) -> tuple[Array, Array, Array]:
-    """Normalizes over all axes but one, with a gradient in two sums and one pass.
-
-    ``y = scale (x - mean) / sqrt(variance + epsilon) + bias`` (Ioffe and Szegedy, 2015, Alg. 1).
-    The variance is ``E[x^2] - E[x]^2``, as Flax's: inexact where the mean is hundreds of times the
-    deviation.
-
-    Args:
-        x: Features, any rank; sums are taken in float32 whatever the dtype.
-        scale: ``[c]``.
-        bias: ``[c]``.
-        axis: The axis of ``x`` that has the c channels.
-        epsilon: Added to the variance.
-        devices: An axis of devices whose parts of ``x`` are normalized together, if any.
-
-    Returns:
-        ``y`` like ``x``; the mean and the (biased) variance, ``[c]``, for running averages only:
-        no gradient flows through these two.
-    """
-    return _normalize_forward(x, scale, bias, axis, epsilon, devices)[0]
-
-
-def _normalize_forward(
-    x: Array, scale: Array, bias: Array, axis: int, epsilon: float, devices: str | None
-) -> tuple[tuple[Array, Array, Array], tuple[Array, ...]]:
-    axes = _other_axes(x, axis)
-    wide = x.astype(at_least_float32(x.dtype))
-    mean = _average(wide.mean(axes), devices)
-    variance = jnp.maximum(_average((wide * wide).mean(axes), devices) - mean * mean, 0.0)
-    inverse = lax.rsqrt(variance + epsilon)
-    slope = scale * inverse
-    offset = bias - mean * slope
-    y = wide * _broadcast(slope, x, axis) + _broadcast(offset, x, axis)
-    return (y.astype(x.dtype), mean, variance), (x, scale, mean, inverse)
-
-
-def _normalize_backward(
-    axis: int,
-    epsilon: float,
-    devices: str | None,
-    saved: tuple[Array, ...],
-    cotangents: tuple[Array, ...],
-) -> tuple[Array, Array, Array]:
-    # dx = scale inverse (dy - mean(dy) - normalized mean(dy normalized)) written as a dy + b x + c,
-    # two sums and one pass, where the derived gradient takes several.
-    x, scale, mean, inverse = saved
-    dtype = x.dtype
-    wide = at_least_float32(dtype)
-    x, dy = x.astype(wide), cotangents[0].astype(wide)
-    axes = _other_axes(x, axis)
-    count = x.size // x.shape[axis]
-    dbias = dy.sum(axes)
-    dscale = inverse * ((dy * x).sum(axes) - mean * dbias)
-    a = scale * inverse
-    b = -a * _average(dscale, devices) * inverse / count
-    c = -a * _average(dbias, devices) / count - b * mean
-    dx = _broadcast(a, x, axis) * dy + _broadcast(b, x, axis) * x + _broadcast(c, x, axis)
-    return dx.astype(dtype), dscale, dbias
-
-
-normalize.defvjp(_normalize_forward, _normalize_backward)
-
-
-# The axis of devices that share a batch, where a program sees one device's part of it (pmap).
-_BATCH_AXIS: ContextVar[str | None] = ContextVar("batch axis", default=None)
-
-
-@contextlib.contextmanager
-def batch_over(axis: str | None) -> Iterator[None]:
-    """Takes batch statistics over an axis of devices, too, in what is traced in this block.
-
-    Args:
-        axis: Name of the axis, as ``jax.pmap`` has it; ``None`` for each device's own statistics.
-            Under ``jit`` there is no need: an array is the whole batch, wherever it lies.
-
-    Raises:
-        ValueError: If a ``flax.linen.BatchNorm`` is applied in this block that would take each
-            device's own statistics.
-    """
-    if axis is None:
-        yield
-        return
-    token = _BATCH_AXIS.set(axis)
-    try:
-        with nn.intercept_methods(_check_statistics):
-            yield
-    finally:
-        _BATCH_AXIS.reset(token)
-
-
-def _check_statistics(
-    method: Callable[..., Array],
-    args: tuple[Any, ...],
-    settings: dict[str, Any],
-    context: nn.module.InterceptorContext,
-) -> Array:
-    """Refuses batch statistics of one device where those of the whole batch are asked for."""
-    module = context.module
-    alone = isinstance(module, nn.BatchNorm) and module.axis_name is None
-    running = settings.get("use_running_average", args[1] if len(args) > 1 else None)
-    if alone and not (module.use_running_average or running):
-        raise ValueError(
-            f"The module '{'/'.join(module.path)}' is a flax.linen.BatchNorm, which would take the"
-            " statistics of each device's part of the batch. Take sire_jax.layers.BatchNorm; or"
-            " have them so deliberately: config.batch_norm='device', Shared(…, batch_norm=False)."
-        )
-    return method(*args, **settings)
-
-
-class BatchNorm(nn.Module):
-    """Batch normalization over all axes but one (Ioffe and Szegedy, 2015).
-
-    Statistics and parameters are float32; the result has the dtype of the input.
-
-    Attributes:
-        axis: The axis with the channels.
-        momentum: What a step keeps of the running averages; 0.9 is PyTorch's 0.1.
-        epsilon: Added to the variance.
-    """
-
-    axis: int = -1
-    momentum: float = 0.9
-    epsilon: float = 1e-5
-
-    @nn.compact
-    def __call__(self, x: Array, *, train: bool) -> Array:
-        """Normalizes ``x`` with its own statistics (``train``) or with the running averages."""
-        channels = (x.shape[self.axis],)
-        scale = self.param("scale", nn.initializers.ones_init(), channels)
-        bias = self.param("bias", nn.initializers.zeros_init(), channels)
-        mean = self.variable("batch_stats", "mean", jnp.zeros, channels)
-        variance = self.variable("batch_stats", "var", jnp.ones, channels)
-        if not train:
-            slope = scale * lax.rsqrt(variance.value + self.epsilon)
-            offset = bias - mean.value * slope
-            y = x.astype(at_least_float32(x.dtype)) * _broadcast(slope, x, self.axis)
-            return (y + _broadcast(offset, x, self.axis)).astype(x.dtype)
-        y, batch_mean, batch_variance = normalize(
-            x, scale, bias, self.axis, self.epsilon, _BATCH_AXIS.get()
-        )
-        if not self.is_initializing():
-            keep = self.momentum
-            mean.value = keep * mean.value + (1 - keep) * lax.stop_gradient(batch_mean)
-            variance.value = keep * variance.value + (1 - keep) * lax.stop_gradient(batch_variance)
-        return y
+        # A rate just below 1 rounds to 2^32, which is no uint32.
+        mask = bits >= jnp.uint32(min(round(self.rate * 2**32), 2**32 - 1))
+        return jnp.where(mask, x / (1 - self.rate), 0.0)
 
 
 class SqueezeExcitation(nn.Module):
@@ -344,8 +178,8 @@ class SqueezeExcitation(nn.Module):
     Section 3, Eqs. 2 to 4), without biases, which they found better in residual networks. The gates
     are computed in float32.
 
-    >>> layer = SqueezeExcitation(4)
-    >>> layer.init_with_output(jax.random.key(0), jnp.ones((2, 4, 4, 8)))[0].shape
+    >>> layer, x = SqueezeExcitation(4), jnp.ones((2, 4, 4, 8))
+    >>> jax.eval_shape(layer.init_with_output, jax.random.key(0), x)[0].shape
     (2, 4, 4, 8)
 
     Attributes:
