@@ -103,8 +103,11 @@ def check_convolutions(
     """Checks the convolutions of a residual block.
 
     Raises:
-        ValueError: If there are not as many kernel sizes as widths, or a setting is out of range.
+        ValueError: If there is none, there are not as many kernel sizes as widths, or a setting is
+            out of range.
     """
+    if not widths:
+        raise ValueError(f"A {name} has no widths; it should have at least one, such as (64, 64).")
     if len(widths) != len(kernel_sizes):
         raise ValueError(
             f"A {name} has {len(widths)} widths, {widths}, but"

@@ -381,6 +381,7 @@ def test_batch_statistics_move_in_training_by_a_tenth():
         (lambda: Convolution(4, 3, 0), r"Convolution has stride 0; it should be at least 1"),
         (lambda: MaxPool(2, 0), r"MaxPool has stride 0"),
         (lambda: Residual((4, 4), (3, 4)), r"Residual has kernel_size 4; it should be odd"),
+        (lambda: Residual((), ()), r"A Residual has no widths; it should have at least one"),
         (lambda: Residual((4, 4, 8)), r"3 widths, \(4, 4, 8\), but 2 kernel_sizes, \(3, 3\)"),
         (lambda: Inception(1, 1, 1, 1, 1, 1, 4), r"Inception has kernel_size 4"),
         (lambda: Plan(()), r"stages that are tuples of at least one block .* given \(\)"),
