@@ -3,9 +3,10 @@
 ``python benchmarks/joint_prediction.py --workdir=DIR [--config.data.dir=DIR]``. On test images, in
 percent, for each seed: the joint probability by the power eta of the branches, and by the eta that
 makes held-out images most likely; the linear combination of all outputs and that of the main output
-alone, fitted to the same images; how often each branch is right about its groups, and how often the
-main output would be, whose probabilities are added up over each group. Prints a table and writes
-JSON.
+alone, fitted to the same images, and the former fitted to as many training images as held-out ones;
+how often the main output is right on training images; how often each branch is right about its
+groups, and how often the main output would be, whose probabilities are added up over each group.
+Prints a table and writes JSON.
 """
 
 import argparse
@@ -86,7 +87,28 @@ def measure(runs: Runs, variables: Any, seed: int) -> dict[str, float]:
     for name, outputs_used in (("linear", ()), ("linear, main alone", (MAIN,))):
         rule = LinearCombination(groups, split=linear, outputs=outputs_used)
         accuracies[name] = percent(rule(outputs, rule.fit(*examples)), labels)
+    accuracies |= _by_split(runs, variables, seed, groups, (outputs, labels))
     return accuracies | of_groups(outputs, labels, branches)
+
+
+def _by_split(
+    runs: Runs,
+    variables: Any,
+    seed: int,
+    groups: Mapping[str, tuple[int, ...]],
+    test: tuple[Outputs, Array],
+) -> dict[str, float]:
+    """Fits the linear combination to what the network was trained on, and to what it was not."""
+    outputs, labels = test
+    seen = {split: collect(runs, variables, split, seed) for split in ("train", "validation")}
+    # As many of both, so that only what the network knows of them differs.
+    number = min(len(split_labels) for _, split_labels in seen.values())
+    accuracies = {"main, training images": percent(seen["train"][0][MAIN], seen["train"][1])}
+    for split, name in (("train", "training"), ("validation", "held-out")):
+        examples: Any = jax.tree.map(lambda x: x[:number], seen[split])
+        rule = LinearCombination(groups, split=split)
+        accuracies[f"linear, {name} images"] = percent(rule(outputs, rule.fit(*examples)), labels)
+    return accuracies
 
 
 def main() -> None:
