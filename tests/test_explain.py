@@ -197,6 +197,11 @@ def test_the_maps_of_test_images_are_drawn_beside_a_bare_network(workdir, tmp_pa
     # Image, two branches, main, and the bare network's.
     assert width / 5 == pytest.approx(2.1 * 130, rel=0.01)
     assert height > 2 * 200
+    activation_maps.main([f"--workdir={workdir}", f"--out={tmp_path / 'maps.png'}", "--json"])
+    texts = json.loads(capsys.readouterr().out)
+    assert len(texts) == 4
+    assert list(texts[0])[::3] == ["image", "main"]
+    assert re.fullmatch(r"\d+% by '\w+'\n\w+", texts[0]["main"])
     with pytest.raises(SystemExit):
         activation_maps.main([f"--workdir={workdir}", "--images=0"])
     assert "--images is 0; it should be at least 1" in capsys.readouterr().err

@@ -1,12 +1,13 @@
 """Shows where in images each output finds its class: Fig. 6 of Palacio et al.
 
-``python -m sire_jax.diagnostics.activation_maps --workdir=DIR [--bare=DIR2] --out=FILE``
+``python -m sire_jax.diagnostics.activation_maps --workdir=DIR [--bare=DIR2] --out=FILE [--json]``
 
 A row for each test image: the image, a map for each branch over groups with the labels of the group
 that it chose, and one for the main output; with ``--bare`` also that of a network without branches.
 """
 
 import contextlib
+import json
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -257,10 +258,10 @@ def _panel(panel: Axes, image: np.ndarray, title: str, text: str) -> None:
     panel.set_xlabel(text, fontsize=7, parse_math=False)
 
 
-def draw_tests(
+def of_tests(
     workdir: str | Path, count: int, bare: str = "", overrides: Sequence[str] = ()
-) -> Figure:
-    """Draws the maps of the first test images of a run.
+) -> tuple[np.ndarray, list[dict[str, tuple[np.ndarray, str]]], list[str], ConfigDict]:
+    """Makes the maps of the first test images of a run.
 
     Args:
         workdir: The run.
@@ -269,7 +270,7 @@ def draw_tests(
         overrides: ``--config.data.dir=DIR`` and the like, where the data have moved.
 
     Returns:
-        The picture.
+        The arguments of ``draw``.
 
     Raises:
         FileNotFoundError: If there is no run, no checkpoint, or the data set is not prepared.
@@ -281,7 +282,7 @@ def draw_tests(
     batch = run.feed.look("test", count)
     variables = of_first_seed(kept_weights(run, workdir))
     explained = explain(parts, variables, batch["image"])
-    rows = [
+    rows: list[dict[str, tuple[np.ndarray, str]]] = [
         {
             k: (activations, titles(explanation, parts.branches(), names)[k])
             for k, activations in explanation.maps.items()
@@ -292,7 +293,7 @@ def draw_tests(
         for row, explanation in zip(rows, _bare(bare, run, batch, overrides), strict=True):
             row["without branches"] = explanation.maps[MAIN], _main_title(explanation, names)
     labels = [names[int(label)] for label in batch["label"]]
-    return draw(np.asarray(batch["image"]), rows, labels, run.config.data)
+    return np.asarray(batch["image"]), rows, labels, run.config.data
 
 
 def _bare(
@@ -315,12 +316,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--bare", default="", help="a run without branches, for comparison")
     parser.add_argument("--images", type=int, default=4, help="how many test images")
     parser.add_argument("--out", default="activation_maps.png", help="the picture")
+    parser.add_argument("--json", action="store_true", help="print what is written below as JSON")
     options, overrides = parser.parse_known_args(arguments)
     with command.readable_errors():
         out = command.check_picture(options.out)
         if options.images < 1:
             raise ValueError(f"--images is {options.images}; it should be at least 1.")
-        draw_tests(options.workdir, options.images, options.bare, overrides).savefig(out, dpi=130)
+        shown = of_tests(options.workdir, options.images, options.bare, overrides)
+        draw(*shown).savefig(out, dpi=130)
+    if options.json:
+        _, rows, labels, _ = shown
+        texts = [{title: text for title, (_, text) in row.items()} for row in rows]
+        print(json.dumps([{"image": label, **row} for label, row in zip(labels, texts, strict=True)]))
+        return
     print(f"{out}: where each output finds its class; below, what it found")
 
 
