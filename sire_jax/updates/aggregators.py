@@ -29,7 +29,14 @@ from sire_jax.updates.correction import (
 
 
 class Aggregator(Protocol):
-    """Maps the Gramian ``[k, k]`` of K gradients and a random key to coefficients ``[k]``."""
+    """Maps the Gramian ``[k, k]`` of K gradients and a random key to coefficients ``[k]``.
+
+    >>> def mean(gramian, key):  # an aggregator of one's own
+    ...     return jnp.full(len(gramian), 1 / len(gramian))
+    >>> gradients = jnp.array([[1.0, 0.0], [0.0, 3.0]])
+    >>> (mean(gradients @ gradients.T, jax.random.key(0)) @ gradients).tolist()
+    [0.5, 1.5]
+    """
 
     def __call__(self, gramian: Array, key: Array) -> Array:
         """Returns the coefficients."""
@@ -122,8 +129,8 @@ class MGDA:
         cosines = Cosines.of(gramian)
         shortest = jnp.argmin(jnp.where(cosines.present, cosines.norms, jnp.inf))
         start, demand = cosines.regular()[shortest], _equal_demand(cosines)
-        found = _correct(cosines, start, demand, math.inf, math.inf)
-        amounts = jnp.maximum(found.direction, 0) * demand
+        correction = _correct(cosines, start, demand, math.inf, math.inf)
+        amounts = jnp.maximum(correction.direction, 0) * demand
         return amounts / jnp.where(cosines.present.any(), amounts.sum(), 1.0)
 
 
@@ -171,8 +178,8 @@ class CAGrad:
         squared = jnp.maximum((cosines.norms * agreement).sum(), 0)
         length = self.radius * jnp.sqrt(squared)
         demand = _equal_demand(cosines)
-        found = _correct(cosines, agreement, demand, math.inf, length)
-        return 1 + cosines.per_norm(found.amounts)
+        correction = _correct(cosines, agreement, demand, math.inf, length)
+        return 1 + cosines.per_norm(correction.amounts)
 
 
 @dataclass(frozen=True)
@@ -288,6 +295,11 @@ class AlignedMTL:
     orthogonal rows of length ``s_min``. Scale: ``|d| = s_min sqrt(K)``; orthogonal gradients of one
     length are summed; preferences are 1, where the paper's sum to 1. (Senushkin, Patakin, Kuznetsov
     and Konushin, *Independent Component Alignment for Multi-Task Learning*, 2023, Algorithm 1)
+
+    >>> gradients = jnp.array([[1.0, 0.0], [0.0, 3.0]])
+    >>> coefficients = AlignedMTL()(gradients @ gradients.T, jax.random.key(0))
+    >>> (coefficients @ gradients).round(2).tolist()  # each as long as the shortest
+    [1.0, 1.0]
     """
 
     def __call__(self, gramian: Array, key: Array) -> Array:
