@@ -84,19 +84,36 @@ class Groups:
         if not jnp.issubdtype(labels.dtype, jnp.integer):
             raise ValueError(f"Labels are {labels.dtype}; they should be integers.")
         inside = is_label(labels, len(self.assignment))
-        known = jnp.where(inside, labels.astype(jnp.int32), 0)
-        return jnp.where(inside, jnp.asarray(self.assignment, jnp.int32)[known], NO_GROUP)
+        indices = jnp.where(inside, labels.astype(jnp.int32), 0)
+        return jnp.where(inside, jnp.asarray(self.assignment, jnp.int32)[indices], NO_GROUP)
 
     def labels(self) -> tuple[tuple[str, ...], ...]:
         """Returns the names of the labels of each group, in the order of the labels."""
         members: list[list[str]] = [[] for _ in range(self.number)]
         for name, group in zip(self.classes, self.assignment, strict=True):
             members[group].append(name)
-        return tuple(tuple(each) for each in members)
+        return tuple(map(tuple, members))
 
 
 def save(path: str | Path, groupings: Mapping[int, Groups], made: str) -> None:
     """Writes groupings of the same labels, one group a line.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> groups = Groups(("apple", "oak", "pear"), (0, 1, 0))
+    >>> with TemporaryDirectory() as directory:
+    ...     save(f"{directory}/kinds.json", {2: groups}, made="by hand")
+    ...     print(Path(directory, "kinds.json").read_text())
+    {
+      "made": "by hand",
+      "classes": ["apple", "oak", "pear"],
+      "groups": {
+        "2": [
+          ["apple", "pear"],
+          ["oak"]
+        ]
+      }
+    }
+    <BLANKLINE>
 
     Args:
         path: The file, JSON.
@@ -177,24 +194,24 @@ def from_section(name: str, section: Mapping[str, Any]) -> Groups:
     check_section(name, section)
     where = f"config.data.groups.{name}"
     if section["assignment"]:
-        given = Groups(tuple(section["classes"]), tuple(section["assignment"]))
-        if given.number != section["groups"]:
+        groups = Groups(tuple(section["classes"]), tuple(section["assignment"]))
+        if groups.number != section["groups"]:
             raise ValueError(
-                f"{where}.groups is {section['groups']}, but its assignment has {given.number}."
+                f"{where}.groups is {section['groups']}, but its assignment has {groups.number}."
             )
-        return given
+        return groups
     if not section["file"]:
         raise ValueError(
             f"{where} names no file of groups; make one with 'python -m sire_jax.grouping' and give"
             f" it by --{where}.file=FILE."
         )
-    known = load(section["file"])
-    if section["groups"] not in known:
+    groupings = load(section["file"])
+    if section["groups"] not in groupings:
         raise ValueError(
             f"{where}.groups is {section['groups']}, but {section['file']} has the numbers of"
-            f" groups {', '.join(map(str, known))}."
+            f" groups {', '.join(map(str, groupings))}."
         )
-    return known[section["groups"]]
+    return groupings[section["groups"]]
 
 
 def check_section(name: str, section: Any) -> None:
@@ -209,9 +226,9 @@ def check_section(name: str, section: Any) -> None:
     """
     where = f"config.data.groups.{name}"
     if not registry.is_section(section) or set(section) != set(_KEYS):
-        given = sorted(section) if registry.is_section(section) else section
+        value = sorted(section) if registry.is_section(section) else section
         raise ValueError(
-            f"{where} is {given}; it should be a section with the keys"
+            f"{where} is {value}; it should be a section with the keys"
             f" {sorted(_KEYS)}, as configuration.grouping(FILE, GROUPS) returns it."
         )
     for key, like in _KEYS.items():
@@ -243,11 +260,17 @@ def _text(value: Any) -> str:
 
 
 def _lines(groups: Groups) -> str:
-    return ",\n".join(f"      {_text(each)}" for each in groups.labels())
+    return ",\n".join(f"      {_text(names)}" for names in groups.labels())
 
 
 def load(path: str | Path, classes: Sequence[str] | None = None) -> dict[int, Groups]:
     """Reads groupings, also after someone has edited them: groups may have any size but 0.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as directory:
+    ...     save(f"{directory}/kinds.json", {2: Groups(("apple", "oak"), (0, 1))}, made="by hand")
+    ...     load(f"{directory}/kinds.json", classes=("oak", "apple"))[2].assignment
+    (1, 0)
 
     Args:
         path: The file that ``save`` wrote.
@@ -261,15 +284,15 @@ def load(path: str | Path, classes: Sequence[str] | None = None) -> dict[int, Gr
         FileNotFoundError: If there is no such file.
         ValueError: If it is not such a file, or a grouping does not have each label once.
     """
-    found = _read(files.expanded(path))
-    names = tuple(found["classes"])
+    content = _read(files.expanded(path))
+    names = tuple(content["classes"])
     _check_names(names, f"The classes of {path}")
     if classes is not None:
         _check_same(f"The classes of {path} are not those of the data:", names, classes)
         names = tuple(classes)
     return {
         _number(path, key, groups): _grouping(f"The grouping '{key}' of {path}", groups, names)
-        for key, groups in found["groups"].items()
+        for key, groups in content["groups"].items()
     }
 
 
@@ -279,19 +302,19 @@ def _read(path: Path) -> dict[str, Any]:
             f"There is no file of groups {path}. Make one with\n"
             f"  python -m sire_jax.grouping --workdir=DIR --groups=20 --out={path}"
         )
-    found = untrusted.read_json(path)
-    if not _is_structure(found):
+    content = untrusted.read_json(path)
+    if not _is_structure(content):
         raise ValueError(f"{path} is no file of groups; it should look like {SHAPE}.")
-    return dict(found)
+    return dict(content)
 
 
-def _is_structure(found: Any) -> bool:
-    if not isinstance(found, dict) or not isinstance(found.get("groups"), dict):
+def _is_structure(content: Any) -> bool:
+    if not isinstance(content, dict) or not isinstance(content.get("groups"), dict):
         return False
-    groupings = found["groups"].values()
+    groupings = content["groups"].values()
     if not groupings or not all(isinstance(groups, list) for groups in groupings):
         return False
-    lists = [found.get("classes"), *(each for groups in groupings for each in groups)]
+    lists = [content.get("classes"), *(names for groups in groupings for names in groups)]
     return all(isinstance(x, list) and all(isinstance(name, str) for name in x) for x in lists)
 
 
@@ -304,36 +327,36 @@ def _number(path: str | Path, key: str, groups: Sequence[Sequence[str]]) -> int:
     return len(groups)
 
 
-def _grouping(what: str, groups: Sequence[Sequence[str]], classes: tuple[str, ...]) -> Groups:
+def _grouping(place: str, groups: Sequence[Sequence[str]], classes: tuple[str, ...]) -> Groups:
     if not all(groups):
         raise ValueError(
-            f"{what} has an empty group, the {list(map(bool, groups)).index(False) + 1}. of"
+            f"{place} has an empty group, the {list(map(bool, groups)).index(False) + 1}. of"
             f" {len(groups)}; give it a label or remove it."
         )
     doubled = _doubled(name for group in groups for name in group)
     group_of = {name: i for i, group in enumerate(groups) for name in group}
-    _check_same(f"{what} does not have each label once:", list(group_of), classes, doubled)
+    _check_same(f"{place} does not have each label once:", list(group_of), classes, doubled)
     return Groups(classes, tuple(group_of[name] for name in classes))
 
 
-def _check_names(names: Sequence[str], what: str) -> None:
+def _check_names(names: Sequence[str], subject: str) -> None:
     doubled = _doubled(names)
     if doubled:
-        raise ValueError(f"{what} are not distinct: {listed(doubled)} stand more than once.")
+        raise ValueError(f"{subject} are not distinct: {listed(doubled)} stand more than once.")
 
 
 def _check_same(
-    what: str, given: Sequence[str], classes: Sequence[str], doubled: Sequence[str] = ()
+    fault: str, names: Sequence[str], classes: Sequence[str], doubled: Sequence[str] = ()
 ) -> None:
     """Checks that names are those of all labels, in any order, and that none stands twice."""
-    missing = _without(classes, given)
-    unknown = _without(given, classes)
+    missing = _without(classes, names)
+    unknown = _without(names, classes)
     problems = [f" {listed(missing)} missing."] if missing else []
     problems += [f" {listed(doubled)} more than once."] if doubled else []
     if unknown:
         problems.append(f" {listed(unknown)} unknown.{nearest(unknown[0], classes)}")
     if problems:
-        raise ValueError(what + "".join(problems))
+        raise ValueError(fault + "".join(problems))
 
 
 def _without(names: Sequence[str], others: Sequence[str]) -> list[str]:
