@@ -257,6 +257,7 @@ class WeightDecay:
             return optax.add_decayed_weights(self.backbone) if self else optax.identity()
 
         def update(gradient: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+            # The decay in a parameter's dtype: the gradient stays in it, too.
             leaves, structure = jax.tree.flatten(params)
             decayed = [
                 g + jnp.asarray(d, p.dtype) * p

@@ -352,6 +352,7 @@ class LinearCombination:
             return _negative_log_likelihood(predicted, labels) + self.penalty / 2 * far
 
         optimizer = optax.lbfgs()
+        # The line search before has computed both where it ended.
         value_and_gradient = optax.value_and_grad_from_state(loss)
 
         def step(_: int, carry: Any) -> Any:

@@ -172,6 +172,7 @@ def find_reach(
             or a parameter is complex or an integer.
     """
     params, state = parted(variables)
+    # Any key: what is reached does not depend on what is drawn.
     key = jax.random.key(0)
 
     def losses(params: PyTree, state: PyTree, batch: Batch) -> dict[str, Array]:
@@ -309,6 +310,7 @@ def make_measure(
             counted = _times(mask, objective.counts(batch))
             output, target = outputs[objective.output], batch[objective.target]
             measured |= metrics.classification(name, output, target, counted)
+        # Without predictions a batch needs no "label".
         counted = _times(mask, _label_counts(objectives, batch)) if predictions else None
         for name, predict in (predictions or {}).items():
             if not is_fitted(predict):

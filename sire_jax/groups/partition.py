@@ -134,6 +134,7 @@ def save(path: str | Path, groupings: Mapping[int, Groups], made: str) -> None:
                 f"The grouping {number} has other labels, or in another order, than the first;"
                 " a file holds groupings of the same labels."
             )
+    # By hand: json has either all on one line or each label on a line of its own.
     blocks = [f'    "{n}": [\n{_lines(groupings[n])}\n    ]' for n in sorted(groupings)]
     lines = [
         "{",
@@ -256,6 +257,7 @@ def check_names(what: str, groups: Groups, classes: Sequence[str]) -> None:
 
 
 def _text(value: Any) -> str:
+    # Names as people write them, who edit the file: not escaped.
     return json.dumps(value, ensure_ascii=False)
 
 

@@ -78,6 +78,7 @@ class Cascade:
         self._stages, self._rule = stages, rule
         self._params = jax.device_put(params, self._device)
         self._batch_size = batch_size
+        # Whole batches, since the last of a chunk is written whole.
         self._capacity = -(-chunk // batch_size) * batch_size
         self._programs = [_compiled(stage, rule) for stage in stages]
 
@@ -157,6 +158,7 @@ def _compiled(stage: Stage, rule: Rule) -> Callable[..., tuple[Array, Array, Row
     def run(
         params: PyTree, rows: Rows, shared: Rows, index: Array, left: Rows, start: Array
     ) -> tuple[Array, Array, Rows, Rows]:
+        # The cascade's own indices, which need no check.
         batch = tuple(row.at[index].get(mode="promise_in_bounds") for row in rows)
         output, passed, shared = stage.apply(params, batch, shared)
         logits = class_logits(output)

@@ -136,6 +136,7 @@ class Exits:
 
     def _over(self, function: Callable[..., Any], examples: np.ndarray) -> list[Any]:
         """Applies a program to examples, batch by batch."""
+        # A new jit for each call would compile each time.
         if function not in self._programs:
             self._programs[function] = jax.jit(lambda v, x, i: function(v, x[i]))
         size = self._batch_size

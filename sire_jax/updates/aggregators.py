@@ -53,6 +53,7 @@ class Sum:
     def __call__(self, gramian: Array, key: Array) -> Array:
         """Returns ones, ``[k]``."""
         del key
+        # Normalized to be checked, and in float32, as for all other aggregators.
         return jnp.ones_like(jnp.diag(normalized(gramian)[0]))
 
 
@@ -249,6 +250,7 @@ class IMTLG:
         present = jnp.where(cosines.present, 1.0, 0.0)
         shares = cosines.per_norm(jnp.linalg.solve(cosines.regular(), present))
         total, least = shares.sum(), 1e-6 * jnp.abs(shares).sum()
+        # Shares that nearly cancel would be divided by almost 0.
         total = jnp.where(jnp.abs(total) < least, jnp.copysign(least, total), total)
         return jnp.where(least > 0, shares / jnp.where(least > 0, total, 1.0), 0.0)
 
@@ -283,6 +285,7 @@ class NashMTL:
         del key
         cosines = Cosines.of(gramian)
         bargain = cosines.per_norm(_bargain(cosines.regular()))
+        # The norms that were divided by are parts of the longest.
         return bargain / jnp.where(cosines.longest > 0, cosines.longest, 1.0)
 
 
@@ -316,6 +319,7 @@ class AlignedMTL:
         matrix, _ = normalized(gramian)
         values, vectors = jnp.linalg.eigh(matrix)
         count = (jnp.diag(matrix) > 0).sum().astype(jnp.float32)
+        # What is smaller is rounding: where gradients depend on each other it would be 0.
         present = values > count * jnp.finfo(jnp.float32).eps * values.max()
         smallest = jnp.where(present, values, jnp.inf).min()
         ratios = jnp.where(present, smallest / jnp.where(present, values, 1.0), 0.0)

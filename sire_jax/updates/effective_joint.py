@@ -76,6 +76,7 @@ def effective_joint(
     reached.check_apart()
     check_aggregator(aggregator, reached)
     everything = reached.any()
+    # Without its weight decay, which is added by the losses that a step has.
     descent = masked(optimizer.linear, everything)
 
     def update(

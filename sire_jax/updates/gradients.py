@@ -104,9 +104,11 @@ def factors(
     tree = reached.any()
     one = jnp.ones((), jnp.float32)
     leaves = {name: [one] * len(jax.tree.leaves(tree)) for name in reached.names}
+    # A sum needs no inner products: its coefficients are 1.
     products = {} if isinstance(aggregator, Sum) else gramians(gradients, reached)
     groups = reached.groups()
     for group, (names, gramian) in enumerate(products.items()):
+        # Each group is as if it were a network of its own, also in what is drawn.
         coefficients = aggregator(gramian, jax.random.fold_in(key, group))
         for i in groups[names]:
             for k, name in enumerate(names):

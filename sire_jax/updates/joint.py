@@ -59,6 +59,7 @@ def joint(
     reached = Reached.of(reach, main)
     check_aggregator(aggregator, reached)
     if adjust:
+        # A step has one divisor for all slices of a parameter.
         reached.check_apart()
     everything = reached.any()
     descent = masked(optimizer, everything)

@@ -86,6 +86,7 @@ def multiway(
         named, (outputs, new_model_state), pull_back = gradients.of_each(
             losses, params, model_state
         )
+        # All gradients before the first step, which moves what later losses would see.
         weighted = {n: steps.weigh(n, pull_back(n), weights[n]) for n in reached.names}
         scales = factors(weighted, reached, aggregator, key)
         divisors = steps.divisors(weights)
