@@ -89,7 +89,7 @@ def pairwise(
         last = _last_to_see(losses, params, model_state, reached.names)
         named, states = {}, []
         for name in reached.names:
-            # Returned alone: the compiler drops the forward pass beyond its output.
+            # The compiler drops what nobody uses of the rest, and the forward pass beyond the loss.
             def loss(params: PyTree, name: str = name) -> tuple[Array, Any]:
                 values, rest = losses(params, model_state)
                 return values[name], rest
