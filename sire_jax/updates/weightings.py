@@ -73,10 +73,11 @@ class Uncertainty:
     it out. It is for positive losses: of one that is not above 0, or absent, ``s_k`` stays as it
     is. ``s_k`` is kept in [-10, 10].
 
-    >>> losses = {"main": jnp.array(3.0), "exit": jnp.array(1.0)}
     >>> weighting = Uncertainty(learning_rate=0.1)
-    >>> state = weighting.update(weighting.init(["main", "exit"]), Observed(losses, dict, dict))
-    >>> weighting.weights(state, jax.random.key(0))["main"].round(2)  # of the larger loss
+    >>> step = Observed({"main": jnp.array(3.0), "exit": jnp.array(1.0)}, dict, dict)
+    >>> update = jax.jit(lambda state: weighting.update(state, step))
+    >>> state = update(weighting.init(["main", "exit"]))
+    >>> jax.jit(weighting.weights)(state, jax.random.key(0))["main"].round(2)  # the larger loss's
     Array(0.82, dtype=float32)
 
     Attributes:
@@ -206,7 +207,8 @@ class Random:
 
     ``f = K softmax(n)``, with ``n`` K standard normal numbers; K times the paper's, whose sum is 1.
 
-    >>> factors = Random().weights(Random().init(["main", "exit"]), jax.random.key(0))
+    >>> state = Random().init(["main", "exit"])
+    >>> factors = jax.jit(Random().weights)(state, jax.random.key(0))
     >>> round(float(sum(factors.values())), 4)  # they add up to their number
     2.0
     """
