@@ -45,9 +45,10 @@ def cross_entropy(logits: Array, labels: Array) -> Array:
         ``[b]``; not a number where a label is outside of its classes.
     """
     inside = is_label(labels, logits.shape[-1])
+    # Of a label outside any class serves: its loss is replaced.
     chosen = jnp.where(inside, labels.astype(jnp.int32), 0)
-    each = optax.softmax_cross_entropy_with_integer_labels(logits, chosen)
-    return sum_positions(jnp.where(inside, each, jnp.nan))
+    values = optax.softmax_cross_entropy_with_integer_labels(logits, chosen)
+    return sum_positions(jnp.where(inside, values, jnp.nan))
 
 
 @dataclass(frozen=True)

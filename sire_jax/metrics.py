@@ -36,8 +36,8 @@ class Average:
         mask = mask.reshape(*mask.shape, *(1,) * (values.ndim - mask.ndim))
         weights = jnp.broadcast_to(jnp.where(mask > 0, mask, 0), values.shape)
         # Not values * weights alone: nothing times infinity is no number.
-        kept = jnp.where(weights > 0, values, 0.0) * weights
-        return cls(total=kept.sum(), count=weights.sum())
+        weighted = jnp.where(weights > 0, values, 0.0) * weights
+        return cls(total=weighted.sum(), count=weights.sum())
 
     def mean(self) -> Array:
         """Returns total / count, NaN where nothing was counted."""
@@ -50,8 +50,8 @@ Metrics = dict[str, Average]
 def add(a: Metrics, b: Metrics) -> Metrics:
     """Merges the metrics of two batches.
 
-    >>> one = {"loss": Average(total=jnp.array(3.0), count=jnp.array(2.0))}
-    >>> means(add(one, one))["loss"].item()
+    >>> batch = {"loss": Average(total=jnp.array(3.0), count=jnp.array(2.0))}
+    >>> means(add(batch, batch))["loss"].item()
     1.5
     """
     return jax.tree.map(jnp.add, a, b)
@@ -135,8 +135,8 @@ def top_k(logits: Array, labels: Array, k: int) -> Array:
     before = places < labels.astype(jnp.int32)[..., None]
     larger = (logits > right) | ((logits == right) & before)
     # Not a number compares false with everything: without this it would count as right.
-    known = is_label(labels, logits.shape[-1]) & ~jnp.isnan(logits).any(-1)
-    return (larger.sum(-1) < k) & known
+    valid = is_label(labels, logits.shape[-1]) & ~jnp.isnan(logits).any(-1)
+    return (larger.sum(-1) < k) & valid
 
 
 def classification(prefix: str, logits: Array, labels: Array, mask: Array | None = None) -> Metrics:

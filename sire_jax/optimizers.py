@@ -148,11 +148,11 @@ def number_or_schedule(value: Any, what: str, units: Units | None = None) -> flo
     return _check_least(what, value)
 
 
-def _check_least(what: str, value: Any) -> float:
+def _check_least(setting: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"The {what} is {value!r}; it should be a number.")
+        raise ValueError(f"The {setting} is {value!r}; it should be a number.")
     if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"The {what} is {value}; it should be finite and at least 0.")
+        raise ValueError(f"The {setting} is {value}; it should be finite and at least 0.")
     return float(value)
 
 
@@ -230,17 +230,13 @@ class WeightDecay:
             return value
         if not registry.is_section(value):
             value = dict.fromkeys(("backbone", "heads"), value)
-        for part in value.values():
-            if isinstance(part, bool) or not isinstance(part, int | float):
-                raise ValueError(f"The weight decay is {part!r}; it should be a number.")
-            if not 0 <= part < math.inf:
-                raise ValueError(f"The weight decay is {part}; it should be finite and at least 0.")
+        decays = {part: _check_least("weight decay", value[part]) for part in value}
         if set(value) != {"backbone", "heads"}:
             raise ValueError(
                 f"The weight decay has the keys {sorted(value)}; it should be a number, or have"
                 " 'backbone' and 'heads'."
             )
-        return cls(float(value["backbone"]), float(value["heads"]))
+        return cls(**decays)
 
     def __bool__(self) -> bool:
         return bool(self.backbone or self.heads)
@@ -261,6 +257,7 @@ class WeightDecay:
             return optax.add_decayed_weights(self.backbone) if self else optax.identity()
 
         def update(gradient: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+            # The decay in a parameter's dtype: the gradient stays in it, too.
             leaves, structure = jax.tree.flatten(params)
             decayed = [
                 g + jnp.asarray(d, p.dtype) * p
@@ -289,9 +286,10 @@ class LinearOptimizer(optax.GradientTransformation):
     ) -> "LinearOptimizer":
         """Chains weight decay, as ``WeightDecay.of`` reads it, and the transformation."""
         decay = WeightDecay.of(weight_decay)
-        made = super().__new__(cls, *optax.chain(decay.penalty(), linear))
-        made.linear, made.weight_decay = linear, decay
-        return made
+        # Its two functions are fields of a named tuple, which only __new__ can set.
+        optimizer = super().__new__(cls, *optax.chain(decay.penalty(), linear))
+        optimizer.linear, optimizer.weight_decay = linear, decay
+        return optimizer
 
 
 def sgd(

@@ -1,6 +1,6 @@
-"""What training changes: the state of a run, and the best weights so far."""
+"""What training changes: the state of a run and of its network, and the best weights so far."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,14 @@ SHUFFLE, INITIAL = 2**32 - 1, 2**32 - 2
 @dataclass(frozen=True)
 class TrainState:
     """All that training changes.
+
+    >>> import optax
+    >>> from sire_jax.updates import joint
+    >>> rule = joint(optax.sgd(0.1), reach={"main": {"kernel": True}})
+    >>> variables = {"params": {"kernel": jnp.ones(3)}, "batch_stats": {"mean": jnp.zeros(3)}}
+    >>> state = TrainState.start(jax.random.key(0), variables, rule)
+    >>> state.step.item(), sorted(state.variables)
+    (0, ['batch_stats', 'params'])
 
     Attributes:
         step: Number of steps taken, int32.
@@ -94,6 +102,65 @@ def parted(variables: Mapping[str, PyTree]) -> tuple[PyTree, dict[str, PyTree]]:
 def plain(tree: Any) -> Any:
     """Makes plain dictionaries of all mappings in a tree."""
     return {k: plain(v) for k, v in tree.items()} if isinstance(tree, Mapping) else tree
+
+
+def apply_in_training(
+    apply: Callable[..., Any], params: PyTree, model_state: PyTree, images: Any, dropout: Array
+) -> tuple[Any, PyTree]:
+    """Applies a network in training, without what it only sows: that would grow with each step.
+
+    Args:
+        apply: ``apply`` of a Flax network.
+        params: Parameters.
+        model_state: Other variables of the network.
+        images: Its inputs.
+        dropout: Random key for dropout.
+
+    Returns:
+        What the network returns, and its other variables after the step.
+
+    Raises:
+        ValueError: If the step changes which variables a collection has.
+    """
+
+    def applied(params: PyTree, state: PyTree) -> tuple[Any, PyTree]:
+        rngs, mutable = {"dropout": dropout}, list(state)
+        outputs, new = apply(
+            {"params": params, **state}, images, train=True, rngs=rngs, mutable=mutable
+        )
+        return outputs, plain(new)
+
+    sown = {kind for kind in model_state if _is_only_sown(applied, params, model_state, kind)}
+    state = {kind: values for kind, values in model_state.items() if kind not in sown}
+    outputs, new = applied(params, state)
+    _check_structure(state, new)
+    # What is sown stays as it was: a state of another shape would be compiled for anew.
+    return outputs, {**new, **{kind: model_state[kind] for kind in sown}}
+
+
+def _is_only_sown(
+    applied: Callable[..., Any], params: PyTree, model_state: PyTree, kind: str
+) -> bool:
+    """Tells whether a network can do without a collection, into which it only writes."""
+    others = {k: values for k, values in model_state.items() if k != kind}
+    try:
+        jax.eval_shape(applied, params, others)
+    except Exception:  # Of Flax, or of whatever looks for the collection.
+        return False
+    return True
+
+
+def _check_structure(old: PyTree, new: PyTree) -> None:
+    structures: Any = [
+        {kind: jax.tree.structure(values) for kind, values in state.items()} for state in (old, new)
+    ]
+    for kind, structure in structures[0].items():
+        if structures[1].get(kind) != structure:
+            raise ValueError(
+                f"The collection '{kind}' has other variables after a step than before it, so that"
+                " each step would be compiled anew. Sow into a collection of its own, and make"
+                " variables in init already."
+            )
 
 
 @jax.tree_util.register_dataclass

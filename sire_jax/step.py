@@ -25,7 +25,7 @@ from sire_jax.objectives import (
 )
 from sire_jax.objectives import weights as weights_at
 from sire_jax.predictions import Prediction, is_fitted
-from sire_jax.state import TrainState, parted, plain
+from sire_jax.state import TrainState, apply_in_training, parted
 from sire_jax.updates import Losses, UpdateRule
 
 PyTree = Any
@@ -63,9 +63,9 @@ class Shared:
 
         So an update rule sees gradients of the whole batch, whatever it does with them.
         """
-        same = jax.custom_jvp(lambda p: p)
-        same.defjvp(lambda primals, tangents: (primals[0], self.mean(tangents[0])))
-        return same(params)
+        identity = jax.custom_jvp(lambda p: p)
+        identity.defjvp(lambda primals, tangents: (primals[0], self.mean(tangents[0])))
+        return identity(params)
 
 
 def make_losses(
@@ -76,6 +76,15 @@ def make_losses(
     shared: Shared | None = None,
 ) -> Losses:
     """Makes the function that an update rule differentiates.
+
+    >>> import sire_jax as sj
+    >>> apply = lambda variables, image, **_: ({"main": image @ variables["params"]["w"]}, {})
+    >>> objectives = {"main": sj.Objective("main", "label", sj.cross_entropy)}
+    >>> batch = {"image": jnp.eye(2), "label": jnp.array([0, 0])}
+    >>> losses = make_losses(apply, objectives, batch, jax.random.key(0))
+    >>> named, (outputs, _) = jax.jit(losses)({"w": jnp.zeros((2, 2))}, {})
+    >>> named["main"].round(2)  # log 2
+    Array(0.69, dtype=float32)
 
     Args:
         apply: ``apply`` of a Flax network that returns named outputs.
@@ -93,60 +102,17 @@ def make_losses(
     def losses(params: PyTree, model_state: PyTree) -> Any:
         params = shared.averaging(params) if shared else params
         with batch_over(shared.axis if shared and shared.batch_norm else None):
-            outputs, new_model_state = _applied(apply, params, model_state, batch, dropout)
+            outputs, new_model_state = apply_in_training(
+                apply, params, model_state, _images(batch), dropout
+            )
         values = evaluate(objectives, outputs, batch)
         counts = example_counts(objectives, batch)
-        named = {name: _mean(each, counts[name], shared) for name, each in values.items()}
+        named = {name: _mean(terms, counts[name], shared) for name, terms in values.items()}
         if shared:
             named, new_model_state = shared.mean((named, new_model_state))
         return named, (outputs, new_model_state)
 
     return losses
-
-
-def _applied(
-    apply: Apply, params: PyTree, model_state: PyTree, batch: Batch, dropout: Array
-) -> tuple[Any, PyTree]:
-    """Applies a network in training, without what it only sows: that would grow with each step."""
-
-    def applied(params: PyTree, state: PyTree) -> tuple[Any, PyTree]:
-        rngs, kept = {"dropout": dropout}, list(state)
-        outputs, new = apply(
-            {"params": params, **state}, _images(batch), train=True, rngs=rngs, mutable=kept
-        )
-        return outputs, plain(new)
-
-    sown = {kind for kind in model_state if _is_only_sown(applied, params, model_state, kind)}
-    state = {kind: values for kind, values in model_state.items() if kind not in sown}
-    outputs, new = applied(params, state)
-    _check_structure(state, new)
-    # What is sown stays as it was: a state of another shape would be compiled for anew.
-    return outputs, {**new, **{kind: model_state[kind] for kind in sown}}
-
-
-def _is_only_sown(
-    applied: Callable[..., Any], params: PyTree, model_state: PyTree, kind: str
-) -> bool:
-    """Tells whether a network can do without a collection, into which it only writes."""
-    others = {k: values for k, values in model_state.items() if k != kind}
-    try:
-        jax.eval_shape(applied, params, others)
-    except Exception:  # Of Flax, or of whatever looks for the collection.
-        return False
-    return True
-
-
-def _check_structure(old: PyTree, new: PyTree) -> None:
-    structures: Any = [
-        {kind: jax.tree.structure(values) for kind, values in state.items()} for state in (old, new)
-    ]
-    for kind, structure in structures[0].items():
-        if structures[1].get(kind) != structure:
-            raise ValueError(
-                f"The collection '{kind}' has other variables after a step than before it, so that"
-                " each step would be compiled anew. Sow into a collection of its own, and make"
-                " variables in init already."
-            )
 
 
 def _images(batch: Batch) -> Any:
@@ -181,6 +147,16 @@ def find_reach(
 ) -> dict[str, PyTree]:
     """Finds which parameters each objective's gradient reaches in training (``traced.reach``).
 
+    >>> import sire_jax as sj
+    >>> def apply(variables, image, **_):
+    ...     middle = image @ variables["params"]["middle"]
+    ...     return {"exit": middle, "main": middle @ variables["params"]["main"]}, {}
+    >>> objectives = {k: sj.Objective(k, "label", sj.cross_entropy) for k in ("exit", "main")}
+    >>> variables = {"params": {"middle": jnp.eye(2), "main": jnp.eye(2)}}
+    >>> batch = {"image": jnp.eye(2), "label": jnp.array([0, 1])}
+    >>> find_reach(apply, objectives, variables, batch)["exit"]
+    {'main': False, 'middle': True}
+
     Args:
         apply: ``apply`` of a Flax network that returns named outputs.
         objectives: Objectives by name.
@@ -196,6 +172,7 @@ def find_reach(
             or a parameter is complex or an integer.
     """
     params, state = parted(variables)
+    # Any key: what is reached does not depend on what is drawn.
     key = jax.random.key(0)
 
     def losses(params: PyTree, state: PyTree, batch: Batch) -> dict[str, Array]:
@@ -212,6 +189,16 @@ def make_step(
     shared: Shared | None = None,
 ) -> Step:
     """Makes the training step.
+
+    >>> import optax, sire_jax as sj
+    >>> apply = lambda variables, image, **_: ({"main": image @ variables["params"]["w"]}, {})
+    >>> objectives = {"main": sj.Objective("main", "label", sj.cross_entropy)}
+    >>> rule = sj.joint(optax.sgd(1.0), {"main": {"w": True}})  # a reach, as by ``find_reach``
+    >>> step = jax.jit(make_step(apply, objectives, rule))
+    >>> state = TrainState.start(jax.random.key(0), {"params": {"w": jnp.zeros((2, 2))}}, rule)
+    >>> state, metrics = step(state, {"image": jnp.eye(2), "label": jnp.array([0, 1])})
+    >>> sorted(metrics), state.params["w"].tolist()
+    (['main/loss', 'total/loss'], [[0.25, -0.25], [-0.25, 0.25]])
 
     Args:
         apply: ``apply`` of a Flax network that returns named outputs.
@@ -234,6 +221,7 @@ def make_step(
         keys = jax.random.split(jax.random.fold_in(state.key, state.step), 3)
         augmenting, dropout, updating = keys
         if shared:
+            # Not of the rule: it draws the same on all devices, so that parameters stay equal.
             augmenting, dropout = shared.own(augmenting), shared.own(dropout)
         batch = augment(augmenting, batch) if augment else batch
         losses = make_losses(apply, objectives, batch, dropout, shared)
@@ -268,7 +256,7 @@ def _counted(objectives: Objectives, batch: Batch, shared: Shared | None) -> dic
     """Returns how much the examples of the whole batch count, for objectives where not 1 each."""
     check_keys(objectives, batch)
     counts = example_counts(objectives, batch)
-    sums = {name: each.sum() for name, each in counts.items() if each is not None}
+    sums = {name: count.sum() for name, count in counts.items() if count is not None}
     return jax.lax.psum(sums, shared.axis) if shared else sums
 
 
@@ -278,6 +266,14 @@ def make_measure(
     predictions: Mapping[str, Prediction] | None = None,
 ) -> Measure:
     """Makes the measurement of a batch in evaluation mode.
+
+    >>> import sire_jax as sj
+    >>> apply = lambda variables, image, train: {"main": image @ variables["params"]["w"]}
+    >>> measure = make_measure(apply, {"main": sj.Objective("main", "label", sj.cross_entropy)})
+    >>> batch = {"image": jnp.eye(2), "label": jnp.array([0, 0])}
+    >>> measured = jax.jit(measure)({"w": jnp.eye(2)}, {}, batch)
+    >>> {name: round(float(mean), 2) for name, mean in sj.means(measured).items()}
+    {'main/loss': 0.81, 'main/top_1': 0.5}
 
     Args:
         apply: ``apply`` of a Flax network that returns named outputs.
@@ -306,14 +302,15 @@ def make_measure(
         values = evaluate(objectives, outputs, batch)
         counts = example_counts(objectives, batch)
         measured: Metrics = {
-            f"{name}/loss": Average.of(each, _times(mask, counts[name]))
-            for name, each in values.items()
+            f"{name}/loss": Average.of(terms, _times(mask, counts[name]))
+            for name, terms in values.items()
         }
         for name in accurate(objectives, outputs, batch):
             objective = objectives[name]
             counted = _times(mask, objective.counts(batch))
             output, target = outputs[objective.output], batch[objective.target]
             measured |= metrics.classification(name, output, target, counted)
+        # Without predictions a batch needs no "label".
         counted = _times(mask, _label_counts(objectives, batch)) if predictions else None
         for name, predict in (predictions or {}).items():
             if not is_fitted(predict):
@@ -349,6 +346,12 @@ def make_predict(
     apply: Apply, names: Sequence[str], objectives: Objectives | None = None
 ) -> Predict:
     """Makes the function whose results prediction rules are fitted to.
+
+    >>> apply = lambda variables, image, train: {"main": image @ variables["params"]["w"]}
+    >>> predict = make_predict(apply, ["main"])
+    >>> outputs, label = predict({"w": jnp.eye(2)}, {}, {"image": jnp.eye(2), "label": jnp.ones(2)})
+    >>> outputs["main"].shape, label.shape
+    ((2, 2), (2,))
 
     Args:
         apply: ``apply`` of a Flax network that returns named outputs.

@@ -1,6 +1,7 @@
 """What a network says of an image and why: maps, and the program, on bundled digits."""
 
 import json
+import re
 import shutil
 import warnings
 

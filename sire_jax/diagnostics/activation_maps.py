@@ -327,7 +327,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.json:
         _, rows, labels, _ = shown
         texts = [{title: text for title, (_, text) in row.items()} for row in rows]
-        print(json.dumps([{"image": label, **row} for label, row in zip(labels, texts, strict=True)]))
+        print(
+            json.dumps([{"image": label, **row} for label, row in zip(labels, texts, strict=True)])
+        )
         return
     print(f"{out}: where each output finds its class; below, what it found")
 

@@ -42,10 +42,10 @@ def distances(confusion: np.ndarray, criterion: str = "join") -> np.ndarray:
     check_confusion(confusion)
     counts = np.asarray(confusion, np.float64)
     rates = counts / counts.sum(1, keepdims=True)
-    each = 1 - rates if criterion == "join" else rates
-    found = (each + each.T) / 2
-    np.fill_diagonal(found, 0)
-    return found
+    directed = 1 - rates if criterion == "join" else rates
+    symmetric = (directed + directed.T) / 2
+    np.fill_diagonal(symmetric, 0)
+    return symmetric
 
 
 def balanced(distances: np.ndarray, number: int, seed: int) -> tuple[int, ...]:
@@ -88,6 +88,10 @@ def released(confusion: np.ndarray, number: int, seed: int) -> tuple[int, ...]:
     "join" but for a constant. As in ``balanced``, but a group is full when it holds ``1.1 C / k``
     labels or more, so that it may have up to ``ceil(1.1 C / k)`` and others have few: sizes are not
     within one of each other. There is always room, since the groups hold ``1.1 C`` together.
+
+    >>> confusion = np.array([[7, 3, 0, 0], [3, 6, 0, 1], [0, 0, 7, 3], [0, 1, 3, 6]])
+    >>> released(confusion, 2, seed=0)
+    (0, 0, 1, 1)
 
     Args:
         confusion: ``[classes, classes]``, counts, a row for each true label.
@@ -132,8 +136,8 @@ def _cluster(
     distances = _checked(distances)
     tolerance = TIE * np.abs(distances).max()
     starts = _starts(distances, number, tolerance, generator)
-    found = np.full(len(distances), -1)
-    found[starts] = np.arange(number)
+    groups = np.full(len(distances), -1)
+    groups[starts] = np.arange(number)
     sums, sizes = distances[:, starts], np.ones(number, int)
     # Of each label to each group; infinite where the label is taken or the group is full.
     means = sums.copy()
@@ -141,24 +145,25 @@ def _cluster(
     for _ in range(len(distances) - number):
         ties = np.flatnonzero(means <= means.min() + tolerance)
         label, group = divmod(int(generator.choice(ties)), number)
-        found[label] = group
+        groups[label] = group
         sizes[group] += 1
         sums[:, group] += distances[:, label]
-        means[:, group] = np.where(found < 0, sums[:, group] / sizes[group], np.inf)
+        means[:, group] = np.where(groups < 0, sums[:, group] / sizes[group], np.inf)
         means[label] = np.inf
         room = size + int((sizes > size).sum() < larger)
         means[:, sizes >= room] = np.inf
-    return _numbered(found)
+    return _numbered(groups)
 
 
 def _checked(distances: np.ndarray) -> np.ndarray:
     if distances.ndim != 2 or distances.shape[0] != distances.shape[1]:
         raise ValueError(f"Distances have the shape {distances.shape}; it should be square.")
-    found = np.array(distances, np.float64)
-    np.fill_diagonal(found, 0)
-    if not np.isfinite(found).all():
+    # A copy: the caller's diagonal stays as it is.
+    values = np.array(distances, np.float64)
+    np.fill_diagonal(values, 0)
+    if not np.isfinite(values).all():
         raise ValueError("Distances hold NaN or infinity; all should be finite.")
-    return found
+    return values
 
 
 def _starts(
@@ -173,9 +178,9 @@ def _starts(
     return np.sort(np.concatenate([above, drawn]))
 
 
-def _numbered(found: np.ndarray) -> tuple[int, ...]:
+def _numbered(groups: np.ndarray) -> tuple[int, ...]:
     """Numbers groups by their first label, whatever was drawn."""
-    _, first, inverse = np.unique(found, return_index=True, return_inverse=True)
+    _, first, inverse = np.unique(groups, return_index=True, return_inverse=True)
     return tuple(first.argsort().argsort()[inverse].tolist())
 
 
@@ -183,6 +188,9 @@ def coarse(
     labels: np.ndarray, coarse: np.ndarray, names: Sequence[str] | None = None
 ) -> tuple[int, ...]:
     """Groups labels by the coarse labels that a data set has beside them.
+
+    >>> coarse(np.array([0, 1, 2, 0]), np.array([5, 8, 5, 5]))  # labels 0 and 2 are of 5
+    (0, 1, 0)
 
     Args:
         labels: Integers ``[n]``.
@@ -205,9 +213,9 @@ def coarse(
             f"The label '{names[several[0]]}' has the coarse labels {own}; each label should have"
             " one, to be in one group."
         )
-    none = [names[i] for i in np.flatnonzero(counts == 0).tolist()]
-    if none:
-        raise ValueError(f"There are no images, and so no coarse label, of {listed(none)}.")
+    absent = [names[i] for i in np.flatnonzero(counts == 0).tolist()]
+    if absent:
+        raise ValueError(f"There are no images, and so no coarse label, of {listed(absent)}.")
     return tuple(np.unique(pairs[:, 1], return_inverse=True)[1].tolist())
 
 
@@ -263,10 +271,10 @@ def make(
     """
     check_confusion(confusion, names)
     apart = distances(confusion, criterion)
-    found = {
+    assignments = {
         number: released(confusion, number, seed)
         if method == "released"
         else balanced(apart, number, seed)
         for number in numbers
     }
-    return {number: Groups(tuple(names), each) for number, each in found.items()}
+    return {n: Groups(tuple(names), assignment) for n, assignment in assignments.items()}

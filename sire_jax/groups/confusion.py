@@ -94,10 +94,10 @@ def write(path: Path, confusion: np.ndarray, names: Sequence[str]) -> None:
 
 def _read_npy(path: Path) -> tuple[np.ndarray, None]:
     with path.open("rb") as file:
-        found = np.lib.format.read_array(file, allow_pickle=False)
-    if found.dtype.kind not in "iuf":
-        raise ValueError(f"its values are {found.dtype}")
-    return found.astype(np.float64), None
+        matrix = np.lib.format.read_array(file, allow_pickle=False)
+    if matrix.dtype.kind not in "iuf":
+        raise ValueError(f"its values are {matrix.dtype}")
+    return matrix.astype(np.float64), None
 
 
 def _read_csv(path: Path) -> tuple[np.ndarray, list[str] | None]:

@@ -80,19 +80,36 @@ class Groups:
         if not jnp.issubdtype(labels.dtype, jnp.integer):
             raise ValueError(f"Labels are {labels.dtype}; they should be integers.")
         inside = is_label(labels, len(self.assignment))
-        known = jnp.where(inside, labels.astype(jnp.int32), 0)
-        return jnp.where(inside, jnp.asarray(self.assignment, jnp.int32)[known], NO_GROUP)
+        indices = jnp.where(inside, labels.astype(jnp.int32), 0)
+        return jnp.where(inside, jnp.asarray(self.assignment, jnp.int32)[indices], NO_GROUP)
 
     def labels(self) -> tuple[tuple[str, ...], ...]:
         """Returns the names of the labels of each group, in the order of the labels."""
         members: list[list[str]] = [[] for _ in range(self.number)]
         for name, group in zip(self.classes, self.assignment, strict=True):
             members[group].append(name)
-        return tuple(tuple(each) for each in members)
+        return tuple(map(tuple, members))
 
 
 def save(path: str | Path, groupings: Mapping[int, Groups], made: str) -> None:
     """Writes groupings of the same labels, one group a line.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> groups = Groups(("apple", "oak", "pear"), (0, 1, 0))
+    >>> with TemporaryDirectory() as directory:
+    ...     save(f"{directory}/kinds.json", {2: groups}, made="by hand")
+    ...     print(Path(directory, "kinds.json").read_text())
+    {
+      "made": "by hand",
+      "classes": ["apple", "oak", "pear"],
+      "groups": {
+        "2": [
+          ["apple", "pear"],
+          ["oak"]
+        ]
+      }
+    }
+    <BLANKLINE>
 
     Args:
         path: The file, JSON.
@@ -113,6 +130,7 @@ def save(path: str | Path, groupings: Mapping[int, Groups], made: str) -> None:
                 f"The grouping {number} has other labels, or in another order, than the first;"
                 " a file holds groupings of the same labels."
             )
+    # By hand: json has either all on one line or each label on a line of its own.
     blocks = [f'    "{n}": [\n{_lines(groupings[n])}\n    ]' for n in sorted(groupings)]
     lines = [
         "{",
@@ -170,15 +188,22 @@ def check_names(what: str, groups: Groups, classes: Sequence[str]) -> None:
 
 
 def _text(value: Any) -> str:
+    # Names as people write them, who edit the file: not escaped.
     return json.dumps(value, ensure_ascii=False)
 
 
 def _lines(groups: Groups) -> str:
-    return ",\n".join(f"      {_text(each)}" for each in groups.labels())
+    return ",\n".join(f"      {_text(names)}" for names in groups.labels())
 
 
 def load(path: str | Path, classes: Sequence[str] | None = None) -> dict[int, Groups]:
     """Reads groupings, also after someone has edited them: groups may have any size but 0.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as directory:
+    ...     save(f"{directory}/kinds.json", {2: Groups(("apple", "oak"), (0, 1))}, made="by hand")
+    ...     load(f"{directory}/kinds.json", classes=("oak", "apple"))[2].assignment
+    (1, 0)
 
     Args:
         path: The file that ``save`` wrote.
@@ -192,15 +217,15 @@ def load(path: str | Path, classes: Sequence[str] | None = None) -> dict[int, Gr
         FileNotFoundError: If there is no such file.
         ValueError: If it is not such a file, or a grouping does not have each label once.
     """
-    found = _read(files.expanded(path))
-    names = tuple(found["classes"])
+    content = _read(files.expanded(path))
+    names = tuple(content["classes"])
     _check_names(names, f"The classes of {path}")
     if classes is not None:
         _check_same(f"The classes of {path} are not those of the data:", names, classes)
         names = tuple(classes)
     return {
         _number(path, key, groups): _grouping(f"The grouping '{key}' of {path}", groups, names)
-        for key, groups in found["groups"].items()
+        for key, groups in content["groups"].items()
     }
 
 
@@ -223,19 +248,19 @@ def check_file(path: str | Path, numbers: Iterable[int] = (20,)) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     check_file(path)
-    found = untrusted.read_json(path)
-    if not _is_structure(found):
+    content = untrusted.read_json(path)
+    if not _is_structure(content):
         raise ValueError(f"{path} is no file of groups; it should look like {SHAPE}.")
-    return dict(found)
+    return dict(content)
 
 
-def _is_structure(found: Any) -> bool:
-    if not isinstance(found, dict) or not isinstance(found.get("groups"), dict):
+def _is_structure(content: Any) -> bool:
+    if not isinstance(content, dict) or not isinstance(content.get("groups"), dict):
         return False
-    groupings = found["groups"].values()
+    groupings = content["groups"].values()
     if not groupings or not all(isinstance(groups, list) for groups in groupings):
         return False
-    lists = [found.get("classes"), *(each for groups in groupings for each in groups)]
+    lists = [content.get("classes"), *(names for groups in groupings for names in groups)]
     return all(isinstance(x, list) and all(isinstance(name, str) for name in x) for x in lists)
 
 
@@ -248,36 +273,36 @@ def _number(path: str | Path, key: str, groups: Sequence[Sequence[str]]) -> int:
     return len(groups)
 
 
-def _grouping(what: str, groups: Sequence[Sequence[str]], classes: tuple[str, ...]) -> Groups:
+def _grouping(place: str, groups: Sequence[Sequence[str]], classes: tuple[str, ...]) -> Groups:
     if not all(groups):
         raise ValueError(
-            f"{what} has an empty group, the {list(map(bool, groups)).index(False) + 1}. of"
+            f"{place} has an empty group, the {list(map(bool, groups)).index(False) + 1}. of"
             f" {len(groups)}; give it a label or remove it."
         )
     doubled = _doubled(name for group in groups for name in group)
     group_of = {name: i for i, group in enumerate(groups) for name in group}
-    _check_same(f"{what} does not have each label once:", list(group_of), classes, doubled)
+    _check_same(f"{place} does not have each label once:", list(group_of), classes, doubled)
     return Groups(classes, tuple(group_of[name] for name in classes))
 
 
-def _check_names(names: Sequence[str], what: str) -> None:
+def _check_names(names: Sequence[str], subject: str) -> None:
     doubled = _doubled(names)
     if doubled:
-        raise ValueError(f"{what} are not distinct: {listed(doubled)} stand more than once.")
+        raise ValueError(f"{subject} are not distinct: {listed(doubled)} stand more than once.")
 
 
 def _check_same(
-    what: str, given: Sequence[str], classes: Sequence[str], doubled: Sequence[str] = ()
+    fault: str, names: Sequence[str], classes: Sequence[str], doubled: Sequence[str] = ()
 ) -> None:
     """Checks that names are those of all labels, in any order, and that none stands twice."""
-    missing = _without(classes, given)
-    unknown = _without(given, classes)
+    missing = _without(classes, names)
+    unknown = _without(names, classes)
     problems = [f" {listed(missing)} missing."] if missing else []
     problems += [f" {listed(doubled)} more than once."] if doubled else []
     if unknown:
         problems.append(f" {listed(unknown)} unknown.{nearest(unknown[0], classes)}")
     if problems:
-        raise ValueError(what + "".join(problems))
+        raise ValueError(fault + "".join(problems))
 
 
 def _without(names: Sequence[str], others: Sequence[str]) -> list[str]:

@@ -1,6 +1,6 @@
 from . import calibration as calibration
 from .cascade import Cascade as Cascade
-from .cascade import Found as Found
+from .cascade import CascadeResult as CascadeResult
 from .exit_rules import RULES as RULES
 from .exit_rules import Rule as Rule
 from .exit_rules import fit_budget as fit_budget

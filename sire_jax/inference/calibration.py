@@ -98,6 +98,7 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
         step = b - slope / curvature if curvature > 0 else low
         if abs(step - b) <= 1e-9 * b:
             break
+        # T is sought over four orders of magnitude: the middle is that of logarithms.
         b = step if low < step < high else (low * high) ** 0.5
     return float(1 / b)
 

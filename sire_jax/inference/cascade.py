@@ -15,8 +15,14 @@ from sire_jax.metrics import class_logits
 PyTree = Any
 
 
-class Found(NamedTuple):
-    """What a cascade has found and done.
+class CascadeResult(NamedTuple):
+    """What a cascade has predicted, and what that has cost.
+
+    >>> result = CascadeResult(np.array([7, 1]), np.array([0, 1]), [1, 1], multiply_adds=600)
+    >>> float((result.exits == 0).mean())  # the share that has left at the first exit
+    0.5
+    >>> result.multiply_adds / len(result.exits)  # of an image, in the mean
+    300.0
 
     Attributes:
         predictions: ``[n]``, the classes.
@@ -36,6 +42,14 @@ class Cascade:
 
     A chunk of images passes a stage in full batches; what later stages read of those that stay is
     gathered into new full batches, of which the last is filled up.
+
+    >>> from sire_jax.inference import RULES, split
+    >>> network = lambda params, x: {"exit": x @ params, "main": 2 * x @ params}
+    >>> images, params = jnp.array([[9.0, 0.0], [0.1, 0.0]]), jnp.eye(2)
+    >>> stages = split(network, ["exit", "main"], params, jax.ShapeDtypeStruct((2, 2), "float32"))
+    >>> cascade = Cascade(stages, params, RULES["max_probability"], batch_size=2)
+    >>> cascade(images, np.arange(2), thresholds=[0.9]).exits  # the second image is not certain
+    array([0, 1], dtype=int32)
 
     Args:
         stages: The stages (``stages.split``) of ``batch_size`` images, in order.
@@ -64,15 +78,19 @@ class Cascade:
         self._stages, self._rule = stages, rule
         self._params = jax.device_put(params, self._device)
         self._batch_size = batch_size
+        # Whole batches, since the last of a chunk is written whole.
         self._capacity = -(-chunk // batch_size) * batch_size
         self._programs = [_compiled(stage, rule) for stage in stages]
 
     def warm(self, images: Array, examples: np.ndarray) -> None:
         """Compiles all stages, with the first batch."""
+        # No image leaves, so that the last stage is computed, too.
         never = [np.inf * self._rule.sign] * (len(self._stages) - 1)
         self(images, examples[: self._batch_size], never)
 
-    def __call__(self, images: Array, examples: np.ndarray, thresholds: Sequence[float]) -> Found:
+    def __call__(
+        self, images: Array, examples: np.ndarray, thresholds: Sequence[float]
+    ) -> CascadeResult:
         """Classifies examples.
 
         Args:
@@ -93,37 +111,38 @@ class Cascade:
             rows: Rows = (images,)
             shared: Rows = ()
             for k, threshold in enumerate([*thresholds, None]):
-                found, scores, rows, shared = self._pass(k, index, rows, shared)
+                classes, scores, rows, shared = self._pass(k, index, rows, shared)
                 batches[k] += -(-len(index) // self._batch_size)
                 stay = np.zeros(len(index), bool)
                 if threshold is not None:
                     stay = ~self._rule.leaves(scores, threshold)
-                predictions[waiting[~stay]], exits[waiting[~stay]] = found[~stay], k
+                predictions[waiting[~stay]], exits[waiting[~stay]] = classes[~stay], k
                 index = np.flatnonzero(stay)
                 waiting = waiting[stay]
                 if not len(waiting):
                     break
         costs = [stage.multiply_adds for stage in self._stages]
-        done = sum(n * cost for n, cost in zip(batches, costs, strict=True)) * self._batch_size
-        return Found(predictions, exits, batches, done)
+        images_cost = sum(n * cost for n, cost in zip(batches, costs, strict=True))
+        return CascadeResult(predictions, exits, batches, images_cost * self._batch_size)
 
     def _pass(
         self, k: int, index: np.ndarray, rows: Rows, shared: Rows
     ) -> tuple[np.ndarray, np.ndarray, Rows, Rows]:
         """Applies a stage to some rows: their classes and scores, and what later stages read."""
         left = tuple(
-            jnp.zeros((self._capacity, *each.shape[1:]), each.dtype, device=self._device)
-            for each in self._stages[k].rows
+            jnp.zeros((self._capacity, *row.shape[1:]), row.dtype, device=self._device)
+            for row in self._stages[k].rows
         )
-        found = []
+        results = []
         passed = shared
         for start in range(0, len(index), self._batch_size):
             batch = filled(index[start : start + self._batch_size], self._batch_size)
-            *each, left, passed = self._programs[k](
+            *result, left, passed = self._programs[k](
                 self._params, rows, shared, batch, left, np.int32(start)
             )
-            found.append(each)
-        classes, scores = (np.concatenate(each)[: len(index)] for each in zip(*found, strict=True))
+            results.append(result)
+        # Beyond the index are the results of what the last batch was filled up with.
+        classes, scores = (np.concatenate(x)[: len(index)] for x in zip(*results, strict=True))
         return classes, scores, left, passed
 
 
@@ -139,7 +158,8 @@ def _compiled(stage: Stage, rule: Rule) -> Callable[..., tuple[Array, Array, Row
     def run(
         params: PyTree, rows: Rows, shared: Rows, index: Array, left: Rows, start: Array
     ) -> tuple[Array, Array, Rows, Rows]:
-        batch = tuple(each.at[index].get(mode="promise_in_bounds") for each in rows)
+        # The cascade's own indices, which need no check.
+        batch = tuple(row.at[index].get(mode="promise_in_bounds") for row in rows)
         output, passed, shared = stage.apply(params, batch, shared)
         logits = class_logits(output)
         left = tuple(

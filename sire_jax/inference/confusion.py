@@ -61,15 +61,15 @@ def of_run(runs: Runs, workdir: str | Path, split: str) -> np.ndarray:
         variables = {"params": params, **model_state}
         outputs: Any = runs.parts.network.apply(variables, batch["image"], aux=False)
         predicted = class_logits(outputs[MAIN]).argmax(-1)
-        none = jnp.zeros((len(names), len(names)), jnp.float32)
+        empty = jnp.zeros((len(names), len(names)), jnp.float32)
         # A label that is none is in no row, not in the last ones.
         rows = jnp.where(is_label(batch[target], len(names)), batch[target], len(names))
-        return none.at[rows, predicted].add(mask, mode="drop")
+        return empty.at[rows, predicted].add(mask, mode="drop")
 
-    kept = kept_weights(runs, workdir, used=None)
+    weights = kept_weights(runs, workdir, used=None)
     total = runs.feed.totals(measure, "central")
-    each = total(kept.params, kept.model_state, {}, split)
-    return np.asarray(each, np.float64).sum(0)
+    counts = total(weights.params, weights.model_state, {}, split)
+    return np.asarray(counts, np.float64).sum(0)
 
 
 def _check_examples(split: str, images: int, classes: int) -> None:

@@ -41,6 +41,10 @@ def entropy(logits: Array) -> Array:
 class Rule:
     """Tells by a score whether an image is certain enough to leave at an exit.
 
+    >>> rule = RULES["entropy"]  # of which a small one is certain
+    >>> rule.leaves(np.array([0.1, 0.9]), threshold=0.5).tolist()
+    [True, False]
+
     Attributes:
         name: Its name.
         scores: Maps logits ``[…, classes]`` to scores ``[…]``.
@@ -103,9 +107,7 @@ def leave(scores: np.ndarray, thresholds: Sequence[float], rule: Rule = _DEFAULT
     Returns:
         ``[n]``, in 0..exits - 1.
     """
-    certain = [
-        rule.leaves(each, limit) for each, limit in zip(scores[:-1], thresholds, strict=True)
-    ]
+    certain = [rule.leaves(row, limit) for row, limit in zip(scores[:-1], thresholds, strict=True)]
     return np.argmax([*certain, np.ones(scores.shape[1], bool)], axis=0)
 
 
@@ -133,6 +135,10 @@ def fit_fractions(
     them leave, too; where none should leave, the threshold is the strictest there is, under which
     those that are completely certain still leave.
 
+    >>> scores = np.array([[0.25, 0.5, 0.75, 0.875], [0.5, 0.875, 0.75, 1.0]])
+    >>> fit_fractions(scores, (0.5, 0.5))  # half of the images leave at the first of two exits
+    [0.75]
+
     Args:
         scores: ``[exits, n]``, the rule's scores of validation images at each exit.
         fractions: The shares, one for each exit, with the sum 1.
@@ -149,13 +155,14 @@ def fit_fractions(
     images = scores.shape[1]
     stay = np.ones(images, bool)
     thresholds = []
-    for each, share in zip(scores[:-1], np.cumsum(fractions), strict=False):
+    for row, share in zip(scores[:-1], np.cumsum(fractions), strict=False):
         # Sums of shares are inexact: 0.1 + 0.2 of ten images are three.
         missing = math.ceil(images * share - 1e-6) - (images - stay.sum())
-        certain = np.sort(rule.sign * each[stay])[::-1]
+        certain = np.sort(rule.sign * row[stay])[::-1]
         threshold = rule.sign * float(certain[missing - 1]) if missing > 0 else rule.strictest
         thresholds.append(threshold)
-        stay &= ~rule.leaves(each, threshold)
+        # By the threshold, not by their number: what ties with the last of them leaves, too.
+        stay &= ~rule.leaves(row, threshold)
     return thresholds
 
 
@@ -199,6 +206,10 @@ def fit_budget(
     which no more than the mean of all costs could be spent. The mean cost is that of the images
     given, of which a whole number leaves at each exit.
 
+    >>> scores = np.array([[0.25, 0.5, 0.75, 0.875], [0.5, 0.875, 0.75, 1.0]])
+    >>> fit_budget(scores, costs=(10, 40), budget=25)  # as many images as may cost 40
+    [0.75]
+
     Args:
         scores: ``[exits, n]``, the rule's scores of validation images at each exit.
         costs: Multiply-adds of an image that leaves at each exit, ascending.
@@ -223,6 +234,7 @@ def fit_budget(
         return total[leave(scores, thresholds(log_q), rule)].mean() <= budget
 
     low, high = -_LOG_Q, _LOG_Q
+    # What is halved below needs an upper end that costs too much.
     if affordable(high):
         return thresholds(high)
     while high - low > 1e-6:

@@ -100,30 +100,30 @@ class Exits:
         self._parts, self._batch_size = runs.parts, batch_size
         self._place(runs, workdir)
         # As the source has them: the network's program scales and crops.
-        each = self.examples["test"].shape[1:]
-        shape = (batch_size, *each, *self.images.shape[1:])
+        example = self.examples["test"].shape[1:]
+        shape = (batch_size, *example, *self.images.shape[1:])
         images = jax.ShapeDtypeStruct(shape, self.images.dtype)
         self.stages: list[Stage] = split(self._parts.apply, names, self.variables, images)
         self.names = [stage.output for stage in self.stages]
         self.costs = np.cumsum([stage.multiply_adds for stage in self.stages]).tolist()
-        one = jax.ShapeDtypeStruct((1, *shape[1:]), images.dtype)
-        self.main_cost = traced.multiply_adds(self._main, self.variables, one)
+        image = jax.ShapeDtypeStruct((1, *shape[1:]), images.dtype)
+        self.main_cost = traced.multiply_adds(self._main, self.variables, image)
         # One logit is a choice of two.
         self.classes = max(2, runs.parts.outputs[MAIN].shape[-1])
         self._programs: dict[Callable[..., Any], Callable[..., Any]] = {}
 
     def _place(self, runs: Runs, workdir: str | Path) -> None:
         """Puts weights and images on one device."""
-        kept = kept_weights(runs, workdir)
+        weights = kept_weights(runs, workdir)
         device = jax.local_devices()[0]
-        self.step = int(np.asarray(kept.step)[0])
+        self.step = int(np.asarray(weights.step)[0])
         arrays = jax.device_put(dict(runs.feed.arrays), device)
-        self.variables = jax.device_put(of_first_seed(kept), device)
+        self.variables = jax.device_put(of_first_seed(weights), device)
         self.images = arrays["image"]
         self.examples = {k: np.asarray(v[0]) for k, v in runs.feed.examples.items() if k != "train"}
         self.labels = {
-            kind: np.asarray(runs.parts.task.batch(arrays, jnp.asarray(each))[self._target])
-            for kind, each in self.examples.items()
+            kind: np.asarray(runs.parts.task.batch(arrays, jnp.asarray(index))[self._target])
+            for kind, index in self.examples.items()
         }
 
     def _all(self, variables: PyTree, images: Array) -> list[Array]:
@@ -136,25 +136,27 @@ class Exits:
 
     def _over(self, function: Callable[..., Any], examples: np.ndarray) -> list[Any]:
         """Applies a program to examples, batch by batch."""
+        # A new jit for each call would compile each time.
         if function not in self._programs:
             self._programs[function] = jax.jit(lambda v, x, i: function(v, x[i]))
         size = self._batch_size
         batches = [examples[i : i + size] for i in range(0, len(examples), size)]
         program = partial(self._programs[function], self.variables, self.images)
-        return [program(filled(each, size)) for each in batches]
+        return [program(filled(batch, size)) for batch in batches]
 
     def logits(self, kind: str) -> np.ndarray:
         """Computes all exits of all examples of a split, ``[exits, n, classes]``."""
-        found = self._over(self._all, self.examples[kind])
-        joined = [np.concatenate(each) for each in zip(*found, strict=True)]
+        batches = self._over(self._all, self.examples[kind])
+        joined = [np.concatenate(exit_batches) for exit_batches in zip(*batches, strict=True)]
         return np.stack(joined)[:, : len(self.labels[kind])]
 
     def whole(self) -> tuple[float, float]:
         """Returns the test accuracy of the main output, computed alone, and its seconds."""
         examples = self.examples["test"]
+        # A first batch, for which the program is compiled: the time is of the others.
         jax.block_until_ready(self._over(self._main, examples[: self._batch_size]))
         started = time.perf_counter()
-        found = np.concatenate(jax.block_until_ready(self._over(self._main, examples)))
+        predicted = np.concatenate(jax.block_until_ready(self._over(self._main, examples)))
         seconds = time.perf_counter() - started
-        right = found[: len(examples)] == self.labels["test"]
+        right = predicted[: len(examples)] == self.labels["test"]
         return float(right.mean()), seconds

@@ -49,8 +49,8 @@ class Exported:
                 f"The network has no output '{output}'.{nearest(output, self._parts.outputs)}"
             )
         self._shapes = paths(self._parts.variables)
-        known = stored.keys() & self._shapes.keys()
-        stored = {**stored, **{k: _typed(stored[k], self._shapes[k].dtype) for k in known}}
+        typed = stored.keys() & self._shapes.keys()
+        stored = {**stored, **{k: _typed(stored[k], self._shapes[k].dtype) for k in typed}}
         _check_stored(self._shapes, needed(self._parts, output), stored)
         self._stored = {path: jnp.asarray(values) for path, values in stored.items()}
         self.shape = (*self._parts.batch["image"].shape[1:-3], *config.data.shape)
@@ -79,18 +79,19 @@ class Exported:
 
     def _task_images(self, images: np.ndarray) -> np.ndarray:
         """Checks images, and changes them as the task does before they are scaled."""
-        given = np.asarray(images)
-        if given.dtype != np.uint8 or given.shape[1:] != self.shape or not len(given):
+        images = np.asarray(images)
+        if images.dtype != np.uint8 or images.shape[1:] != self.shape or not len(images):
             shape = ", ".join(map(str, self.shape))
             raise ValueError(
-                f"The images are {given.dtype} {given.shape}; they should be uint8 [b, {shape}],"
+                f"The images are {images.dtype} {images.shape}; they should be uint8 [b, {shape}],"
                 " at least one."
             )
-        flat = given.reshape(-1, *self.shape[-3:])
+        flat = images.reshape(-1, *self.shape[-3:])
+        # A source has labels; nothing that is computed here depends on them.
         labels = {kind: np.zeros(len(flat), np.int32) for kind in self._parts.config.data.classes}
         image = self._parts.task.prepare(Source(flat, labels))["image"]
         # Images of a pair together again; of another size than the network sees, if it crops.
-        return image.reshape(*given.shape[:-3], *image.shape[1:])
+        return image.reshape(*images.shape[:-3], *image.shape[1:])
 
     def _apply(self, stored: Mapping[str, Array], images: Array) -> tuple[Array, Any]:
         # What the output is not computed from is nowhere to be had: the compiler drops the zeros.
@@ -121,8 +122,8 @@ def needed(parts: Forward, output: str) -> list[str]:
     def apply(variables: PyTree, image: Array) -> Mapping[str, Array]:
         return {output: parts.apply(variables, image)[output]}
 
-    read = traced.parameters_read(apply, parts.variables, parts.batch["image"])
-    return [path for path, is_read in paths(read[output]).items() if is_read]
+    marks = traced.parameters_read(apply, parts.variables, parts.batch["image"])
+    return [path for path, is_read in paths(marks[output]).items() if is_read]
 
 
 def _check_stored(
@@ -130,13 +131,13 @@ def _check_stored(
 ) -> None:
     missing, foreign = set(paths) - stored.keys(), stored.keys() - set(paths)
     if missing or foreign:
-        what = f"lacks {min(missing)}" if missing else f"has {min(foreign)}, which is not needed"
-        raise ValueError(f"The file does not fit its network: it {what}.")
+        fault = f"lacks {min(missing)}" if missing else f"has {min(foreign)}, which is not needed"
+        raise ValueError(f"The file does not fit its network: it {fault}.")
     for path in paths:
-        found, shape = stored[path], shapes[path]
-        if (found.shape, found.dtype) != (shape.shape, shape.dtype):
+        values, shape = stored[path], shapes[path]
+        if (values.shape, values.dtype) != (shape.shape, shape.dtype):
             raise ValueError(
-                f"The file does not fit its network: {path} is {found.dtype} {found.shape}, not"
+                f"The file does not fit its network: {path} is {values.dtype} {values.shape}, not"
                 f" {shape.dtype} {shape.shape}."
             )
 
@@ -182,14 +183,14 @@ def load(path: str | Path) -> Exported:
         ValueError: If it is damaged, or not such a file, or names code that is not allowed.
     """
     path = files.expanded(path)
-    found = untrusted.read_arrays(path)
-    kind, config, output = (str(found.pop(key, "")) for key in ("format", "config", "output"))
+    arrays = untrusted.read_arrays(path)
+    kind, config, output = (str(arrays.pop(key, "")) for key in ("format", "config", "output"))
     if kind != FORMAT:
         raise ValueError(f"{path} was not exported by sire_jax: it has no format '{FORMAT}'.")
     described = configuration.from_json(config, f"The config of {path}")
     untrusted.check_names(described, config, path)
     try:
-        return Exported(configuration.completed(described), output, found)
+        return Exported(configuration.completed(described), output, arrays)
     # A config can be made so that building from it fails in more ways than are foreseen.
     except Exception as error:
         raise ValueError(f"{path} can't be used: {error}") from error

@@ -24,6 +24,15 @@ Apply = Callable[[PyTree, Rows, Rows], tuple[Array, Rows, Rows]]
 class Stage:
     """What one output needs and no earlier stage has computed.
 
+    >>> network = lambda params, x: {"exit": x @ params, "main": x @ params @ params}
+    >>> params, images = (jax.ShapeDtypeStruct((n, 2), "float32") for n in (2, 3))
+    >>> exit_, main = split(network, ["exit", "main"], params, images)
+    >>> _, rows, shared = jax.eval_shape(exit_.apply, params, (images,), ())
+    >>> [row.shape for row in rows]  # what "main" goes on from
+    [(3, 2)]
+    >>> jax.eval_shape(main.apply, params, rows, shared)[0].shape
+    (3, 2)
+
     Attributes:
         output: Name of the output.
         multiply_adds: Those of one example in this stage alone.
@@ -79,49 +88,54 @@ class _Program:
             return atom if isinstance(atom, core.Literal) else atoms[atom]
 
         for equation in program.eqns:
-            given = [read(atom) for atom in equation.invars]
+            operands = [read(atom) for atom in equation.invars]
             called = jaxprs.called(equation)
-            results = self.append(equation, given) if called is None else self.inline(called, given)
+            if called is None:
+                results = self.append(equation, operands)
+            else:
+                results = self.inline(called, operands)
             atoms.update(zip(equation.outvars, results, strict=True))
         return [read(atom) for atom in program.outvars]
 
-    def append(self, equation: core.JaxprEqn, given: list[Atom]) -> list[Atom]:
+    def append(self, equation: core.JaxprEqn, inputs: list[Atom]) -> list[Atom]:
         """Appends an equation, unless there is the same one; returns its results."""
-        key: Any = (equation.primitive, tuple(equation.params.items()), tuple(map(_key, given)))
+        key: Any = (equation.primitive, tuple(equation.params.items()), tuple(map(_key, inputs)))
         try:
-            known = None if equation.effects else self._results.get(key)
+            # An effect, such as a print, happens as often as it is asked for.
+            results = None if equation.effects else self._results.get(key)
         except TypeError:  # a parameter that has no hash
-            key, known = (len(self.shapes),), None
-        if known is None:
-            known = [self.new(variable) for variable in equation.outvars]
-            self.equations.append(_Equation(equation, given, known))
-            self._results[key] = known
-        return list(known)
+            key, results = (len(self.shapes),), None
+        if results is None:
+            results = [self.new(variable) for variable in equation.outvars]
+            self.equations.append(_Equation(equation, inputs, results))
+            self._results[key] = results
+        return list(results)
 
     def depend_on(self, number: int) -> set[int]:
         """Finds the values that depend on one."""
         marked = {number}
         for equation, inputs, outputs in self.equations:
-            marks = traced.through(equation, [int(each in marked) for each in _numbers(inputs)])
+            marks = traced.through(equation, [int(n in marked) for n in _numbers(inputs)])
             marked.update(n for n, mark in zip(outputs, marks, strict=True) if mark)
         return marked
 
     def fixed(self) -> set[int]:
         """Finds the equations, by position, whose results are the same for any inputs."""
-        found: set[int] = set()
-        known: set[int] = {-1}
+        positions: set[int] = set()
+        # A literal, which has the number -1, is the same for any inputs.
+        values: set[int] = {-1}
         for i, (_, inputs, outputs) in enumerate(self.equations):
-            if known.issuperset(_numbers(inputs)):
-                found.add(i)
-                known.update(outputs)
-        return found
+            if values.issuperset(_numbers(inputs)):
+                positions.add(i)
+                values.update(outputs)
+        return positions
 
     def assign(self, results: Sequence[Atom]) -> list[list[_Equation]]:
         """Gives each equation to the first result that needs it; others are dropped.
 
         What is the same for any inputs, such as zeros, is given to every result that needs it.
         """
-        makers = {n: i for i, each in enumerate(self.equations) for n in each.outputs}
+        makers = {n: i for i, equation in enumerate(self.equations) for n in equation.outputs}
         fixed, taken = self.fixed(), set[int]()
         parts = []
         for result in results:
@@ -181,6 +195,15 @@ def split(
 ) -> list[Stage]:
     """Splits the program of a network in evaluation at some of its outputs.
 
+    >>> def network(params, images):
+    ...     middle = jax.nn.relu(images @ params["middle"])
+    ...     return {"exit": middle @ params["exit"], "main": middle @ params["main"]}
+    >>> square = jax.ShapeDtypeStruct((4, 4), "float32")
+    >>> params = {"middle": square, "exit": square, "main": square}
+    >>> stages = split(network, ["exit", "main"], params, jax.ShapeDtypeStruct((2, 4), "float32"))
+    >>> [(stage.output, stage.multiply_adds) for stage in stages]  # "main" has the middle already
+    [('exit', 32), ('main', 16)]
+
     Args:
         function: Maps ``(params, images)`` to a mapping of named outputs.
         names: The outputs, ``[b, …]`` each. They become stages in the order of their multiply-adds,
@@ -200,21 +223,21 @@ def split(
     parts = whole.program.assign(whole.outputs)
     of_images = whole.program.depend_on(whole.images)
     left = _left_for_later(whole, parts)
-    rows = [[n for n in each if n in of_images] for each in left]
-    shared = [[n for n in each if n not in of_images] for each in left]
+    rows = [[n for n in numbers if n in of_images] for numbers in left]
+    shared = [[n for n in numbers if n not in of_images] for numbers in left]
     # With another number of images the first axis, and it alone, is another one.
     doubled = jax.ShapeDtypeStruct((2 * images.shape[0], *images.shape[1:]), images.dtype)
     probe = _trace(function, ordered, params, doubled)
-    found = []
+    stages = []
     taken: tuple[list[int], list[int]] = ([whole.images], [])
     for i, name in enumerate(ordered):
-        kept = [*rows[i], *(n for n in _numbers([whole.outputs[i]]) if n >= 0)]
-        _check_rows(name, images.shape[0], whole.program, probe.program, kept)
+        numbers = [*rows[i], *(n for n in _numbers([whole.outputs[i]]) if n >= 0)]
+        _check_rows(name, images.shape[0], whole.program, probe.program, numbers)
         apply = _apply(whole, parts[i], taken, whole.outputs[i], (rows[i], shared[i]))
         shapes = tuple(_shape(whole.program.shapes[n]) for n in rows[i])
-        found.append(Stage(name, costs[i], shapes, apply))
+        stages.append(Stage(name, costs[i], shapes, apply))
         taken = (rows[i], shared[i])
-    return found
+    return stages
 
 
 def cut_out(
@@ -247,29 +270,29 @@ def _by_cost(
     function: Callable[..., Any], names: Sequence[str], params: PyTree, images: Any
 ) -> tuple[list[str], list[int]]:
     """Orders outputs by their multiply-adds; also returns what each adds to those before it."""
-    one = jax.ShapeDtypeStruct((1, *images.shape[1:]), images.dtype)
-    alone = traced.multiply_adds_together(function, [{name} for name in names], params, one)
+    image = jax.ShapeDtypeStruct((1, *images.shape[1:]), images.dtype)
+    alone = traced.multiply_adds_together(function, [{name} for name in names], params, image)
     costs = dict(zip(names, alone, strict=True))
     ordered = sorted(names, key=lambda name: costs[name])
     sets = [set(ordered[: i + 1]) for i in range(len(ordered))]
-    sums = traced.multiply_adds_together(function, sets, params, one)
+    sums = traced.multiply_adds_together(function, sets, params, image)
     return ordered, [b - a for a, b in zip([0, *sums], sums, strict=False)]
 
 
 def _left_for_later(whole: _Traced, parts: Sequence[Sequence[_Equation]]) -> list[list[int]]:
     """Finds for each stage what it or an earlier one has made and a later one reads."""
     made, left = {whole.images}, []
-    read = [_read(*each) for each in zip(parts, whole.outputs, strict=True)]
+    reads = [_reads(*stage) for stage in zip(parts, whole.outputs, strict=True)]
     for i, part in enumerate(parts):
         made |= {n for equation in part for n in equation.outputs}
-        left.append(sorted(made & set().union(*read[i + 1 :])))
+        left.append(sorted(made & set().union(*reads[i + 1 :])))
     return left
 
 
-def _read(part: Sequence[_Equation], output: Atom) -> set[int]:
+def _reads(part: Sequence[_Equation], output: Atom) -> set[int]:
     """Finds what a stage reads and has not made itself."""
-    read = {n for equation in part for n in _numbers(equation.inputs)} | {*_numbers([output])}
-    return read - {n for equation in part for n in equation.outputs}
+    inputs = {n for equation in part for n in _numbers(equation.inputs)} | {*_numbers([output])}
+    return inputs - {n for equation in part for n in equation.outputs}
 
 
 def _shape(aval: Any) -> jax.ShapeDtypeStruct:
@@ -314,8 +337,8 @@ def _apply(
                 )
         values = dict(whole.program.constants)
         values |= dict(zip(whole.params, jax.tree.leaves(params), strict=True))
-        for numbers, given in zip(taken, (rows, shared), strict=True):
-            values |= dict(zip(numbers, given, strict=True))
+        for numbers, arrays in zip(taken, (rows, shared), strict=True):
+            values |= dict(zip(numbers, arrays, strict=True))
 
         def read(atom: Atom) -> Any:
             return atom.val if isinstance(atom, core.Literal) else values[atom]
@@ -328,10 +351,10 @@ def _apply(
     return apply
 
 
-def _evaluate(equation: core.JaxprEqn, given: Iterable[Any]) -> list[Any]:
+def _evaluate(equation: core.JaxprEqn, inputs: Iterable[Any]) -> list[Any]:
     """Applies the operation of an equation, as a program of its own."""
     # Literals stay in the equation; a value may be given twice.
-    pairs = zip(equation.invars, given, strict=True)
+    pairs = zip(equation.invars, inputs, strict=True)
     values = {atom: value for atom, value in pairs if not isinstance(atom, core.Literal)}
     program = core.Jaxpr((), list(values), equation.outvars, [equation], equation.effects)
     return core.jaxpr_as_fun(core.ClosedJaxpr(program, ()))(*values.values())

@@ -20,6 +20,7 @@ from sire_jax.updates.aggregators import (
 from sire_jax.updates.effective_joint import effective_joint
 from sire_jax.updates.joint import joint
 from sire_jax.updates.multiway import multiway
+from sire_jax.updates.observed import Observed, Weighting
 from sire_jax.updates.pairwise import pairwise
 from sire_jax.updates.rule import Losses, Updated, UpdateRule
 from sire_jax.updates.weighted import weighted
@@ -29,10 +30,8 @@ from sire_jax.updates.weightings import (
     DynamicAverage,
     Fixed,
     GradNorm,
-    Observed,
     Random,
     Uncertainty,
-    Weighting,
 )
 
 UPDATES = {

@@ -29,7 +29,14 @@ from sire_jax.updates.correction import (
 
 
 class Aggregator(Protocol):
-    """Maps the Gramian ``[k, k]`` of K gradients and a random key to coefficients ``[k]``."""
+    """Maps the Gramian ``[k, k]`` of K gradients and a random key to coefficients ``[k]``.
+
+    >>> def mean(gramian, key):  # an aggregator of one's own
+    ...     return jnp.full(len(gramian), 1 / len(gramian))
+    >>> gradients = jnp.array([[1.0, 0.0], [0.0, 3.0]])
+    >>> (mean(gradients @ gradients.T, jax.random.key(0)) @ gradients).tolist()
+    [0.5, 1.5]
+    """
 
     def __call__(self, gramian: Array, key: Array) -> Array:
         """Returns the coefficients."""
@@ -46,6 +53,7 @@ class Sum:
     def __call__(self, gramian: Array, key: Array) -> Array:
         """Returns ones, ``[k]``."""
         del key
+        # Normalized to be checked, and in float32, as for all other aggregators.
         return jnp.ones_like(jnp.diag(normalized(gramian)[0]))
 
 
@@ -122,8 +130,8 @@ class MGDA:
         cosines = Cosines.of(gramian)
         shortest = jnp.argmin(jnp.where(cosines.present, cosines.norms, jnp.inf))
         start, demand = cosines.regular()[shortest], _equal_demand(cosines)
-        found = _correct(cosines, start, demand, math.inf, math.inf)
-        amounts = jnp.maximum(found.direction, 0) * demand
+        correction = _correct(cosines, start, demand, math.inf, math.inf)
+        amounts = jnp.maximum(correction.direction, 0) * demand
         return amounts / jnp.where(cosines.present.any(), amounts.sum(), 1.0)
 
 
@@ -171,8 +179,8 @@ class CAGrad:
         squared = jnp.maximum((cosines.norms * agreement).sum(), 0)
         length = self.radius * jnp.sqrt(squared)
         demand = _equal_demand(cosines)
-        found = _correct(cosines, agreement, demand, math.inf, length)
-        return 1 + cosines.per_norm(found.amounts)
+        correction = _correct(cosines, agreement, demand, math.inf, length)
+        return 1 + cosines.per_norm(correction.amounts)
 
 
 @dataclass(frozen=True)
@@ -242,6 +250,7 @@ class IMTLG:
         present = jnp.where(cosines.present, 1.0, 0.0)
         shares = cosines.per_norm(jnp.linalg.solve(cosines.regular(), present))
         total, least = shares.sum(), 1e-6 * jnp.abs(shares).sum()
+        # Shares that nearly cancel would be divided by almost 0.
         total = jnp.where(jnp.abs(total) < least, jnp.copysign(least, total), total)
         return jnp.where(least > 0, shares / jnp.where(least > 0, total, 1.0), 0.0)
 
@@ -276,6 +285,7 @@ class NashMTL:
         del key
         cosines = Cosines.of(gramian)
         bargain = cosines.per_norm(_bargain(cosines.regular()))
+        # The norms that were divided by are parts of the longest.
         return bargain / jnp.where(cosines.longest > 0, cosines.longest, 1.0)
 
 
@@ -288,6 +298,11 @@ class AlignedMTL:
     orthogonal rows of length ``s_min``. Scale: ``|d| = s_min sqrt(K)``; orthogonal gradients of one
     length are summed; preferences are 1, where the paper's sum to 1. (Senushkin, Patakin, Kuznetsov
     and Konushin, *Independent Component Alignment for Multi-Task Learning*, 2023, Algorithm 1)
+
+    >>> gradients = jnp.array([[1.0, 0.0], [0.0, 3.0]])
+    >>> coefficients = AlignedMTL()(gradients @ gradients.T, jax.random.key(0))
+    >>> (coefficients @ gradients).round(2).tolist()  # each as long as the shortest
+    [1.0, 1.0]
     """
 
     def __call__(self, gramian: Array, key: Array) -> Array:
@@ -304,6 +319,7 @@ class AlignedMTL:
         matrix, _ = normalized(gramian)
         values, vectors = jnp.linalg.eigh(matrix)
         count = (jnp.diag(matrix) > 0).sum().astype(jnp.float32)
+        # What is smaller is rounding: where gradients depend on each other it would be 0.
         present = values > count * jnp.finfo(jnp.float32).eps * values.max()
         smallest = jnp.where(present, values, jnp.inf).min()
         ratios = jnp.where(present, smallest / jnp.where(present, values, 1.0), 0.0)

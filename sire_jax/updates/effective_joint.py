@@ -38,6 +38,17 @@ def effective_joint(
 
     Cost: that of ``joint``, whatever the number of losses; with an aggregator that of ``multiway``.
 
+    >>> def losses(params, model_state):
+    ...     return {"exit": params["w"] ** 2, "main": (params["w"] - 1) ** 2}, ({}, model_state)
+    >>> params = {"w": jnp.array(1.0)}
+    >>> weights = {"exit": jnp.array(4.0), "main": jnp.array(1.0)}
+    >>> reach = {"exit": {"w": True}, "main": {"w": True}}
+    >>> rule = effective_joint(LinearOptimizer(optax.sgd(0.25)), reach)
+    >>> update, key = jax.jit(rule.update, static_argnums=0), jax.random.key(0)
+    >>> updated = update(losses, weights, params, {}, rule.init(params), key)
+    >>> updated.params["w"].item()  # S of "exit" is 4: 1 - 0.25 (4 / 4 * 2 + 0)
+    0.5
+
     Args:
         optimizer: A transformation whose step is linear in the gradients, with its weight decay
             known: ``optimizers.sgd``, or ``optimizers.LinearOptimizer``.
@@ -65,6 +76,7 @@ def effective_joint(
     reached.check_apart()
     check_aggregator(aggregator, reached)
     everything = reached.any()
+    # Without its weight decay, which is added by the losses that a step has.
     descent = masked(optimizer.linear, everything)
 
     def update(
@@ -86,6 +98,7 @@ def effective_joint(
         )
         one = jnp.ones((), jnp.float32)
         if not scale_own:
+            # The gradient of the sum has each loss's weight: it is taken out again.
             own = _per_leaf(reached, lambda n: _inverse(weights[n[0]]) if len(n) == 1 else one)
             gradient = jax.tree.map(scale, own, gradient)
         if optimizer.weight_decay:

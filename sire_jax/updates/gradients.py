@@ -77,12 +77,13 @@ def gramians(gradients: Mapping[str, PyTree], reached: Reached) -> dict[tuple[st
         For each group, by the k losses that share it, ``G_ij = g_i . g_j``, ``[k, k]``.
     """
     leaves = {name: jax.tree.leaves(gradient) for name, gradient in gradients.items()}
-    found = {}
+    products = {}
     for names, indices in reached.groups().items():
         stacked = (jnp.stack([leaves[n][i].ravel() for n in names]) for i in indices)
+        # In half precision a square is soon infinite, or 0.
         wide = (rows.astype(jnp.float32) for rows in stacked)
-        found[names] = reduce(jnp.add, (multiply(rows, rows.T) for rows in wide))
-    return found
+        products[names] = reduce(jnp.add, (multiply(rows, rows.T) for rows in wide))
+    return products
 
 
 def factors(
@@ -102,16 +103,18 @@ def factors(
     """
     tree = reached.any()
     one = jnp.ones((), jnp.float32)
-    found = {name: [one] * len(jax.tree.leaves(tree)) for name in reached.names}
+    leaves = {name: [one] * len(jax.tree.leaves(tree)) for name in reached.names}
+    # A sum needs no inner products: its coefficients are 1.
     products = {} if isinstance(aggregator, Sum) else gramians(gradients, reached)
     groups = reached.groups()
     for group, (names, gramian) in enumerate(products.items()):
+        # Each group is as if it were a network of its own, also in what is drawn.
         coefficients = aggregator(gramian, jax.random.fold_in(key, group))
         for i in groups[names]:
             for k, name in enumerate(names):
-                found[name][i] = coefficients[k]
+                leaves[name][i] = coefficients[k]
     structure = jax.tree.structure(tree)
-    return {name: jax.tree.unflatten(structure, each) for name, each in found.items()}
+    return {name: jax.tree.unflatten(structure, scalars) for name, scalars in leaves.items()}
 
 
 def aggregated_gradient(
@@ -150,12 +153,12 @@ def aggregated_gradient(
         gradient, (named, rest) = jax.grad(total, has_aux=True)(params)
         return gradient, named, rest
     named, rest, pull_back = of_each(losses, params, model_state)
-    each = {
+    weighted = {
         n: jax.tree.map(lambda g, n=n: scale(weights[n], g), pull_back(n)) for n in reached.names
     }
-    coefficients = factors(each, reached, aggregator, key)
+    coefficients = factors(weighted, reached, aggregator, key)
     scaled = [
-        jax.tree.map(lambda c, g, n=n: scale(shares[n] * c, g), coefficients[n], each[n])
+        jax.tree.map(lambda c, g, n=n: scale(shares[n] * c, g), coefficients[n], weighted[n])
         for n in reached.names
     ]
     return jax.tree.map(lambda *g: sum(g[1:], g[0]), *scaled), named, rest

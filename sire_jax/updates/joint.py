@@ -29,6 +29,17 @@ def joint(
 
     Cost: one forward and one backward pass; with an aggregator a backward pass for each loss.
 
+    >>> def losses(params, model_state):
+    ...     return {"exit": params["w"] ** 2, "main": (params["w"] - 1) ** 2}, ({}, model_state)
+    >>> params = {"w": jax.numpy.array(1.0)}
+    >>> weights = {"exit": jax.numpy.array(0.5), "main": jax.numpy.array(1.0)}
+    >>> reach = {"exit": {"w": True}, "main": {"w": True}}
+    >>> rule = joint(optax.sgd(0.25), reach)
+    >>> update, key = jax.jit(rule.update, static_argnums=0), jax.random.key(0)
+    >>> updated = update(losses, weights, params, {}, rule.init(params), key)
+    >>> updated.params["w"].item()  # 1 - 0.25 (0.5 * 2 + 0)
+    0.75
+
     Args:
         optimizer: Any ``optax`` transformation.
         reach: For each loss a tree over the parameters, from ``traced.reach``.
@@ -48,6 +59,7 @@ def joint(
     reached = Reached.of(reach, main)
     check_aggregator(aggregator, reached)
     if adjust:
+        # A step has one divisor for all slices of a parameter.
         reached.check_apart()
     everything = reached.any()
     descent = masked(optimizer, everything)
@@ -66,6 +78,7 @@ def joint(
         )
         step, new_state = descent.update(gradient, state, params)
         if adjust:
+            # The step, not the gradient, of which Adam for one would take the scale away.
             step = jax.tree.map(
                 lambda r, s, d: scale(1 / d, s) if r else s,
                 everything,

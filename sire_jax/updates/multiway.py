@@ -39,6 +39,17 @@ def multiway(
     Cost: a forward pass, for each loss a backward pass through what it reaches, and as many
     optimizer steps; the sum is that of a joint step where outputs are independent.
 
+    >>> def losses(params, model_state):
+    ...     return {"exit": params["w"] ** 2, "main": (params["w"] - 1) ** 2}, ({}, model_state)
+    >>> params = {"w": jax.numpy.array(1.0)}
+    >>> weights = {"exit": jax.numpy.array(1.0), "main": jax.numpy.array(1.0)}
+    >>> reach = {"exit": {"w": True}, "main": {"w": True}}
+    >>> rule = multiway(optax.sgd(0.25), reach)
+    >>> update, key = jax.jit(rule.update, static_argnums=0), jax.random.key(0)
+    >>> updated = update(losses, weights, params, {}, rule.init(params), key)
+    >>> updated.params["w"].item()  # 1 - 0.25 * 2 - 0.25 * 0, both gradients at 1
+    0.5
+
     Args:
         optimizer: Any ``optax`` transformation.
         reach: For each loss a tree over the parameters, from ``traced.reach``.
@@ -75,6 +86,7 @@ def multiway(
         named, (outputs, new_model_state), pull_back = gradients.of_each(
             losses, params, model_state
         )
+        # All gradients before the first step, which moves what later losses would see.
         weighted = {n: steps.weigh(n, pull_back(n), weights[n]) for n in reached.names}
         scales = factors(weighted, reached, aggregator, key)
         divisors = steps.divisors(weights)

@@ -40,6 +40,17 @@ def pairwise(
     The network's own state, such as batch statistics, changes once a step: each part as the last
     loss sees it whose forward pass comes by.
 
+    >>> def losses(params, model_state):
+    ...     return {"exit": params["w"] ** 2, "main": (params["w"] - 1) ** 2}, ({}, model_state)
+    >>> params = {"w": jax.numpy.array(1.0)}
+    >>> weights = {"exit": jax.numpy.array(1.0), "main": jax.numpy.array(1.0)}
+    >>> reach = {"exit": {"w": True}, "main": {"w": True}}
+    >>> rule = pairwise(optax.sgd(0.25), reach)
+    >>> update, key = jax.jit(rule.update, static_argnums=0), jax.random.key(0)
+    >>> updated = update(losses, weights, params, {}, rule.init(params), key)
+    >>> updated.params["w"].item()  # 1 - 0.25 * 2 = 0.5, then 0.5 + 0.25 * 1
+    0.75
+
     Args:
         optimizer: Any ``optax`` transformation.
         reach: For each loss a tree over the parameters, from ``traced.reach``.
@@ -76,20 +87,21 @@ def pairwise(
             weighted = {n: steps.weigh(n, pull_back(n), weights[n]) for n in reached.names}
             scales = factors(weighted, reached, aggregator, key)
         last = _last_to_see(losses, params, model_state, reached.names)
-        named, changed = {}, []
+        named, states = {}, []
         for name in reached.names:
+            # The compiler drops what nobody uses of the rest, and the forward pass beyond the loss.
+            def loss(params: PyTree, name: str = name) -> tuple[Array, Any]:
+                values, rest = losses(params, model_state)
+                return values[name], rest
 
-            def one(params: PyTree, name: str = name) -> tuple[Array, Any]:
-                each, rest = losses(params, model_state)
-                return each[name], rest
-
-            (named[name], (outputs, seen)), gradient = jax.value_and_grad(one, has_aux=True)(params)
-            changed.append(seen)
+            passed, gradient = jax.value_and_grad(loss, has_aux=True)(params)
+            named[name], (outputs, new_state) = passed
+            states.append(new_state)
             gradient = steps.weigh(name, gradient, weights[name])
             if scales is not None:
                 gradient = jax.tree.map(scale, scales[name], gradient)
             params, state = steps.take(name, gradient, weights[name], divisors[name], params, state)
-        new_model_state = jax.tree.map(lambda i, *each: each[i], last, *changed)
+        new_model_state = jax.tree.map(lambda i, *leaves: leaves[i], last, *states)
         return Updated(params, state, new_model_state, named, outputs)
 
     return UpdateRule(steps.init, update)
@@ -104,17 +116,18 @@ def _last_to_see(
     sake of a batch's statistics. A part that no loss covers is the last one's.
     """
 
-    def both(params: PyTree) -> dict[str, Any]:
+    def losses_and_parts(params: PyTree) -> dict[str, Any]:
         named, (_, state) = losses(params, model_state)
         parts = {f"part {i}": part for i, part in enumerate(jax.tree.leaves(state))}
         return {**{f"loss {name}": value for name, value in named.items()}, **parts}
 
-    read = {
+    sources = {
         key: {i for i, leaf in enumerate(jax.tree.leaves(tree)) if leaf}
-        for key, tree in traced.parameters_read(both, params).items()
+        for key, tree in traced.parameters_read(losses_and_parts, params).items()
     }
-    found = []
+    last = []
     for i in range(len(jax.tree.leaves(model_state))):
-        covers = [k for k, name in enumerate(names) if read[f"part {i}"] <= read[f"loss {name}"]]
-        found.append(max(covers, default=len(names) - 1))
-    return jax.tree.unflatten(jax.tree.structure(model_state), found)
+        part = sources[f"part {i}"]
+        covers = [k for k, name in enumerate(names) if part <= sources[f"loss {name}"]]
+        last.append(max(covers, default=len(names) - 1))
+    return jax.tree.unflatten(jax.tree.structure(model_state), last)

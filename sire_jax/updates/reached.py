@@ -123,8 +123,9 @@ class Reached:
                     " it: its loss depends on none, or only through stop_gradient or whole numbers,"
                     " or the weights are not in 'params', as those of a module other than Linen's."
                 )
-        found = cls(tuple(reach), reach)
-        sizes = {name: sum(found._shares(name)) for name in reach}
+        # A loss that reaches all that another one shares, and more of it, comes after that one.
+        unordered = cls(tuple(reach), reach)
+        sizes = {name: sum(unordered._shares(name)) for name in reach}
         return cls(tuple(sorted(reach, key=lambda name: (name == main, sizes[name]))), reach)
 
     @property
@@ -148,11 +149,11 @@ class Reached:
             ValueError: If losses can't be told apart (``check_apart``).
         """
         self.check_apart()
-        found: dict[tuple[str, ...], list[int]] = {}
+        groups: dict[tuple[str, ...], list[int]] = {}
         for i, names in enumerate(self.by_leaf):
             if len(names) > 1:
-                found.setdefault(names, []).append(i)
-        return found
+                groups.setdefault(names, []).append(i)
+        return groups
 
     def _shares(self, name: str) -> list[bool]:
         return [name in names and len(names) > 1 for names in self.by_leaf]
@@ -213,7 +214,7 @@ class Reached:
             weights: The losses' weights.
         """
         shares = {name: self._shares(name) for name in self.names}
-        found = {name: jnp.ones((), jnp.float32) for name in self.names}
+        divisors = {name: jnp.ones((), jnp.float32) for name in self.names}
         for name in self.auxiliary:
             later = [
                 other
@@ -221,8 +222,8 @@ class Reached:
                 if all(b for a, b in zip(shares[name], shares[other], strict=True) if a)
             ]
             if any(shares[name]):
-                found[name] = self._at_least_1(weights, later)
-        return found
+                divisors[name] = self._at_least_1(weights, later)
+        return divisors
 
     def leaf_divisors(self, weights: Mapping[str, Array]) -> PyTree:
         """Returns by how much a joint step is smaller, for each parameter.
@@ -234,13 +235,13 @@ class Reached:
             weights: The losses' weights.
         """
         one = jnp.ones((), jnp.float32)
-        each = [
+        divisors = [
             self._at_least_1(weights, [n for n in names if n in self.auxiliary])
             if len(names) > 1
             else one
             for names in self.by_leaf
         ]
-        return jax.tree.unflatten(jax.tree.structure(self.any()), each)
+        return jax.tree.unflatten(jax.tree.structure(self.any()), divisors)
 
     def _at_least_1(self, weights: Mapping[str, Array], names: Sequence[str]) -> Array:
         total = sum((weights[name] for name in names), jnp.zeros((), jnp.float32))

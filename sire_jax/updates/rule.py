@@ -14,6 +14,17 @@ Losses = Callable[[PyTree, PyTree], tuple[dict[str, Array], tuple[Mapping[str, A
 class Updated(NamedTuple):
     """What an update rule returns.
 
+    >>> import jax
+    >>> import optax
+    >>> from sire_jax.updates import joint
+    >>> losses = lambda params, model_state: ({"main": params["w"] ** 2}, ({}, model_state))
+    >>> rule = joint(optax.sgd(0.25), {"main": {"w": True}})
+    >>> weights, params = {"main": jax.numpy.array(1.0)}, {"w": jax.numpy.array(3.0)}
+    >>> update, key = jax.jit(rule.update, static_argnums=0), jax.random.key(0)
+    >>> updated = update(losses, weights, params, {}, rule.init(params), key)
+    >>> updated.losses["main"].item(), updated.params["w"].item()
+    (9.0, 1.5)
+
     Attributes:
         params: New parameters.
         state: New state of the rule.
@@ -31,6 +42,14 @@ class Updated(NamedTuple):
 
 class UpdateRule(NamedTuple):
     """A way of putting several losses' gradients together, as a pair of pure functions.
+
+    >>> import jax
+    >>> import optax
+    >>> from sire_jax.updates import joint
+    >>> rule = joint(optax.adam(1e-3), {"main": {"kernel": True, "unused": False}})
+    >>> params = {"kernel": jax.numpy.ones((2, 3)), "unused": jax.numpy.ones(4)}
+    >>> [leaf.shape for leaf in jax.tree.leaves(rule.init(params))]  # "unused" has no moments
+    [(), (2, 3), (2, 3)]
 
     Attributes:
         init: Maps parameters to the rule's state.

@@ -53,7 +53,7 @@ class Steps:
 
     def init(self, params: PyTree) -> PyTree:
         """Returns the optimizer states: of each loss, or the shared one."""
-        return {name: each.init(params) for name, each in self._optimizers.items()}
+        return {name: optimizer.init(params) for name, optimizer in self._optimizers.items()}
 
     def weigh(self, name: str, gradient: PyTree, weight: Array) -> PyTree:
         """Multiplies a loss's gradient by its weight, where it shares the parameters."""
@@ -107,6 +107,7 @@ class Steps:
                 transform_non_params=lambda _: True,
             )
             new = jax.tree.map(lambda m, a, b: a if m else b, touched, new, state[holder])
+        # The step, not the gradient, of which Adam for one would take the scale away.
         step = jax.tree.map(partial(scale, 1 / divisor), step)
         choose = partial(jnp.where, weight != 0)
         moved = jax.tree.map(

@@ -10,9 +10,10 @@ from jax import Array
 
 from sire_jax.slices import Partly, Unclear
 from sire_jax.updates import gradients
+from sire_jax.updates.observed import Observed, Weighting
 from sire_jax.updates.reached import Reached, keep_dtypes
 from sire_jax.updates.rule import Losses, Updated, UpdateRule
-from sire_jax.updates.weightings import Fixed, GradNorm, Observed, Weighting
+from sire_jax.updates.weightings import Fixed, GradNorm
 
 PyTree = Any
 
@@ -25,6 +26,13 @@ def weighted(rule: UpdateRule, weighting: Weighting, reach: Mapping[str, PyTree]
     in a batch, is absent from what it sees; a step with a loss that is not finite, or after which
     the weighting's state would not be, is not seen at all. The losses that the rule returns stay
     unweighted.
+
+    >>> import optax
+    >>> import sire_jax as sj
+    >>> reach = {"exit": {"w": True}, "main": {"w": True}}
+    >>> rule = weighted(sj.joint(optax.sgd(0.1), reach), sj.updates.Uncertainty(), reach)
+    >>> {name: float(value) for name, value in rule.init({"w": jnp.ones(2)})["weighting"].items()}
+    {'exit': 0.0, 'main': 0.0}
 
     Args:
         rule: Any update rule.
@@ -43,7 +51,7 @@ def weighted(rule: UpdateRule, weighting: Weighting, reach: Mapping[str, PyTree]
         return rule
     reached = Reached.of(reach)
     shared = jax.tree.map(
-        lambda *reach: all(reach) and not any(isinstance(each, Partly | Unclear) for each in reach),
+        lambda *leaves: all(leaves) and not any(isinstance(x, Partly | Unclear) for x in leaves),
         *reach.values(),
     )
     _check(weighting, reach, shared)
@@ -72,9 +80,10 @@ def weighted(rule: UpdateRule, weighting: Weighting, reach: Mapping[str, PyTree]
         )
         old = state["weighting"]
         new = keep_dtypes(weighting.update(old, observed), old)
+        # An absent loss may be anything: the step is seen all the same.
         present = {n: jnp.where(w != 0, updated.losses[n], 0.0) for n, w in weights.items()}
-        seen = _are_finite(present) & _are_finite(new)
-        new = jax.tree.map(partial(jnp.where, seen), new, old)
+        finite = _are_finite(present) & _are_finite(new)
+        new = jax.tree.map(partial(jnp.where, finite), new, old)
         return updated._replace(state={"rule": updated.state, "weighting": new})
 
     return rule._replace(init=init, update=update)
@@ -105,18 +114,19 @@ def _norms(
 ) -> dict[str, Array]:
     """Returns the norm of each loss's gradient to the parameters that are chosen in ``shared``."""
     leaves, tree = jax.tree.flatten(params)
-    chosen = jax.tree.leaves(shared)
+    masks = jax.tree.leaves(shared)
 
+    # Of these parameters alone: a backward pass then goes no further than to them.
     def restricted(varied: list[Array], model_state: PyTree) -> Any:
-        rest = iter(varied)
-        values = [next(rest) if c else leaf for leaf, c in zip(leaves, chosen, strict=True)]
+        variables = iter(varied)
+        values = [next(variables) if m else leaf for leaf, m in zip(leaves, masks, strict=True)]
         return losses(jax.tree.unflatten(tree, values), model_state)
 
-    varied = [leaf for leaf, c in zip(leaves, chosen, strict=True) if c]
+    varied = [leaf for leaf, m in zip(leaves, masks, strict=True) if m]
     _, _, pull_back = gradients.of_each(restricted, varied, model_state)
 
     def norm(name: str) -> Array:
-        squares = ((each.astype(jnp.float32) ** 2).sum() for each in pull_back(name))
+        squares = ((leaf.astype(jnp.float32) ** 2).sum() for leaf in pull_back(name))
         return jnp.sqrt(sum(squares, jnp.float32(0)))
 
     return {name: norm(name) for name in names}

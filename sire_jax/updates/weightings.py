@@ -9,9 +9,8 @@ a weighting learns nothing. Factors and states are finite whatever the losses ar
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,59 +18,10 @@ import optax
 from jax import Array
 
 from sire_jax import optimizers
+from sire_jax.updates.observed import Named, Observed, PyTree, presence, stack, unstack
 
-PyTree = Any
-Named = dict[str, Array]
 # What losses and norms count as at most: sums of them, and their products, stay finite.
 _LARGEST = 1e15
-
-
-class Observed(NamedTuple):
-    """What a step shows a weighting; what costs something is computed only if it is called.
-
-    Attributes:
-        losses: The losses before the step, without weights.
-        after: Returns the losses of the same batch after the step; costs a forward pass.
-        norms: Returns the norm of each unweighted loss's gradient to the parameters that all losses
-            reach; costs a backward pass for each loss.
-        present: Whether the step has a loss: its own weight is not 0, and it is finite. ``None``
-            of a step that has all that are finite.
-    """
-
-    losses: Mapping[str, Array]
-    after: Callable[[], Mapping[str, Array]]
-    norms: Callable[[], Mapping[str, Array]]
-    present: Mapping[str, Array] | None = None
-
-
-class Weighting(Protocol):
-    """A way of weighting losses: three pure functions. States are trees of arrays."""
-
-    def init(self, names: Sequence[str]) -> PyTree:
-        """Returns the state before the first step, for losses of these names."""
-
-    def weights(self, state: PyTree, key: Array) -> Named:
-        """Returns the factor of each loss's own weight in the coming step, a scalar each."""
-
-    def update(self, state: PyTree, observed: Observed) -> PyTree:
-        """Returns the state after a step."""
-
-
-def seen(observed: Observed) -> Named:
-    """Returns which losses a step has (``Observed.present``), a boolean each."""
-    finite = {name: jnp.isfinite(loss) for name, loss in observed.losses.items()}
-    present = observed.present
-    return finite if present is None else {name: finite[name] & present[name] for name in finite}
-
-
-def stack(values: Mapping[str, Array], dtype: Any = jnp.float32) -> Array:
-    """Stacks scalars in the order of their names, ``[k]``."""
-    return jnp.stack([values[name].astype(dtype) for name in sorted(values)])
-
-
-def unstack(names: Iterable[str], values: Array) -> Named:
-    """Undoes ``stack``."""
-    return {name: values[i] for i, name in enumerate(sorted(names))}
 
 
 def _constant(names: Iterable[str], value: float) -> Named:
@@ -79,14 +29,14 @@ def _constant(names: Iterable[str], value: float) -> Named:
     return {name: jnp.full((), value, jnp.float32) for name in names}
 
 
-def _check_above_0(what: str, value: float) -> None:
+def _check_above_0(setting: str, value: float) -> None:
     if not 0 < value < math.inf:
-        raise ValueError(f"{what} is {value}; it should be above 0 and finite.")
+        raise ValueError(f"{setting} is {value}; it should be above 0 and finite.")
 
 
-def _check_at_least_0(what: str, value: float) -> None:
+def _check_at_least_0(setting: str, value: float) -> None:
     if not 0 <= value < math.inf:
-        raise ValueError(f"{what} is {value}; it should be at least 0 and finite.")
+        raise ValueError(f"{setting} is {value}; it should be at least 0 and finite.")
 
 
 @dataclass(frozen=True)
@@ -123,6 +73,13 @@ class Uncertainty:
     it out. It is for positive losses: of one that is not above 0, or absent, ``s_k`` stays as it
     is. ``s_k`` is kept in [-10, 10].
 
+    >>> weighting = Uncertainty(learning_rate=0.1)
+    >>> step = Observed({"main": jnp.array(3.0), "exit": jnp.array(1.0)}, dict, dict)
+    >>> update = jax.jit(lambda state: weighting.update(state, step))
+    >>> state = update(weighting.init(["main", "exit"]))
+    >>> jax.jit(weighting.weights)(state, jax.random.key(0))["main"].round(2)  # the larger loss's
+    Array(0.82, dtype=float32)
+
     Attributes:
         learning_rate: Of the log variances, above 0.
     """
@@ -143,11 +100,12 @@ class Uncertainty:
 
     def update(self, state: PyTree, observed: Observed) -> PyTree:
         """Takes a step of gradient descent on the log variances."""
-        present = seen(observed)
+        present = presence(observed)
 
         def learn(name: str, log_variance: Array) -> Array:
             loss = observed.losses[name].astype(jnp.float32)
             gradient = 1 - jnp.exp(-log_variance) * loss
+            # A loss that stays far from 1 would drive its factor to infinity or to 0.
             learned = jnp.clip(log_variance - self.learning_rate * gradient, -10, 10)
             return jnp.where(present[name] & (loss > 0), learned, log_variance)
 
@@ -162,6 +120,14 @@ class DynamicAverage:
     mean over the one before; 1 in the first two periods. A ratio is kept in [0, 10], and is 1 where
     the earlier mean is not positive: a loss that stays below 0 always has the ratio 1. Means are
     over the steps in which a loss is present; after a period without it they stay as they are.
+
+    >>> weighting = DynamicAverage(period=1)
+    >>> update = jax.jit(lambda state, x: weighting.update(state, Observed(x, dict, dict)))
+    >>> state = weighting.init(["main", "exit"])
+    >>> for loss in (4.0, 2.0):  # that of the exit does not fall
+    ...     state = update(state, {"main": jnp.array(loss), "exit": jnp.array(1.0)})
+    >>> f"{jax.jit(weighting.weights)(state, jax.random.key(0))['exit']:.2f}"
+    '1.12'
 
     Attributes:
         period: Number of steps of a period, at least 1: those of an epoch in the paper.
@@ -188,15 +154,15 @@ class DynamicAverage:
         """Returns the factors, in (0, K), of sum K."""
         del key
         ratios = _ratio(stack(state["last"]), stack(state["earlier"]))
-        known = state["steps"] >= 2 * self.period
-        ratios = jnp.where(known, jnp.clip(ratios, 0, 10), 1.0)
+        # The means of two whole periods, the last and the one before, make a ratio.
+        ratios = jnp.where(state["steps"] >= 2 * self.period, jnp.clip(ratios, 0, 10), 1.0)
         return unstack(state["last"], len(ratios) * jax.nn.softmax(ratios / self.temperature))
 
     def update(self, state: PyTree, observed: Observed) -> PyTree:
         """Adds a step's losses, and closes a period at its last step."""
         steps = state["steps"] + 1
         closes = steps % self.period == 0
-        present = seen(observed)
+        present = presence(observed)
         losses = {name: _bounded(observed.losses[name], present[name]) for name in state["sums"]}
         sums = {name: total + losses[name] for name, total in state["sums"].items()}
         counts = {
@@ -204,6 +170,7 @@ class DynamicAverage:
             for name, count in state["counts"].items()
         }
         means = {name: total / jnp.maximum(counts[name], 1) for name, total in sums.items()}
+        # A period without a loss says nothing of it: its means are those of earlier ones.
         ends = {name: closes & (count > 0) for name, count in counts.items()}
         zeros = _constant(sums, 0.0)
         return {
@@ -240,7 +207,8 @@ class Random:
 
     ``f = K softmax(n)``, with ``n`` K standard normal numbers; K times the paper's, whose sum is 1.
 
-    >>> factors = Random().weights(Random().init(["main", "exit"]), jax.random.key(0))
+    >>> state = Random().init(["main", "exit"])
+    >>> factors = jax.jit(Random().weights)(state, jax.random.key(0))
     >>> round(float(sum(factors.values())), 4)  # they add up to their number
     2.0
     """
@@ -276,6 +244,13 @@ class FAMO:
     that is not above 0 before and after a step, or absent, the last positive value is kept, and
     its logit neither moves nor moves the others.
 
+    >>> before = {"main": jnp.array(2.0), "exit": jnp.array(2.0)}
+    >>> after = {"main": jnp.array(1.0), "exit": jnp.array(2.0)}  # the exit's has not fallen
+    >>> weighting, step = FAMO(learning_rate=0.5), Observed(before, lambda: after, dict)
+    >>> update = jax.jit(lambda state: weighting.update(state, step))
+    >>> update(weighting.init(["main", "exit"]))["logits"].round(2)  # of the exit, of main
+    Array([ 0.5, -0.5], dtype=float32)
+
     Attributes:
         learning_rate: Of Adam on the logits, above 0.
         weight_decay: Of the logits, in their gradient, at least 0.
@@ -305,7 +280,7 @@ class FAMO:
         """Takes a step of Adam on the logits."""
         last, logits = state["losses"], state["logits"]
         before, after = stack(observed.losses), stack(observed.after())
-        moves = stack(seen(observed), jnp.bool_) & (before > 0) & (after > 0)
+        moves = stack(presence(observed), jnp.bool_) & (before > 0) & (after > 0)
         moves &= jnp.isfinite(after)
         fallen = jnp.where(moves, _log(before) - _log(after), 0.0)
         # Of the losses that move alone; without any nothing is learned below.
@@ -313,12 +288,12 @@ class FAMO:
         gradient = shares * (fallen - (shares * fallen).sum())
         step, adam = self._adam().update(gradient, state["adam"], logits)
         # Moments are one for each loss, the count of steps is all losses'.
-        kept = jax.tree.map(
+        logits, adam, losses = jax.tree.map(
             lambda new, old: jnp.where(moves if new.ndim else moves.any(), new, old),
             (logits + step, adam, jnp.where(moves, after, stack(last))),
             (logits, state["adam"], stack(last)),
         )
-        return {"logits": kept[0], "adam": kept[1], "losses": unstack(last, kept[2])}
+        return {"logits": logits, "adam": adam, "losses": unstack(last, losses)}
 
     def _adam(self) -> optax.GradientTransformation:
         return optimizers.adam(self.learning_rate, self.weight_decay)
@@ -341,6 +316,14 @@ class GradNorm:
     value are not in the paper. It is for positive losses: one that is not counts as 0, the first
     waits for one that is. A loss that is absent from a step has no part in its means, and keeps its
     factor; the others' are multiplied so that the sum of all is K.
+
+    >>> losses = {"main": jnp.array(1.0), "exit": jnp.array(1.0)}
+    >>> norms = {"main": jnp.array(1.0), "exit": jnp.array(3.0)}
+    >>> weighting, step = GradNorm(learning_rate=0.1), Observed(losses, dict, lambda: norms)
+    >>> update = jax.jit(lambda state: weighting.update(state, step))
+    >>> state = update(weighting.init(["main", "exit"]))
+    >>> weighting.weights(state, jax.random.key(0))["exit"].round(2)  # of the longer gradient
+    Array(0.89, dtype=float32)
 
     Attributes:
         alpha: How much losses that fall slowly are favoured, at least 0; 0 makes norms equal.
@@ -367,7 +350,7 @@ class GradNorm:
         """Takes a step of gradient descent on the factors."""
         names = state["factors"]
         norms = stack(observed.norms())
-        present = stack(seen(observed), jnp.bool_) & jnp.isfinite(norms)
+        present = stack(presence(observed), jnp.bool_) & jnp.isfinite(norms)
         losses, norms = _bounded(stack(observed.losses), present), _bounded(norms, present)
         first = stack(state["first"])
         first = jnp.where((first > 0) | ~present, first, losses)
@@ -384,8 +367,10 @@ class GradNorm:
         relative = ratios / jnp.maximum(mean(ratios), 1e-8)
         lengths = factors * norms
         above = jnp.sign(lengths - mean(lengths) * relative**self.alpha)
+        # Where all gradients are zeros the factors stay.
         gradient = above * norms / jnp.maximum(mean(norms), 1e-30)
         moved = jnp.maximum(factors - self.learning_rate * gradient, 1e-3)
+        # The sum of all factors stays K: what the absent losses have is not for the others.
         absent = jnp.where(present, 0.0, factors).sum()
         total = jnp.where(present, moved, 0.0).sum()
         moved = (len(factors) - absent) * moved / jnp.where(total > 0, total, 1.0)

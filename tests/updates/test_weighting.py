@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from jax import lax
 
 from sire_jax import registry, traced
-from sire_jax.updates import WEIGHTINGS, Observed, joint, weighted
+from sire_jax.updates import WEIGHTINGS, joint, weighted
+from sire_jax.updates.observed import Observed
 from sire_jax.updates.weightings import FAMO, DynamicAverage, Fixed, GradNorm, Random, Uncertainty
 
 KEY = jax.random.key(0)
