@@ -15,7 +15,6 @@ from sire_jax.data.augmentation import Augmentation
 from sire_jax.metrics import Average, Metrics, is_label, means
 from sire_jax.objectives import Objectives, accurate
 from sire_jax.predictions import Prediction, is_fitted
-from sire_jax.predictions import check as check_predictions
 from sire_jax.runs.divergence import NonFiniteLossError, first_broken, what_broke
 from sire_jax.runs.parallel import NEVER, never_broken, one_step, shuffle
 from sire_jax.state import INITIAL, TrainState, parted
@@ -97,9 +96,9 @@ def fit(
     variables = jax.jit(network.init)(jax.random.fold_in(key, INITIAL), train["image"][:1])
     if not isinstance(rule, UpdateRule):
         rule = _made(rule, find_reach(network.apply, objectives, variables, _some(train, slice(1))))
+    _check_predictions(predictions or {})
     measure = jax.jit(make_measure(network.apply, objectives, predictions))
     outputs = jax.eval_shape(network.apply, variables, train["image"][:1])
-    _check_predictions(predictions or {}, outputs, objectives)
     for what, batch in {"train": train, "test": test}.items():
         if batch:
             jax.eval_shape(measure, *parted(variables), batch)
@@ -181,18 +180,13 @@ def _made(rule: Any, reach: Mapping[str, PyTree]) -> UpdateRule:
     return made
 
 
-def _check_predictions(
-    predictions: Mapping[str, Prediction], outputs: Mapping[str, Any], objectives: Objectives
-) -> None:
+def _check_predictions(predictions: Mapping[str, Prediction]) -> None:
     for name, predict in predictions.items():
-        if name in (*outputs, *objectives):
-            raise ValueError(f"The prediction '{name}' has the name of an output or objective.")
         if is_fitted(predict):
             raise ValueError(
                 f"The prediction '{name}' is fitted to a trained network: call its fit with the"
                 " outputs (make_predict) of images that were held out."
             )
-    check_predictions(predictions, outputs)
 
 
 def _check_labels(

@@ -6,7 +6,7 @@ examples it is fitted to, ``fit(outputs, labels)``, which returns its parameters
 taken, evenly: their outputs are kept in memory.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -197,14 +197,30 @@ _NORMALIZATIONS = ("sum", "softmax")
 Prediction = Callable[..., Array]
 
 
-def check(predictions: Mapping[str, Any], outputs: Mapping[str, object]) -> None:
-    """Checks that each prediction rule has its outputs.
+def check(
+    predictions: Mapping[str, Any],
+    outputs: Mapping[str, object],
+    objectives: Collection[str] = (),
+) -> None:
+    """Checks that each prediction rule has its outputs, and a name of its own.
+
+    Args:
+        predictions: Rules by name.
+        outputs: Outputs, or their shapes, by name.
+        objectives: The names of the objectives that are measured beside them.
 
     Raises:
-        ValueError: If a rule uses an output that does not exist.
+        ValueError: If a rule uses an output that does not exist, or has the name of another thing
+            that is measured.
     """
     for name, prediction in predictions.items():
-        for output in prediction.needs():
+        if name in outputs or name in objectives:
+            raise ValueError(
+                f"The prediction '{name}' has the name of an output or objective; their metrics"
+                " could not be told apart. Choose another."
+            )
+        # A plain function says nothing of its outputs, and finds out itself.
+        for output in getattr(prediction, "needs", tuple)():
             if output not in outputs:
                 raise ValueError(
                     f"The prediction '{name}' uses the output '{output}', which does not"

@@ -25,6 +25,7 @@ from sire_jax.objectives import (
 )
 from sire_jax.objectives import weights as weights_at
 from sire_jax.predictions import Prediction, is_fitted
+from sire_jax.predictions import check as check_predictions
 from sire_jax.state import TrainState, apply_in_training, parted
 from sire_jax.updates import Losses, UpdateRule
 
@@ -288,7 +289,7 @@ def make_measure(
         the first objective on ``"label"`` does. ``mask``, ``[b]``, says how much each example
         counts beside that; 1 if it is left out. Rules that are fitted are measured if their
         parameters are in ``fitted``, which may be left out, too. The function raises ``ValueError``
-        as ``objectives.evaluate`` does.
+        as ``objectives.evaluate`` and ``predictions.check`` do.
     """
 
     def measure(
@@ -299,6 +300,7 @@ def make_measure(
         fitted: Mapping[str, PyTree] | None = None,
     ) -> Metrics:
         outputs = apply({"params": params, **model_state}, _images(batch), train=False)
+        check_predictions(predictions or {}, outputs, objectives)
         values = evaluate(objectives, outputs, batch)
         counts = example_counts(objectives, batch)
         measured: Metrics = {

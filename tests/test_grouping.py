@@ -301,6 +301,8 @@ def test_other_values_out_of_range_are_refused():
     # What is on the diagonal is not read.
     diagonal = CONFUSED + np.diag([np.nan, np.inf, -3, 2, 1, 0])
     assert balanced(diagonal, 3, 0) == balanced(CONFUSED, 3, 0)
+    with pytest.raises(ValueError, match=r"no method 'release' .*Did you mean 'released'"):
+        groups.make(np.ones((4, 4)), tuple("abcd"), (2,), method="release")
 
 
 # ---- Coarse labels.

@@ -1,6 +1,7 @@
 """Steps and measurements as a notebook makes them: checks, what counts, and what stays the same."""
 
 import re
+from functools import partial
 
 import chex
 import jax
@@ -625,3 +626,13 @@ def test_groups_that_do_not_fit_a_branch_are_refused():
         JointProbability({"branch": (0, 1, 2, 3)})(outputs)
     with pytest.raises(ValueError, match=r"'branch' are of 3 labels, but the main output has 4 cl"):
         JointProbability({"branch": (0, 1, 2)})(outputs)
+
+
+def test_a_prediction_has_a_name_of_its_own_and_may_be_a_plain_function():
+    network, batch = _network(), _batch()
+    variables = _variables(network, batch)
+    measure = partial(make_measure, network.apply, {"main": MAIN, "exit": EXIT})
+    plain = {"sum": lambda outputs: jax.nn.log_softmax(outputs["main"] + outputs["exit"])}
+    assert "sum/top_1" in measure(plain)(variables["params"], {}, batch)
+    with pytest.raises(ValueError, match="'exit' has the name of an output or objective"):
+        measure({"exit": plain["sum"]})(variables["params"], {}, batch)

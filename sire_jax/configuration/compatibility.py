@@ -18,19 +18,6 @@ from sire_jax.text import nearest
 _UNITS = ("step", "epoch", "run")
 
 
-def names(
-    predictions: Mapping[str, Any], outputs: Mapping[str, Any], chosen: objectives.Objectives
-) -> None:
-    """Checks that the metrics of predictions can be told from those of objectives."""
-    taken = set(outputs) | set(chosen)
-    for name in predictions:
-        if name in taken:
-            raise ValueError(
-                f"The prediction '{name}' has the name of an output or objective; their metrics"
-                " could not be told apart. Choose another."
-            )
-
-
 def widths(
     classes: Mapping[str, int], chosen: objectives.Objectives, outputs: Mapping[str, Any]
 ) -> None:

@@ -359,9 +359,8 @@ def build(config: ConfigDict) -> Experiment:
     of_outputs = branches(chosen, parts.groups)
     assignments = {name: partition.assignment for name, partition in of_outputs.items()}
     predictions = _parts(config, "predictions", groups=assignments)
-    check_predictions(predictions, outputs)
+    check_predictions(predictions, outputs, chosen)
     compatibility.labels(predictions, chosen)
-    compatibility.names(predictions, outputs, chosen)
     jax.eval_shape(lambda o, b: objectives.evaluate(chosen, o, b), dict(outputs), batch)
     classes = parts.task.classes(config.data.classes)
     compatibility.widths(classes | {k: g.number for k, g in parts.groups.items()}, chosen, outputs)

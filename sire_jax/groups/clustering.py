@@ -267,8 +267,11 @@ def make(
         Groupings by their number of groups.
 
     Raises:
-        ValueError: If a value is out of range, or the matrix holds something else.
+        ValueError: If a value is out of range, there is no such criterion or method, or the matrix
+            holds something else.
     """
+    if method not in METHODS:
+        raise ValueError(f"There is no method '{method}' of grouping.{nearest(method, METHODS)}")
     check_confusion(confusion, names)
     apart = distances(confusion, criterion)
     assignments = {
