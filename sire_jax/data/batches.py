@@ -25,8 +25,8 @@ def ready(
     Returns:
         The batch with scaled and normalized images, and the group of each label.
     """
-    grouped = {name: each.of(batch["label"]) for name, each in groups.items()}
-    return {**batch, **grouped, "image": prepare(batch["image"].astype(jnp.float32), data)}
+    targets = {name: partition.of(batch["label"]) for name, partition in groups.items()}
+    return {**batch, **targets, "image": prepare(batch["image"].astype(jnp.float32), data)}
 
 
 def crop(batch: dict[str, Array], side: int, ten: bool = False) -> dict[str, Array]:
@@ -40,6 +40,7 @@ def crop(batch: dict[str, Array], side: int, ten: bool = False) -> dict[str, Arr
 def prepare(pixels: Any, data: ConfigDict) -> Any:
     """Scales pixels ``[…, c]`` and normalizes them: ``(scale x - mean) / std``, float32."""
     image = pixels * np.float32(data.scale)
+    # As many axes as the image has, as tests and users may forbid that ranks are promoted.
     shape = (1,) * (image.ndim - 1) + (-1,)
     if data.mean:
         image = image - np.asarray(data.mean, np.float32).reshape(shape)

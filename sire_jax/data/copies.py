@@ -26,21 +26,23 @@ _LONG = 48
 _TRIES = 8
 
 
-def place(cache: str, title: str, files: Iterable[Path], what: Sequence[Any] = ()) -> Path | None:
+def place(
+    cache: str, title: str, files: Iterable[Path], choices: Sequence[Any] = ()
+) -> Path | None:
     """Names a copy by what it was made of: other files or choices, another copy.
 
     Args:
         cache: The directory of the copies; "" for none.
         title: What the file name starts with.
         files: The files that it is made of, in their order; links count as what they lead to.
-        what: What the files stand for and the choices made, which JSON can hold.
+        choices: What the files stand for and the choices made, which JSON can hold.
 
     Returns:
         The file; None if there are to be no copies, or the user has no home for them.
     """
     if not cache:
         return None
-    identity = [*map(_identity, files), *what]
+    identity = [*map(_identity, files), *choices]
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     try:
         directory = expanded(cache)

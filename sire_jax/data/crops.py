@@ -61,8 +61,8 @@ def averaged(apply: Callable[..., Any]) -> Callable[..., dict[str, Array]]:
         examples, crops = image.shape[:2]
         outputs = apply(variables, image.reshape(-1, *image.shape[2:]), **settings)
         return {
-            name: each.reshape(examples, crops, *each.shape[1:]).mean(1)
-            for name, each in outputs.items()
+            name: logits.reshape(examples, crops, *logits.shape[1:]).mean(1)
+            for name, logits in outputs.items()
         }
 
     return apply_to_ten

@@ -20,12 +20,12 @@ class Listed(NamedTuple):
     Attributes:
         name: Its name, within the set.
         size: In bytes.
-        what: What else tells it from another, such as its class.
+        detail: What else tells it from another, such as its class.
     """
 
     name: str
     size: int
-    what: str
+    detail: str
 
 
 class Listing(Protocol):
@@ -104,7 +104,8 @@ class Dataset(Generic[S_co]):
 
     def __post_init__(self) -> None:
         numbers = {kind: map(str, range(number)) for kind, number in self.classes.items()}
-        names = {kind: tuple(self.names.get(kind, each)) for kind, each in numbers.items()}
+        names = {kind: tuple(self.names.get(kind, texts)) for kind, texts in numbers.items()}
+        # It is frozen, and this is still its making.
         object.__setattr__(self, "names", names)
 
 
@@ -165,21 +166,21 @@ class Selection:
         """The shares of splits that make the training images, and last that of the test."""
         return tuple(map(Share.parse, (*self.train_splits, self.test_split)))
 
-    def check_splits(self, what: object, known: Collection[str], advice: str = "") -> None:
+    def check_splits(self, name: object, splits: Collection[str], advice: str = "") -> None:
         """Checks that a set has the splits.
 
         Args:
-            what: What the set is called in the message.
-            known: Its splits.
+            name: What the set is called in the message.
+            splits: Its splits.
             advice: What else could be done, for the end of the message.
 
         Raises:
             ValueError: If it lacks one.
         """
         for share in self.shares:
-            if share.split not in known:
+            if share.split not in splits:
                 raise ValueError(
-                    f"{what} has no split '{share.split}', only {list(known)}; choose with"
+                    f"{name} has no split '{share.split}', only {list(splits)}; choose with"
                     " train_splits and test_split, also shares of a split:"
                     f" 'train[:80%]' and 'train[80%:]'.{advice}"
                 )
@@ -198,11 +199,11 @@ class Selection:
         """
         spans = [share.span(images[share.split]) for share in self.shares]
         for (a, x), (b, y) in combinations(zip(self.shares, spans, strict=True), 2):
-            both = range(max(x.start, y.start), min(x.stop, y.stop))
-            if a.split == b.split and both:
+            overlap = range(max(x.start, y.start), min(x.stop, y.stop))
+            if a.split == b.split and overlap:
                 raise ValueError(
                     f"'{a}' and '{b}' of train_splits and test_split have"
-                    f" {len(both):,} images in common; shares of a split should have none."
+                    f" {len(overlap):,} images in common; shares of a split should have none."
                 )
         return tuple(spans)
 
@@ -235,8 +236,8 @@ def draw_classes(classes: int, number: int, seed: int) -> np.ndarray:
 def stratified(labels: np.ndarray, per_class: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Takes the same number of random examples of each class aside.
 
-    >>> rest, taken = stratified(np.array([0, 0, 0, 1, 1, 1]), per_class=1, seed=0)
-    >>> len(rest), len(taken)
+    >>> train, validation = stratified(np.array([0, 0, 0, 1, 1, 1]), per_class=1, seed=0)
+    >>> len(train), len(validation)
     (4, 2)
 
     Args:
@@ -261,5 +262,5 @@ def stratified(labels: np.ndarray, per_class: int, seed: int) -> tuple[np.ndarra
     # A stable sort keeps the random order within each class.
     order = order[np.argsort(labels[order], kind="stable")]
     starts = np.repeat(np.cumsum(counts) - counts, counts)
-    taken = np.arange(len(labels)) - starts < per_class
-    return np.sort(order[~taken]).astype(np.int32), np.sort(order[taken]).astype(np.int32)
+    aside = np.arange(len(labels)) - starts < per_class
+    return np.sort(order[~aside]).astype(np.int32), np.sort(order[aside]).astype(np.int32)

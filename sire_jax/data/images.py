@@ -119,11 +119,6 @@ def to_array(image: Image.Image) -> np.ndarray:
     return pixels if pixels.ndim == 3 else pixels[..., None]
 
 
-def from_array(pixels: np.ndarray) -> Image.Image:
-    """Returns the image of pixels, uint8 ``[h, w, c]``."""
-    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
-
-
 def central_square(image: Image.Image, side: int) -> Image.Image:
     """Scales an image's shorter side to ``side`` and takes the central square of it.
 
@@ -137,7 +132,8 @@ def central_square(image: Image.Image, side: int) -> Image.Image:
         The square.
     """
     shorter = min(image.size)
-    left, top = ((each - shorter) / 2 for each in image.size)
+    left, top = ((length - shorter) / 2 for length in image.size)
+    # The box is cut out within the resizing: in halves of pixels, and without a copy in between.
     box = (left, top, left + shorter, top + shorter)
     return image.resize((side, side), Image.Resampling.BILINEAR, box)
 

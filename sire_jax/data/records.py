@@ -23,10 +23,10 @@ class Split(Protocol):
     def open(self) -> None:
         """Opens what all images need, unless it is open."""
 
-    def listing(self, chosen: np.ndarray | None = None) -> Iterator[Listed]:
+    def listing(self, numbers: np.ndarray | None = None) -> Iterator[Listed]:
         """Lists what the images are made of, all or those of these numbers."""
 
-    def sampled(self, chosen: np.ndarray | None = None) -> str:
+    def sampled(self, numbers: np.ndarray | None = None) -> str:
         """Returns a digest of samples of what the list can't tell; "" if it tells everything."""
 
     def name(self, index: int) -> str:
@@ -69,30 +69,30 @@ class Records:
 
     def listing(self) -> Iterator[Listed]:
         """Lists what the images are made of, in their order; no image is read for it."""
-        for split, chosen in self._parts():
-            yield from split.listing(chosen)
+        for split, numbers in self._parts():
+            yield from split.listing(numbers)
 
     def sampled(self) -> str:
         """Returns a digest of samples of what the list can't tell; "" if it tells everything."""
-        return " ".join(split.sampled(chosen) for split, chosen in self._parts()).strip()
+        return " ".join(split.sampled(numbers) for split, numbers in self._parts()).strip()
 
     def _parts(self) -> Iterator[tuple[Split, np.ndarray | None]]:
         """Yields the splits, each with the numbers of those of its images that are chosen."""
         start = 0
         for split in self.splits:
             stop = start + len(split)
-            chosen = self.chosen
-            if chosen is not None:
-                chosen = chosen[(chosen >= start) & (chosen < stop)] - start
-            yield split, chosen
+            numbers = self.chosen
+            if numbers is not None:
+                numbers = numbers[(numbers >= start) & (numbers < stop)] - start
+            yield split, numbers
             start = stop
 
     def without(self, indices: Collection[int]) -> "Records":
         """Returns the records without some of them, such as damaged ones."""
         if not indices:
             return self
-        chosen = np.arange(len(self)) if self.chosen is None else self.chosen
-        return replace(self, chosen=np.delete(chosen, sorted(indices)))
+        numbers = np.arange(len(self)) if self.chosen is None else self.chosen
+        return replace(self, chosen=np.delete(numbers, sorted(indices)))
 
     def __getstate__(self) -> dict[str, Any]:
         # The labels of a batch come with its records.
@@ -101,8 +101,8 @@ class Records:
     @cached_property
     def labels(self) -> dict[str, np.ndarray]:
         """For each kind of label integers ``[n]``, int32; of a ``tfds`` set its files are read."""
-        found = [split.labels() for split in self.splits]
-        joined = {kind: np.concatenate([each[kind] for each in found]) for kind in self.classes}
+        parts = [split.labels() for split in self.splits]
+        joined = {kind: np.concatenate([part[kind] for part in parts]) for kind in self.classes}
         if self.chosen is not None:
             joined = {kind: values[self.chosen] for kind, values in joined.items()}
         if self.drawn is None:
@@ -142,24 +142,25 @@ class Records:
         Returns:
             For each what ``example`` returns, or the error that it raises.
         """
-        found: list[tuple[Image.Image, dict[str, int]] | DamagedImageError] = []
+        examples: list[tuple[Image.Image, dict[str, int]] | DamagedImageError] = []
         for index, stored in zip(indices, self._ahead(indices), strict=True):
             try:
-                found.append(self.example(index, stored))
+                examples.append(self.example(index, stored))
             except DamagedImageError as error:
-                found.append(error)
-        return found
+                examples.append(error)
+        return examples
 
     def _ahead(self, indices: Sequence[int]) -> list[tuple[bytes, dict[str, int]] | None]:
-        placed = [self._find(index) for index in indices]
-        if not placed:
+        places = [self._find(index) for index in indices]
+        if not places:
             return []
-        split = placed[0][0]
-        if any(each is not split for each, _ in placed):
+        split = places[0][0]
+        # At a border between two splits each is read by itself.
+        if any(other is not split for other, _ in places):
             return [None] * len(indices)
         split.open()
-        read = split.ahead([number for _, number in placed])
-        return [each and self._numbered(*each) for each in read]
+        records = split.ahead([number for _, number in places])
+        return [record and self._numbered(*record) for record in records]
 
     def example(
         self, index: int, stored: tuple[bytes, dict[str, int]] | None = None
@@ -243,15 +244,16 @@ def open_records(
             what they should be.
         FileNotFoundError: If the set is not in ``directory``, or there is no such home.
     """
-    kind, _, rest = name.partition(":")
+    kind, _, title = name.partition(":")
     opened: Dataset[Any]
     own = 3
     if kind == "tfds":
-        given = None if selection.draw_classes else classes
+        # Of drawn classes only "label" is kept: no other integers have to be read.
+        plain = None if selection.draw_classes else classes
         root = expanded(directory, "the data directory ")
-        opened, own = prepared.open_splits(rest, root, cache, selection, given)
+        opened, own = prepared.open_splits(title, root, cache, selection, plain)
     elif kind == "folder":
-        opened = folders.open_splits(rest, directory, selection)
+        opened = folders.open_splits(title, directory, selection)
     else:
         raise ValueError(
             f"There is no data source '{name}' to stream."
@@ -273,11 +275,11 @@ def _draw(dataset: Dataset[Records], selection: Selection) -> Dataset[Records]:
     if not number:
         return dataset
     drawn = draw_classes(dataset.classes["label"], number, selection.draw_seed)
-    train, test = (_of_classes(each, drawn) for each in (dataset.train, dataset.test))
+    train, test = (_of_classes(records, drawn) for records in (dataset.train, dataset.test))
     names = tuple(dataset.names["label"][i] for i in drawn)
     return Dataset(train, test, {"label": number}, {"label": names})
 
 
 def _of_classes(records: Records, drawn: np.ndarray) -> Records:
-    chosen = np.flatnonzero(np.isin(records.labels["label"], drawn))
-    return Records(records.splits, {"label": len(drawn)}, records.channels, chosen, drawn)
+    numbers = np.flatnonzero(np.isin(records.labels["label"], drawn))
+    return Records(records.splits, {"label": len(drawn)}, records.channels, numbers, drawn)
