@@ -67,8 +67,8 @@ def _mend_entries(path: str) -> None:
         from jax._src import compilation_cache as cache
 
         entries, _ = cache.get_file_cache(path) or (None, None)
-        mended: Any = entries and _Entries(entries, Path(path), cache.decompress_executable)
-        cache._cache, cache._cache_initialized = mended, True
+        wrapped: Any = entries and _Entries(entries, Path(path), cache.decompress_executable)
+        cache._cache, cache._cache_initialized = wrapped, True
     except (AttributeError, ImportError, TypeError, ValueError):
         compilation_cache.reset_cache()
 
