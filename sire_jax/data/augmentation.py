@@ -37,6 +37,12 @@ def _image_by_image(change: Callable[[Array, Array], Array], key: Array, image: 
 class Swap:
     """Swaps the two images of a pair, with the target changed (Peeters and Schlyter, II.H).
 
+    >>> digits = jnp.array([[1, 2]])
+    >>> batch = {"image": jnp.zeros((1, 2, 8, 8, 1)), "digits": digits, "label": jnp.array([1])}
+    >>> swapped = Swap(probability=1.0)(jax.random.key(0), batch)
+    >>> swapped["digits"].tolist(), swapped["label"].tolist()
+    ([[2, 1]], [0])
+
     Attributes:
         probability: Of swapping a pair.
     """
@@ -134,6 +140,10 @@ class RandomCrop:
 
     It comes with ``config.data.crop``, as evaluation has to take squares of the same side; it is
     applied ahead of the augmentations.
+
+    >>> batch = {"image": jnp.ones((2, 8, 8, 3), jnp.uint8)}
+    >>> jax.eval_shape(RandomCrop(side=6), jax.random.key(0), batch)["image"].shape
+    (2, 6, 6, 3)
 
     Attributes:
         side: Of the square, in 1..min(h, w).

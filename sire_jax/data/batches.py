@@ -30,7 +30,11 @@ def ready(
 
 
 def crop(batch: dict[str, Array], side: int, ten: bool = False) -> dict[str, Array]:
-    """Takes the central crop or all ten of the images of a batch; a ``side`` of 0: no crop."""
+    """Takes the central crop or all ten of the images of a batch; a ``side`` of 0: no crop.
+
+    >>> crop({"image": np.zeros((2, 8, 8, 3))}, 6)["image"].shape
+    (2, 6, 6, 3)
+    """
     if not side:
         return batch
     cropped = crops.ten if ten else crops.central
@@ -38,7 +42,12 @@ def crop(batch: dict[str, Array], side: int, ten: bool = False) -> dict[str, Arr
 
 
 def prepare(pixels: Any, data: ConfigDict) -> Any:
-    """Scales pixels ``[…, c]`` and normalizes them: ``(scale x - mean) / std``, float32."""
+    """Scales pixels ``[…, c]`` and normalizes them: ``(scale x - mean) / std``, float32.
+
+    >>> data = ConfigDict({"scale": 1 / 255, "mean": (0.5,), "std": (0.25,)})
+    >>> prepare(np.array([[0.0], [255.0]], np.float32), data).tolist()
+    [[-2.0], [2.0]]
+    """
     image = pixels * np.float32(data.scale)
     # As many axes as the image has, as tests and users may forbid that ranks are promoted.
     shape = (1,) * (image.ndim - 1) + (-1,)

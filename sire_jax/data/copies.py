@@ -61,7 +61,15 @@ def _identity(path: Path) -> Any:
 
 
 def write(path: Path | None, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes a copy, if there is to be one; where that fails, a warning says why."""
+    """Writes a copy, if there is to be one; where that fails, a warning says why.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as cache:
+    ...     copy = place(cache, "squares", files=[], choices=[3])
+    ...     write(copy, {"squares": np.arange(3) ** 2})
+    ...     read(copy)["squares"].tolist()
+    [0, 1, 4]
+    """
     if path is None:
         return
     try:

@@ -42,6 +42,11 @@ class Listing(Protocol):
 class Source:
     """Images with their labels, in memory.
 
+    >>> source = Source(np.full((3, 8, 8, 1), 255, np.uint8), {"label": np.array([0, 1, 1])})
+    >>> batch = source.batch(source.labels["label"] == 1)
+    >>> batch["image"].shape, float(batch["image"].max()), batch["label"].tolist()
+    ((2, 8, 8, 1), 1.0, [1, 1])
+
     Attributes:
         image: ``[n, h, w, c]``, uint8 in [0, 255], or finite floats.
         labels: For each kind of label (``"label"`` and any other) integers ``[n]``.
@@ -88,6 +93,14 @@ def _array(name: str, values: np.ndarray) -> Listed:
 class Dataset(Generic[S_co]):
     """The training and test images of a set.
 
+    >>> train = Source(np.zeros((3, 8, 8, 1), np.uint8), {"label": np.array([0, 1, 1])})
+    >>> test = Source(np.zeros((1, 8, 8, 1), np.uint8), {"label": np.array([0])})
+    >>> pets = Dataset(train, test, {"label": 2}, {"label": ("cat", "dog")})
+    >>> [pets.names["label"][i] for i in pets.train.labels["label"]]
+    ['cat', 'dog', 'dog']
+    >>> Dataset(train, test, {"label": 2}).names
+    {'label': ('0', '1')}
+
     Attributes:
         train: Training images: a ``Source``, or ``records.Records``.
         test: Test images.
@@ -112,6 +125,10 @@ class Dataset(Generic[S_co]):
 @dataclass(frozen=True)
 class Selection:
     """What of a set is used.
+
+    >>> selection = Selection(("train[:80%]",), "train[80%:]")
+    >>> selection.spans({"train": 1000})
+    (range(0, 800), range(800, 1000))
 
     Attributes:
         train_splits: The splits that make the training images, one after another, or shares of
@@ -213,6 +230,9 @@ EVERYTHING = Selection()
 
 def draw_classes(classes: int, number: int, seed: int) -> np.ndarray:
     """Draws classes at random without replacement, the same ones on every machine.
+
+    >>> draw_classes(100, number=5, seed=0).tolist()
+    [26, 30, 50, 61, 81]
 
     Args:
         classes: How many there are.

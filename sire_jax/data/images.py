@@ -61,6 +61,11 @@ def decode(encoded: bytes, channels: int) -> Image.Image:
 
     A photograph is turned upright, as its camera was held (EXIF).
 
+    >>> file = io.BytesIO()
+    >>> Image.new("RGB", (40, 30)).save(file, "PNG")
+    >>> to_array(decode(file.getvalue(), channels=1)).shape
+    (30, 40, 1)
+
     Args:
         encoded: A file in a format that Pillow knows; of an animation, the first image counts.
         channels: 3 (RGB) or 1 (grey), to which palettes and CMYK are converted; transparency is
@@ -124,6 +129,9 @@ def central_square(image: Image.Image, side: int) -> Image.Image:
 
     Both at once; bilinear, antialiased.
 
+    >>> central_square(Image.new("RGB", (640, 480)), 32).size
+    (32, 32)
+
     Args:
         image: The image.
         side: Of the square, in pixels, at least 1.
@@ -160,6 +168,10 @@ def random_box(width: int, height: int, generator: Generator) -> Box:
     those of 3/4 and 4/3, any place is as likely. What doesn't fit is drawn again; after ten
     attempts it is the largest central box of an allowed shape. Szegedy et al., *Going Deeper with
     Convolutions* (2015), Section 6; that the logarithm is uniform is common practice.
+
+    >>> left, top, right, bottom = random_box(640, 480, np.random.default_rng(0))
+    >>> 0 <= left < right <= 640, 0 <= top < bottom <= 480
+    (True, True)
 
     Args:
         width: Of the image, in pixels.

@@ -224,6 +224,17 @@ def open_records(
 ) -> Dataset[Records]:
     """Opens a data set without decoding it.
 
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     for name in ("train/cat", "train/dog", "test/cat", "test/dog"):
+    ...         Path(directory, "pets", name).mkdir(parents=True)
+    ...         for i in range(2):
+    ...             Image.new("RGB", (8, 6)).save(Path(directory, "pets", name, f"{i}.png"))
+    ...     pets = open_records("folder:pets", directory)
+    ...     len(pets.train), pets.names["label"], pets.train.read(0).shape
+    (4, ('cat', 'dog'), (6, 8, 3))
+
     Args:
         name: ``tfds:<set>`` with the name of a ``tensorflow_datasets`` set (see
             ``prepared.find``); or ``folder:<folder>`` (see ``folders.open_splits``).

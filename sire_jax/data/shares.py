@@ -14,6 +14,12 @@ _FORM = re.compile(r"(?P<split>[^\[\]]+)(\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)
 class Share:
     """A split, or a part of its images.
 
+    >>> share = Share.parse("train[80%:]")
+    >>> share.split, share.span(1000)
+    ('train', range(800, 1000))
+    >>> Share.parse("train[-500:]").span(1000)
+    range(500, 1000)
+
     Attributes:
         split: Name of the split.
         start: Where the part starts: a number of images, or a percentage such as ``"80%"``; below
@@ -86,6 +92,11 @@ def order(names: Sequence[str], labels: np.ndarray) -> np.ndarray:
 
     At random, by a digest of their names; and each class evenly spread, so that shares have as much
     of each, but for one image.
+
+    >>> labels = np.array([0, 0, 0, 0, 1, 1])
+    >>> half = order(["a", "b", "c", "d", "e", "f"], labels)[:3]
+    >>> np.bincount(labels[half]).tolist()
+    [2, 1]
 
     Args:
         names: Of the images, each once.

@@ -45,6 +45,12 @@ def _of_classes(source: Source, drawn: np.ndarray) -> Source:
 def check(dataset: Dataset[Source], ignored: Mapping[str, Collection[int]] | None = None) -> None:
     """Checks a data set's values.
 
+    >>> source = Source(np.zeros((2, 8, 8, 1), np.uint8), {"label": np.array([0, 255])})
+    >>> check(Dataset(source, source, {"label": 2}), ignored={"label": [255]})
+    >>> check(Dataset(source, source, {"label": 2}))
+    Traceback (most recent call last):
+    ValueError: train 'label' has 1 labels outside the 2 classes 0..1: the first is 255 at index 1.
+
     Args:
         dataset: The data set.
         ignored: For a kind of label the values that are allowed, although they are no class.
@@ -102,6 +108,13 @@ def load(
     ignored: Mapping[str, Collection[int]] | None = None,
 ) -> Dataset[Source]:
     """Loads a data set by its name.
+
+    >>> digits = load("digits")
+    >>> digits.train.image.shape, digits.test.image.shape, digits.classes
+    ((1198, 8, 8, 1), (599, 8, 8, 1), {'label': 10})
+    >>> shared = load("digits", selection=Selection(("train[:50%]",), "train[50%:]"))
+    >>> len(shared.train), len(shared.test)
+    (599, 599)
 
     Args:
         name: ``digits``; ``tfds:<set>`` with the name of a ``tensorflow_datasets`` set (see

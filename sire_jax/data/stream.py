@@ -58,6 +58,11 @@ class Batch(NamedTuple):
 class Transform:
     """What is made of a decoded image; its sizes are sides in pixels.
 
+    >>> Transform((256, 256, 3), resize=256).output
+    (256, 256, 3)
+    >>> Transform((256, 256, 3), resize=256, crop=224, random=True).output
+    (224, 224, 3)
+
     Attributes:
         shape: ``(h, w, c)`` of images as the network's program gets them, but for random crops.
         resize: What the shorter side is scaled to, of which the central square is taken

@@ -41,6 +41,11 @@ def _check_least(name: str, value: int, least: int) -> None:
 class Images:
     """Examples are single images with their labels.
 
+    >>> from sire_jax.data import load
+    >>> draw = Images(validation_per_class=10).draw(load("digits"), seed=0)
+    >>> draw.train.shape, draw.validation.shape, draw.test.shape
+    ((1098,), (100,), (599,))
+
     Attributes:
         validation_per_class: Training images of each class taken aside for validation.
     """
@@ -90,6 +95,13 @@ class Pairs:
 
     Pairs are drawn anew for each seed, without replacement: no image is in two of them
     (Peeters and Schlyter, Sections I and III).
+
+    >>> from sire_jax.data import load
+    >>> digits, task = load("digits"), Pairs(train=500, test=250)
+    >>> task.classes(digits.classes)
+    {'digits': 10, 'label': 2}
+    >>> task.draw(digits, seed=0).train.shape
+    (500, 2)
 
     Attributes:
         train: Number of training pairs.
@@ -177,6 +189,9 @@ class Pairs:
 
 def ordered(digits: Array) -> Array:
     """Compares digits.
+
+    >>> ordered(jnp.array([[1, 2], [5, 5], [7, 3], [4, -1]])).tolist()
+    [1, 1, 0, -1]
 
     Args:
         digits: ``[b, 2]``, integers; those that are none are negative.

@@ -22,6 +22,13 @@ Owners: TypeAlias = dict[tuple[int, int], tuple[str, str]]
 def directories(path: Path) -> dict[str, str]:
     """Returns the directories in one, by their names as all systems write them, sorted.
 
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as root:
+    ...     for name in ("dog", "cat", ".git", "@eaDir"):
+    ...         Path(root, name).mkdir()
+    ...     list(directories(Path(root)))
+    ['cat', 'dog']
+
     Args:
         path: The directory.
 
@@ -53,12 +60,24 @@ def _is_left_out(name: str) -> bool:
 
 
 def is_image(name: str) -> bool:
-    """Tells whether a file is named like an image, and not like what systems leave."""
+    """Tells whether a file is named like an image, and not like what systems leave.
+
+    >>> is_image("cat.JPG"), is_image("._cat.jpg"), is_image("labels.txt")
+    (True, False, False)
+    """
     return name.lower().endswith(EXTENSIONS) and not _is_left_out(name)
 
 
 class Walk:
     """Lists the files of the classes of a split, each directory once, whatever links lead to it.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as root:
+    ...     Path(root, "cat/indoors").mkdir(parents=True)
+    ...     Path(root, "cat/again").symlink_to(Path(root, "cat/indoors"))
+    ...     Path(root, "cat/indoors/0.jpg").touch()
+    ...     [Path(path).name for path in Walk(Path(root), {"cat": "cat"}, {}).files("cat")]
+    ['0.jpg']
 
     Args:
         split: The directory of the split.

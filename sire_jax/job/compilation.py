@@ -117,6 +117,10 @@ class _Entries:
 class Counts:
     """How many programs this process has compiled and loaded, and the seconds that it took.
 
+    >>> before = Counts(compiled=2, seconds=1.5)
+    >>> Counts(compiled=3, loaded=4, seconds=2.0, loading=0.25).since(before)
+    '1 program compiled in 0.2 s, 4 loaded in 0.2 s'
+
     Attributes:
         compiled: Programs compiled.
         loaded: Programs loaded from where ``keep`` keeps them.

@@ -79,6 +79,11 @@ class Progress:
 class Pace:
     """How many steps one call of a program takes, so that a run can be stopped within seconds.
 
+    >>> pace = Pace(most=100)
+    >>> pace.note(steps=pace.steps, seconds=0.05)
+    >>> pace.steps
+    20
+
     Args:
         most: The most steps of a call.
     """

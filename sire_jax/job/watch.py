@@ -61,6 +61,12 @@ class Sign:
 class Signs:
     """What is known of all processes, and the judgement of it.
 
+    >>> signs = Signs(process=0, count=2, timeout=12.0, now=0.0)
+    >>> signs.read(1, Sign(beat=1).written(), now=5.0)
+    >>> signs.judge(now=10.0)
+    >>> signs.judge(now=20.0)
+    ('process 1 has given no sign of life for 15 s', 75)
+
     Args:
         process: This process.
         count: Number of processes.

@@ -115,6 +115,16 @@ def read(directory: Path) -> Manifest:
 def damage(directory: Path, step: int) -> str | None:
     """Says what is wrong with a checkpoint.
 
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     file = Path(directory, "numbers")
+    ...     _ = file.write_bytes(b"1234")
+    ...     write(Path(directory), step=3, arrays={}, sha256="", notes={})
+    ...     before = damage(Path(directory), step=3)
+    ...     _ = file.write_bytes(b"1235")
+    ...     before, damage(Path(directory), step=3)
+    (None, "is damaged: 'numbers' differs from what was saved")
+
     Args:
         directory: Its directory.
         step: Its step.
@@ -195,6 +205,12 @@ def state(directory: Path) -> list[tuple[str, int, int, int, int]]:
 
 def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
     """Writes JSON below its own SHA-256, whole or not at all.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     write_sealed(Path(directory, "newest"), {"step": 700})
+    ...     read_sealed(Path(directory, "newest"))
+    {'step': 700}
 
     Args:
         path: The file.

@@ -26,6 +26,9 @@ _NOTHING = {"nothing": np.zeros(1, np.uint8)}
 class ArrayType:
     """What an array is.
 
+    >>> str(ArrayType.of(np.zeros((2, 3), np.float32))), str(ArrayType.of(jax.random.key(0)))
+    ('float32[2, 3]', 'key<fry>[]')
+
     Attributes:
         shape: Its shape.
         dtype: Its dtype, ``key<…>`` of random keys.
@@ -45,6 +48,10 @@ class ArrayType:
 
 def flatten(tree: PyTree) -> dict[str, Any]:
     """Lists the arrays of a tree.
+
+    >>> tree = {"params": {"layer_1": {"kernel": np.ones((2, 3))}}, "steps": (np.int32(7),)}
+    >>> {path: array.shape for path, array in flatten(tree).items()}
+    {'params/layer_1/kernel': (2, 3), 'steps/0': ()}
 
     Args:
         tree: Arrays, shapes, random keys or numbers.
@@ -75,6 +82,9 @@ def names(path: tuple[Any, ...]) -> tuple[str, ...]:
 
 def nested(tree: PyTree, leaves: Mapping[str, Any]) -> dict[str, Any]:
     """Makes nested mappings of a tree, whatever its nodes are.
+
+    >>> nested((1, {"a": 2}), {"0": "first", "1/a": "second"})
+    {'0': 'first', '1': {'a': 'second'}}
 
     Args:
         tree: Any tree.

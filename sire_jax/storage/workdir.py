@@ -258,6 +258,11 @@ def is_own(path: str | Path) -> bool:
 def titles(paths: Sequence[str]) -> dict[str, str]:
     """Names runs by their directory, or by the whole path where names repeat.
 
+    >>> titles(["runs/first", "runs/second"])
+    {'first': 'runs/first', 'second': 'runs/second'}
+    >>> list(titles(["a/run", "b/run"]))
+    ['a/run', 'b/run']
+
     Args:
         paths: Workdirs.
 
@@ -270,7 +275,15 @@ def titles(paths: Sequence[str]) -> dict[str, str]:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Reads ``metrics.jsonl`` of the run in a directory; a line cut off by a crash is left out."""
+    r"""Reads ``metrics.jsonl`` of the run in a directory; a line cut off by a crash is left out.
+
+    >>> import tempfile
+    >>> line = '{"step": 5, "epoch": 1, "split": "test", "main/top_1": [0.9, 0.8]}'
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     _ = Path(directory, "metrics.jsonl").write_text(line + "\n" + line[:-9])
+    ...     [(entry["step"], entry["main/top_1"]) for entry in read_metrics(directory)]
+    [(5, [0.9, 0.8])]
+    """
     stored = at(path) / "metrics.jsonl"
     lines = []
     # What is no text is no measurement, either.
