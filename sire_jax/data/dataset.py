@@ -1,7 +1,7 @@
 """What a set of labelled images is, and what of it is used."""
 
 import hashlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import combinations
@@ -11,6 +11,7 @@ import numpy as np
 
 from sire_jax.data.shares import Share
 
+S = TypeVar("S")
 S_co = TypeVar("S_co", covariant=True)
 
 
@@ -251,6 +252,25 @@ def draw_classes(classes: int, number: int, seed: int) -> np.ndarray:
             f" 2..{classes}, or 0 to use all."
         )
     return np.sort(np.random.default_rng(seed).choice(classes, number, replace=False))
+
+
+def draw(
+    dataset: Dataset[S], selection: Selection, of_classes: Callable[[S, np.ndarray], S]
+) -> Dataset[S]:
+    """Keeps the images of drawn classes, if some are drawn, numbered 0, 1, … in their order.
+
+    Args:
+        dataset: All images; of their labels only ``"label"`` is kept.
+        selection: How many classes are drawn; see ``draw_classes``.
+        of_classes: Returns the images of these classes, numbered anew.
+    """
+    number = selection.draw_classes
+    if not number:
+        return dataset
+    drawn = draw_classes(dataset.classes["label"], number, selection.draw_seed)
+    train, test = (of_classes(source, drawn) for source in (dataset.train, dataset.test))
+    names = tuple(dataset.names["label"][i] for i in drawn)
+    return Dataset(train, test, {"label": number}, {"label": names})
 
 
 def stratified(labels: np.ndarray, per_class: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

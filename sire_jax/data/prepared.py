@@ -254,13 +254,6 @@ def copy_place(version: Path, cache: str, choices: Sequence[Any], title: str = "
     return copies.place(cache, f"{version.parent.name}-{version.name}{title}", files, choices)
 
 
-def open_split(builder: Any, split: str) -> Any:
-    """Returns the examples of a split by number, their images still encoded."""
-    import tensorflow_datasets as tfds
-
-    return builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
-
-
 @dataclass(frozen=True, eq=False)
 class PreparedSplit:
     """The encoded images of a split or of a share of it, with their labels in the same records.
@@ -376,4 +369,7 @@ class PreparedSplit:
     def _records(self) -> Any:
         import tensorflow_datasets as tfds
 
-        return open_split(tfds.builder_from_directory(self.version), self.split)
+        builder = tfds.builder_from_directory(self.version)
+        # Encoded: all images are decoded in the same way, wherever they come from.
+        encoded = {"image": tfds.decode.SkipDecoding()}
+        return builder.as_data_source(split=self.split, decoders=encoded)

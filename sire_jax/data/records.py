@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from sire_jax.data import folders, images, prepared
-from sire_jax.data.dataset import EVERYTHING, Dataset, Listed, Selection, draw_classes
+from sire_jax.data.dataset import EVERYTHING, Dataset, Listed, Selection, draw
 from sire_jax.data.images import DamagedImageError
 from sire_jax.files import expanded
 from sire_jax.text import nearest
@@ -114,22 +114,10 @@ class Records:
         split, number = self._find(index)
         return split.name(number)
 
-    def encoded(self, index: int) -> tuple[bytes, dict[str, int]]:
-        """Reads an image as it is stored.
-
-        Args:
-            index: Of the image, in 0..n - 1.
-
-        Returns:
-            The bytes of its file, and its label of each kind.
-        """
-        split, number = self._find(index)
-        return self._numbered(*split.record(number))
-
-    def _numbered(self, stored: bytes, labels: dict[str, int]) -> tuple[bytes, dict[str, int]]:
+    def _numbered(self, encoded: bytes, labels: dict[str, int]) -> tuple[bytes, dict[str, int]]:
         if self.drawn is not None:
             labels = {"label": int(np.searchsorted(self.drawn, labels["label"]))}
-        return stored, labels
+        return encoded, labels
 
     def examples(
         self, indices: Sequence[int]
@@ -169,7 +157,7 @@ class Records:
 
         Args:
             index: Of the image, in 0..n - 1.
-            stored: What ``encoded`` returns of it, if that has been read.
+            stored: The bytes of its file and its labels, if they have been read.
 
         Returns:
             The image, and its label of each kind.
@@ -177,9 +165,11 @@ class Records:
         Raises:
             DamagedImageError: If it can't be read or decoded, or a label is outside its classes.
         """
-        self._find(index)[0].open()
+        split, number = self._find(index)
+        # Apart: what is wrong with all images is no damage of this one.
+        split.open()
         try:
-            encoded, labels = stored or self.encoded(index)
+            encoded, labels = stored or self._numbered(*split.record(number))
             image = images.decode(encoded, self.channels)
         except MemoryError:
             raise
@@ -277,18 +267,7 @@ def open_records(
         Records(splits, opened.classes, channels, ignored=ignored or {})
         for splits in (opened.train, opened.test)
     )
-    return _draw(Dataset(train, test, opened.classes, opened.names), selection)
-
-
-def _draw(dataset: Dataset[Records], selection: Selection) -> Dataset[Records]:
-    """Chooses the images of drawn classes; see ``dataset.draw_classes``."""
-    number = selection.draw_classes
-    if not number:
-        return dataset
-    drawn = draw_classes(dataset.classes["label"], number, selection.draw_seed)
-    train, test = (_of_classes(records, drawn) for records in (dataset.train, dataset.test))
-    names = tuple(dataset.names["label"][i] for i in drawn)
-    return Dataset(train, test, {"label": number}, {"label": names})
+    return draw(Dataset(train, test, opened.classes, opened.names), selection, _of_classes)
 
 
 def _of_classes(records: Records, drawn: np.ndarray) -> Records:

@@ -47,12 +47,8 @@ class Share:
         return cls(parts["split"], parts["start"] or "", parts["stop"] or "")
 
     def __str__(self) -> str:
-        return self.split if self.whole else f"{self.split}[{self.start}:{self.stop}]"
-
-    @property
-    def whole(self) -> bool:
-        """Whether it is all of the split."""
-        return not (self.start or self.stop)
+        is_part = self.start or self.stop
+        return f"{self.split}[{self.start}:{self.stop}]" if is_part else self.split
 
     def span(self, images: int) -> range:
         """Returns which images of the split it has, by their places in the order of shares.

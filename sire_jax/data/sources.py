@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sire_jax.data import copies, images, shares
-from sire_jax.data.dataset import EVERYTHING, Dataset, Selection, Source, draw_classes
+from sire_jax.data.dataset import EVERYTHING, Dataset, Selection, Source, draw
 from sire_jax.data.folders import FolderSplit
 from sire_jax.data.images import DamagedImageError
 from sire_jax.data.prepared import PreparedSplit, copy_place
@@ -21,17 +21,6 @@ from sire_jax.text import listed, nearest
 DIGITS = Path(__file__).with_name("digits.npz")
 # Images that a thread decodes at a time: single small ones would cost more to pass on.
 _PART = 64
-
-
-def _draw(dataset: Dataset[Source], selection: Selection) -> Dataset[Source]:
-    """Drops images of other classes and numbers the drawn ones 0, 1, …; only labels are kept."""
-    number = selection.draw_classes
-    if not number:
-        return dataset
-    drawn = draw_classes(dataset.classes["label"], number, selection.draw_seed)
-    parts = [_of_classes(source, drawn) for source in (dataset.train, dataset.test)]
-    names = tuple(dataset.names["label"][i] for i in drawn)
-    return Dataset(parts[0], parts[1], {"label": number}, {"label": names})
 
 
 def _of_classes(source: Source, drawn: np.ndarray) -> Source:
@@ -146,7 +135,7 @@ def load(
     """
     kind = name.partition(":")[0]
     if name == "digits":
-        dataset = _draw(_digits(selection), selection)
+        dataset = draw(_digits(selection), selection, _of_classes)
     elif kind in ("tfds", "folder"):
         opened = open_records(name, directory, cache, selection, channels, classes, ignored)
         dataset = _decoded(name, opened, cache, _Decoding(resize, threads, damaged == "skip"))

@@ -24,6 +24,7 @@ from absl import flags
 from sire_jax.data import images
 from sire_jax.data.images import DamagedImageError
 from sire_jax.data.records import Records
+from sire_jax.job import signals
 
 # What is done about a damaged image.
 DAMAGED = ("raise", "skip")
@@ -33,7 +34,6 @@ _AHEAD_OF_WORKER = 1
 # Of a batch, for each thread: threads take parts, as single small images would cost more to pass on
 # than to decode.
 _PARTS = 4
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 class WorkerError(RuntimeError):
@@ -273,7 +273,7 @@ def _start(iterator: Any) -> Future[Batch]:
     # business. They inherit the mask, so that no signal is early enough to end them. What tracks
     # resources is started ahead of it: Python unblocks two of the signals as it starts that.
     resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals.SIGNALS)
     try:
         pool = ThreadPoolExecutor(1, "stream")
         first = pool.submit(next, iterator)

@@ -97,12 +97,7 @@ def end(number: signal.Signals) -> None:
     # Past Python's streams, whose lock the main thread may hold.
     with contextlib.suppress(OSError):
         os.write(2, f"\n{number.name}: ended.{advice}\n".encode())
-    leave(command.INTERRUPTED if number == signal.SIGINT else command.AGAIN)
-
-
-def leave(status: int) -> None:
-    """Ends the process at once; a job of several processes ends otherwise (``leave_by``)."""
-    _leave(status)
+    _leave(command.INTERRUPTED if number == signal.SIGINT else command.AGAIN)
 
 
 def leave_by(ending: Callable[[int], Any]) -> None:
@@ -115,6 +110,7 @@ def leave_by(ending: Callable[[int], Any]) -> None:
     _leave = ending
 
 
+# Of a job of several processes another one, which tells the others (``leave_by``).
 _leave: Callable[[int], Any] = os._exit
 
 
