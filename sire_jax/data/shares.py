@@ -101,6 +101,7 @@ def order(names: Sequence[str], labels: np.ndarray) -> np.ndarray:
     Returns:
         Their numbers, ``[n]``.
     """
+    # Of names, not places: the others stay in their order if an image is added or removed.
     digests = [hashlib.sha256(name.encode(errors="surrogateescape")).digest() for name in names]
     drawn = np.array(sorted(range(len(names)), key=digests.__getitem__), np.int64)
     by_class = drawn[np.argsort(labels[drawn], kind="stable")]

@@ -142,6 +142,7 @@ class Pairs:
             ValueError: If there are too few images for that many pairs.
         """
         generator = np.random.default_rng(seed)
+        # Those of validation with those of training: no image is in both.
         drawn = [
             self._permute(split, len(source), pairs, generator)
             for split, source, pairs in (
@@ -169,6 +170,7 @@ class Pairs:
             raise ValueError(f"Images of {height} x {width} can't be downscaled by {side}.")
         if side > 1:
             squares = image.reshape(images, height // side, side, width // side, side, channels)
+            # Or NumPy would average bytes in float64.
             image = squares.mean((2, 4), dtype=np.float32)
         return {"image": image, "label": source.labels["label"]}
 

@@ -390,7 +390,7 @@ def _in_all(work: Callable[[], T]) -> T:
     except Exception as error:
         failure = error
     text = "" if failure is None else str(failure) or type(failure).__name__
-    messages = distributed.exchange(text)
+    messages = map(json.loads, distributed.exchange(json.dumps(text)))
     if failure is not None:
         raise failure
     for process, message in enumerate(messages):

@@ -220,6 +220,7 @@ def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
         OSError: If it can't be written.
     """
     text = json.dumps(content, default=vars).encode()
+    # Beside it, as a file is renamed at once only within a file system.
     partial = path.with_name(f".{path.name}.partial")
     try:
         with partial.open("wb") as file:
@@ -256,6 +257,7 @@ def seal(directory: Path) -> str | None:
     """
     try:
         with (directory / MANIFEST).open("rb") as file:
+            # Of a damaged one the first line may be all of it.
             return file.readline(100).decode().strip()
     except (OSError, ValueError):
         return None

@@ -109,6 +109,7 @@ class Workdir:
             OSError: If this process does not see what process 0 wrote.
         """
         probe = self.path / ".shared"
+        # Another one each time: what an earlier start left there proves nothing.
         token = distributed.exchange(uuid.uuid4().hex)[0]
         with distributed.together("writing to the workdir"):
             if distributed.is_main():
