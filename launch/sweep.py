@@ -68,7 +68,7 @@ class Combination:
     def config_overrides(self) -> list[str]:
         """Returns its overrides as the command line has them."""
         seeds = [] if self.seed is None else [f"seed={self.seed}", "seeds=1"]
-        return [f"--config.{each}" for each in (*seeds, *self.overrides)]
+        return [f"--config.{override}" for override in (*seeds, *self.overrides)]
 
 
 def _name(config: str, overrides: Sequence[str]) -> str:
@@ -132,17 +132,17 @@ def combinations(
             that is too long for a directory.
     """
     choices = []
-    for each in overrides:
-        key, equals, values = each.partition("=")
+    for override in overrides:
+        key, equals, values = override.partition("=")
         if not equals or not key:
-            raise SweepError(f"--override={each} should be --override=key=value,value,…")
+            raise SweepError(f"--override={override} should be --override=key=value,value,…")
         choices.append([f"{key}={value}" for value in split(values)])
-    found = []
-    for config, *chosen in itertools.product(configs, *choices):
+    runs = []
+    for config, *settings in itertools.product(configs, *choices):
         for seed in seeds:
-            name = _name(config, chosen) + ("" if seed is None else f"-seed={seed}")
-            found.append(Combination(config, tuple(chosen), seed, at(workdir) / name))
-    paths = [each.path for each in found]
+            name = _name(config, settings) + ("" if seed is None else f"-seed={seed}")
+            runs.append(Combination(config, tuple(settings), seed, at(workdir) / name))
+    paths = [run.path for run in runs]
     twice = sorted({path.name for path in paths if paths.count(path) > 1})
     if twice:
         raise SweepError(f"Combinations are there twice: {', '.join(twice)}.")
@@ -152,10 +152,10 @@ def combinations(
             f"{longest} is too long for the name of a directory ({len(longest)} characters; at most"
             f" {_LONGEST}). Put overrides with only one value into a config file."
         )
-    return found
+    return runs
 
 
-def check(found: Sequence[Combination]) -> None:
+def check(runs: Sequence[Combination]) -> None:
     """Checks all combinations, as the training program would; nothing is compiled.
 
     Raises:
@@ -163,22 +163,23 @@ def check(found: Sequence[Combination]) -> None:
         FileNotFoundError: If there is no such config file.
     """
     built = set()
-    for each in tqdm(found, desc="checking", disable=not sys.stderr.isatty(), leave=False):
+    for run in tqdm(runs, desc="checking", disable=not sys.stderr.isatty(), leave=False):
         try:
-            config = configuration.load(each.config, each.config_overrides())
+            config = configuration.load(run.config, run.config_overrides())
             # Of those that differ in their seeds, one shows whether the parts fit.
-            if each.name not in built:
+            if run.name not in built:
                 experiment.build(config)
-            if (each.path / "config.json").exists():
-                Workdir(each.path, config)
+            # What is not there is not made by a check.
+            if (run.path / "config.json").exists():
+                Workdir(run.path, config)
         except Exception:
-            print(f"In {each.path.name}:", file=sys.stderr, flush=True)
+            print(f"In {run.path.name}:", file=sys.stderr, flush=True)
             raise
-        built.add(each.name)
+        built.add(run.name)
 
 
 def submit(
-    found: Sequence[Combination],
+    runs: Sequence[Combination],
     folder: Path,
     options: Mapping[str, Any],
     further: Mapping[str, str],
@@ -186,7 +187,7 @@ def submit(
     """Submits a job array, an element for each combination.
 
     Args:
-        found: Combinations.
+        runs: Combinations.
         folder: Where the jobs' logs are written.
         options: Parameters of submitit's Slurm executor.
         further: Options of sbatch that it has no parameters for.
@@ -215,25 +216,25 @@ def submit(
     )
     # The job becomes the program: its signals and its exit status are those of the contract.
     python = os.environ.get("PYTHON", sys.executable)
-    lines = [[python, "-m", "sire_jax.train", *each.arguments()] for each in found]
+    lines = [[python, "-m", "sire_jax.train", *run.arguments()] for run in runs]
     with executor.batch():
         jobs = [executor.submit(os.execvp, python, line) for line in lines]
     return [job.job_id for job in jobs]
 
 
-def run_here(found: Sequence[Combination]) -> list[str]:
+def run_here(runs: Sequence[Combination]) -> list[str]:
     """Runs combinations on this machine, one after the other, until one is interrupted.
 
     Args:
-        found: Combinations.
+        runs: Combinations.
 
     Returns:
         How each ended.
     """
-    states = ["not started"] * len(found)
-    for i, each in enumerate(tqdm(found, desc="runs", disable=not sys.stderr.isatty())):
-        print(f"{each.path}", flush=True)
-        local = [str(_HERE / "local.sh"), *each.arguments()]
+    states = ["not started"] * len(runs)
+    for i, run in enumerate(tqdm(runs, desc="runs", disable=not sys.stderr.isatty())):
+        print(f"{run.path}", flush=True)
+        local = [str(_HERE / "local.sh"), *run.arguments()]
         status = _passing_signals(local, {"PYTHON": sys.executable, **os.environ})
         states[i] = "done" if status == 0 else f"ended with status {status}"
         if status in (command.INTERRUPTED, command.AGAIN):
@@ -243,22 +244,24 @@ def run_here(found: Sequence[Combination]) -> list[str]:
 
 def _passing_signals(line: Sequence[str], environment: Mapping[str, str]) -> int:
     """Runs a command and returns its exit status; signals reach it as well as this process."""
+    # In a session of its own, or a Ctrl-C of the terminal would reach it twice.
     process = subprocess.Popen(line, env=environment, start_new_session=True)
-    before = {}
-    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        before[each] = signal.signal(each, lambda number, frame: process.send_signal(number))
+    handlers = {
+        number: signal.signal(number, lambda number, frame: process.send_signal(number))
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    }
     try:
         return process.wait()
     finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
-def collect(found: Sequence[Combination], split: str, metrics: Sequence[str]) -> str:
+def collect(runs: Sequence[Combination], split: str, metrics: Sequence[str]) -> str:
     """Tables the results, a line for each config and overrides: mean ± deviation over seeds.
 
     Args:
-        found: Combinations.
+        runs: Combinations.
         split: Such as ``test``.
         metrics: Names such as ``main/top_1``; none for the accuracies of all outputs.
 
@@ -269,23 +272,24 @@ def collect(found: Sequence[Combination], split: str, metrics: Sequence[str]) ->
         SweepError: If no run has ended, or none has such a split.
         ValueError: If none has such a metric.
     """
-    runs = {each: read_results(each.path) for each in found}
-    ended = {each: results for each, results in runs.items() if results is not None}
-    if not ended:
-        raise SweepError(f"None of the {len(found)} runs has ended.")
-    known = list(dict.fromkeys(m for r in ended.values() for m in r["splits"].get(split, ())))
-    if not known:
-        splits = sorted({name for r in ended.values() for name in r["splits"]})
-        raise SweepError(f"No run has measured '{split}'; there is {', '.join(splits)}.")
+    results = {run: read_results(run.path) for run in runs}
+    splits = {run: content["splits"] for run, content in results.items() if content is not None}
+    if not splits:
+        raise SweepError(f"None of the {len(runs)} runs has ended.")
+    measured = dict.fromkeys(name for of_run in splits.values() for name in of_run.get(split, ()))
+    if not measured:
+        names = sorted({name for of_run in splits.values() for name in of_run})
+        raise SweepError(f"No run has measured '{split}'; there is {', '.join(names)}.")
     for metric in metrics:
-        registry.choose(dict.fromkeys(known), metric, "metric")
-    chosen = list(metrics) or [each for each in known if each.endswith("/top_1")] or known
-    rows = [["run", "ended", *(f"{split} {metric}" for metric in chosen)]]
-    for name, group in itertools.groupby(found, key=lambda each: each.name):
+        registry.choose(measured, metric, "metric")
+    accuracies = [name for name in measured if name.endswith("/top_1")]
+    columns = list(metrics) or accuracies or list(measured)
+    rows = [["run", "ended", *(f"{split} {metric}" for metric in columns)]]
+    for name, group in itertools.groupby(runs, key=lambda run: run.name):
         members = list(group)
-        results = [ended[each]["splits"].get(split, {}) for each in members if each in ended]
-        rows.append([name, f"{len(results)} of {len(members)}"])
-        rows[-1] += [_spread([v for r in results for v in r.get(m, ())]) for m in chosen]
+        ended = [splits[run].get(split, {}) for run in members if run in splits]
+        values = ([v for of_run in ended for v in of_run.get(metric, ())] for metric in columns)
+        rows.append([name, f"{len(ended)} of {len(members)}", *map(_spread, values)])
     return text.align(rows)
 
 
@@ -297,26 +301,12 @@ def _spread(values: Sequence[float]) -> str:
     return f"{text.number(mean)}{spread} ({len(values)})"
 
 
-def overview(states: Mapping[Combination, str]) -> str:
-    """Tables combinations and what became of each."""
-    return text.align(
-        [["workdir", "state"], *([str(each.path), state] for each, state in states.items())]
-    )
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
     parser.add_argument("--configs", required=True, help="configs/X.py:variant,configs/…")
-    parser.add_argument(
-        "--seeds",
-        default=[None],
-        type=_integers,
-        help="0,1,2: a run each; without, those of configs",
-    )
+    seeds = "0,1,2: a run each; without, those of configs"
+    parser.add_argument("--seeds", default=[None], type=_integers, help=seeds)
     parser.add_argument(
         "--override",
         action="append",
@@ -325,10 +315,10 @@ def _parser() -> argparse.ArgumentParser:
         help="values to try of a key of the config; several of these are combined",
     )
     parser.add_argument("--workdir", required=True, help="directory of the runs' workdirs")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--dry_run", action="store_true", help="check, and show what would be run")
-    what.add_argument("--local", action="store_true", help="one after the other, on this machine")
-    what.add_argument("--collect", action="store_true", help="show the results")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--dry_run", action="store_true", help="check, and show what would be run")
+    mode.add_argument("--local", action="store_true", help="one after the other, on this machine")
+    mode.add_argument("--collect", action="store_true", help="show the results")
     slurm = parser.add_argument_group("Slurm")
     slurm.add_argument("--partition")
     slurm.add_argument("--minutes", type=int, default=1440, help="time limit; then it goes on")
@@ -351,21 +341,22 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _integers(text: str) -> list[int]:
-    return [int(each) for each in text.split(",")]
+    return [int(number) for number in text.split(",")]
 
 
-def _options(known: argparse.Namespace) -> dict[str, Any]:
+def _options(flags: argparse.Namespace) -> dict[str, Any]:
     """Returns the parameters of submitit's executor."""
-    named = ("partition", "nodes", "gpus_per_node", "cpus_per_task")
-    given = {name: getattr(known, name) for name in named}
+    own = ("partition", "nodes", "gpus_per_node", "cpus_per_task")
     options = {
         "job_name": "sire_jax",
-        "time": known.minutes,
-        "array_parallelism": known.at_once,
-        "ntasks_per_node": known.tasks_per_node,
+        "time": flags.minutes,
+        "array_parallelism": flags.at_once,
+        "ntasks_per_node": flags.tasks_per_node,
         "stderr_to_stdout": True,
+        **{key: getattr(flags, key) for key in own},
     }
-    return options | {name: value for name, value in given.items() if value is not None}
+    # What is left out is the cluster's own choice.
+    return {key: value for key, value in options.items() if value is not None}
 
 
 def _further(pairs: Sequence[str]) -> dict[str, str]:
@@ -377,30 +368,31 @@ def _further(pairs: Sequence[str]) -> dict[str, str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the program with command line arguments."""
-    known = _parser().parse_args(arguments)
+    flags = _parser().parse_args(arguments)
     try:
         with command.readable_errors(goes_on=True):
-            print(_sweep(known))
+            print(_sweep(flags))
     except SweepError as error:
         print(f"Error: {error}", file=sys.stderr, flush=True)
         sys.exit(command.EXPLAINED)
 
 
-def _sweep(known: argparse.Namespace) -> str:
+def _sweep(flags: argparse.Namespace) -> str:
     """Does what was asked for and returns the table that shows it."""
-    found = combinations(split_configs(known.configs), known.seeds, known.override, known.workdir)
-    if known.collect:
-        return collect(found, known.split, known.metrics.split(",") if known.metrics else [])
-    further = _further(known.slurm)
-    check(found)
-    states = {each: "done" if read_results(each.path) else "to run" for each in found}
-    todo = [each for each in found if states[each] != "done"]
-    if known.local:
+    runs = combinations(split_configs(flags.configs), flags.seeds, flags.override, flags.workdir)
+    if flags.collect:
+        return collect(runs, flags.split, flags.metrics.split(",") if flags.metrics else [])
+    further = _further(flags.slurm)
+    check(runs)
+    states = {run: "done" if read_results(run.path) else "to run" for run in runs}
+    todo = [run for run in runs if states[run] != "done"]
+    if flags.local:
         states |= zip(todo, run_here(todo), strict=True)
-    elif todo and not known.dry_run:
-        jobs = submit(todo, at(known.workdir) / "jobs" / "%j", _options(known), further)
+    elif todo and not flags.dry_run:
+        jobs = submit(todo, at(flags.workdir) / "jobs" / "%j", _options(flags), further)
         states |= zip(todo, [f"job {job}" for job in jobs], strict=True)
-    return overview(states)
+    rows = ([str(run.path), state] for run, state in states.items())
+    return text.align([["workdir", "state"], *rows])
 
 
 if __name__ == "__main__":

@@ -287,18 +287,12 @@ def test_the_first_path_that_differs_is_named(checkpoints):
         checkpoints.restore((like,))
 
 
-@pytest.mark.parametrize(
-    ("version", "message"),
-    [
-        (1, r"Checkpoint 3 in .* an earlier version .*; revision 160d875 can read it"),
-        (99, r"Checkpoint 3 in .* is of a later version of sire_jax; take that one"),
-    ],
-)
-def test_a_checkpoint_of_another_version_is_refused(tmp_path, version, message):
+@pytest.mark.parametrize("version", [1, 99])
+def test_a_checkpoint_of_another_version_is_refused(tmp_path, version):
     _save(tmp_path, 3)
     file = tmp_path / "3" / manifest.MANIFEST
     manifest.write_sealed(file, manifest.read_sealed(file) | {"format": version})
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"Checkpoint 3 in .* is of another version of sire_jax"):
         Checkpoints(tmp_path).restore(_tree())
 
 

@@ -25,7 +25,7 @@ def _check_probability(name: str, value: float) -> None:
         raise ValueError(f"{name}: probability is {value}; it should be in [0, 1].")
 
 
-def _each_image(change: Callable[[Array, Array], Array], key: Array, image: Array) -> Array:
+def _image_by_image(change: Callable[[Array, Array], Array], key: Array, image: Array) -> Array:
     """Applies ``change(key, [h, w, c])`` to every image of ``[b, …, h, w, c]``."""
     *examples, _, _, _ = image.shape
     images = image.reshape(-1, *image.shape[-3:])
@@ -36,6 +36,12 @@ def _each_image(change: Callable[[Array, Array], Array], key: Array, image: Arra
 @dataclass(frozen=True)
 class Swap:
     """Swaps the two images of a pair, with the target changed (Peeters and Schlyter, II.H).
+
+    >>> digits = jnp.array([[1, 2]])
+    >>> batch = {"image": jnp.zeros((1, 2, 8, 8, 1)), "digits": digits, "label": jnp.array([1])}
+    >>> swapped = Swap(probability=1.0)(jax.random.key(0), batch)
+    >>> swapped["digits"].tolist(), swapped["label"].tolist()
+    ([[2, 1]], [0])
 
     Attributes:
         probability: Of swapping a pair.
@@ -49,10 +55,10 @@ class Swap:
 
     def __call__(self, key: Array, batch: Batch) -> Batch:
         """Swaps ``image`` and ``digits`` and computes ``label`` of the swapped digits."""
-        chosen = jax.random.bernoulli(key, self.probability, batch["label"].shape)
+        swaps = jax.random.bernoulli(key, self.probability, batch["label"].shape)
         image, digits = batch["image"], batch["digits"]
-        image = jnp.where(chosen[:, None, None, None, None], image[:, ::-1], image)
-        digits = jnp.where(chosen[:, None], digits[:, ::-1], digits)
+        image = jnp.where(swaps[:, None, None, None, None], image[:, ::-1], image)
+        digits = jnp.where(swaps[:, None], digits[:, ::-1], digits)
         return {**batch, "image": image, "digits": digits, "label": ordered(digits)}
 
 
@@ -76,8 +82,8 @@ class Flip:
     def __call__(self, key: Array, batch: Batch) -> Batch:
         """Mirrors ``image``."""
         image = batch["image"]
-        chosen = jax.random.bernoulli(key, self.probability, (*image.shape[:-3], 1, 1, 1))
-        return {**batch, "image": jnp.where(chosen, image[..., ::-1, :], image)}
+        flips = jax.random.bernoulli(key, self.probability, (*image.shape[:-3], 1, 1, 1))
+        return {**batch, "image": jnp.where(flips, image[..., ::-1, :], image)}
 
 
 # What NumPy calls them.
@@ -119,7 +125,7 @@ class Crop:
                 f"crop: padding is {self.padding}, but images of {image.shape[-3]} x"
                 f" {image.shape[-2]} can be reflected by at most {min(image.shape[-3:-1]) - 1}."
             )
-        return {**batch, "image": _each_image(self._crop, key, image)}
+        return {**batch, "image": _image_by_image(self._crop, key, image)}
 
     def _crop(self, key: Array, image: Array) -> Array:
         pad = self.padding
@@ -135,6 +141,10 @@ class RandomCrop:
     It comes with ``config.data.crop``, as evaluation has to take squares of the same side; it is
     applied ahead of the augmentations.
 
+    >>> batch = {"image": jnp.ones((2, 8, 8, 3), jnp.uint8)}
+    >>> jax.eval_shape(RandomCrop(side=6), jax.random.key(0), batch)["image"].shape
+    (2, 6, 6, 3)
+
     Attributes:
         side: Of the square, in 1..min(h, w).
     """
@@ -143,7 +153,7 @@ class RandomCrop:
 
     def __call__(self, key: Array, batch: Batch) -> Batch:
         """Crops ``image`` to ``[b, …, side, side, c]``."""
-        return {**batch, "image": _each_image(self._crop, key, batch["image"])}
+        return {**batch, "image": _image_by_image(self._crop, key, batch["image"])}
 
     def _crop(self, key: Array, image: Array) -> Array:
         height, width, channels = image.shape
@@ -176,7 +186,7 @@ class Affine:
 
     def __call__(self, key: Array, batch: Batch) -> Batch:
         """Moves the pixels of ``image``."""
-        return {**batch, "image": _each_image(self._move, key, batch["image"])}
+        return {**batch, "image": _image_by_image(self._move, key, batch["image"])}
 
     def _move(self, key: Array, image: Array) -> Array:
         height, width, _ = image.shape
@@ -190,10 +200,11 @@ class Affine:
         shift = self.translation * side * jnp.stack([down, right])
         rows, columns = jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij")
         grid = jnp.stack([rows.ravel(), columns.ravel()]).astype(jnp.float32)
-        where = matrix @ (grid - centre[:, None]) + (centre + shift)[:, None]
-        coordinates = [where[0].reshape(height, width), where[1].reshape(height, width)]
-        layer = jax.vmap(lambda x: map_coordinates(x, coordinates, order=1), -1, -1)
-        return layer(image)
+        # From each new pixel back to where it was: so that none of them stays empty.
+        sources = matrix @ (grid - centre[:, None]) + (centre + shift)[:, None]
+        coordinates = [sources[0].reshape(height, width), sources[1].reshape(height, width)]
+        move = jax.vmap(lambda channel: map_coordinates(channel, coordinates, order=1), -1, -1)
+        return move(image)
 
 
 # In the order in which they are applied.
@@ -217,6 +228,7 @@ def chain(augmentations: Mapping[str, Augmentation]) -> Augmentation:
 
     def augment(key: Array, batch: Batch) -> Batch:
         for i, augmentation in enumerate(augmentations.values()):
+            # By its place: one that is added at the end leaves the draws of the others.
             batch = augmentation(jax.random.fold_in(key, i), batch)
         return batch
 

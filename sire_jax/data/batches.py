@@ -25,12 +25,16 @@ def ready(
     Returns:
         The batch with scaled and normalized images, and the group of each label.
     """
-    grouped = {name: each.of(batch["label"]) for name, each in groups.items()}
-    return {**batch, **grouped, "image": prepare(batch["image"].astype(jnp.float32), data)}
+    targets = {name: partition.of(batch["label"]) for name, partition in groups.items()}
+    return {**batch, **targets, "image": prepare(batch["image"].astype(jnp.float32), data)}
 
 
 def crop(batch: dict[str, Array], side: int, ten: bool = False) -> dict[str, Array]:
-    """Takes the central crop or all ten of the images of a batch; a ``side`` of 0: no crop."""
+    """Takes the central crop or all ten of the images of a batch; a ``side`` of 0: no crop.
+
+    >>> crop({"image": np.zeros((2, 8, 8, 3))}, 6)["image"].shape
+    (2, 6, 6, 3)
+    """
     if not side:
         return batch
     cropped = crops.ten if ten else crops.central
@@ -38,8 +42,14 @@ def crop(batch: dict[str, Array], side: int, ten: bool = False) -> dict[str, Arr
 
 
 def prepare(pixels: Any, data: ConfigDict) -> Any:
-    """Scales pixels ``[…, c]`` and normalizes them: ``(scale x - mean) / std``, float32."""
+    """Scales pixels ``[…, c]`` and normalizes them: ``(scale x - mean) / std``, float32.
+
+    >>> data = ConfigDict({"scale": 1 / 255, "mean": (0.5,), "std": (0.25,)})
+    >>> prepare(np.array([[0.0], [255.0]], np.float32), data).tolist()
+    [[-2.0], [2.0]]
+    """
     image = pixels * np.float32(data.scale)
+    # As many axes as the image has, as tests and users may forbid that ranks are promoted.
     shape = (1,) * (image.ndim - 1) + (-1,)
     if data.mean:
         image = image - np.asarray(data.mean, np.float32).reshape(shape)

@@ -37,8 +37,7 @@ class Part:
         images: How many.
         digest: Of their list.
         listing: Lists them (``dataset.Listed``).
-        sampled: Digest of samples of what the list can't tell; "" if it tells everything, or of a
-            run that was begun without.
+        sampled: Digest of samples of what the list can't tell; "" if it tells everything.
     """
 
     images: int
@@ -47,10 +46,8 @@ class Part:
     sampled: str = ""
 
     def is_same(self, other: "Part") -> bool:
-        """Tells whether these are the same images, as far as is known of both."""
-        if self.digest != other.digest:
-            return False
-        return not (self.sampled and other.sampled) or self.sampled == other.sampled
+        """Tells whether these are the same images, as far as lists and samples tell."""
+        return (self.digest, self.sampled) == (other.digest, other.sampled)
 
 
 @dataclass(frozen=True)
@@ -76,7 +73,12 @@ class Contents:
 
 
 def of(dataset: Dataset[Any]) -> Contents:
-    """Returns what a data set is; for it samples of its files are read."""
+    """Returns what a data set is; for it samples of its files are read.
+
+    >>> from sire_jax.data import load
+    >>> of(load("digits")).brief()
+    "1,198 + 599 images of {'label': 10}, checksum eab7703ab2c2f4ab"
+    """
     parts = {"train": dataset.train, "test": dataset.test}
     return Contents(dataset.names, {name: _part(source) for name, source in parts.items()})
 
@@ -99,8 +101,8 @@ def _listed_part(images: int, listing: Callable[[], Iterator[Listed]], sampled: 
 
 def _line(entry: Listed, before: str = "") -> bytes:
     """Returns an entry as ``json.dumps`` writes it, which takes several times as long."""
-    name, size, what = entry
-    return f"[{before}{_quoted(name)}, {size}, {_quoted(what)}]\n".encode()
+    name, size, detail = entry
+    return f"[{before}{_quoted(name)}, {size}, {_quoted(detail)}]\n".encode()
 
 
 def keep(directory: Path, contents: Contents, replace: Callable[[Path, bytes], None]) -> None:
@@ -126,13 +128,14 @@ def keep(directory: Path, contents: Contents, replace: Callable[[Path, bytes], N
         for name, part in contents.parts.items()
         for entry in part.listing()
     )
-    # Without a time: the same data, the same file.
+    # The list first: once the file for people is there, so is what tells a difference. Without a
+    # time: the same data, the same file.
     replace(directory / FILES, gzip.compress(b"".join(lines), 6, mtime=0))
     replace(stored, content)
 
 
 def read(directory: str | Path) -> Contents | None:
-    """Reads what the data of a run were; None if it was begun by a version that kept nothing.
+    """Reads what the data of a run were; None if the file was removed, or the run has not begun.
 
     Raises:
         ValueError: If the file holds something else.
@@ -140,15 +143,15 @@ def read(directory: str | Path) -> Contents | None:
     stored = files.expanded(directory) / FILE
     if not stored.exists():
         return None
-    found = untrusted.read_json(stored)
+    described = untrusted.read_json(stored)
     try:
-        names = {kind: tuple(map(str, names)) for kind, names in found["classes"].items()}
+        names = {kind: tuple(map(str, names)) for kind, names in described["classes"].items()}
         parts = {
             name: Part(
-                int(found[name]["images"]),
-                str(found[name]["digest"]),
+                int(described[name]["images"]),
+                str(described[name]["digest"]),
                 partial(_kept_listing, stored.with_name(FILES), name),
-                str(found[name].get("sampled", "")),
+                str(described[name]["sampled"]),
             )
             for name in ("train", "test")
         }
@@ -162,6 +165,7 @@ def read(directory: str | Path) -> Contents | None:
 
 def _kept_listing(path: Path, part: str) -> Iterator[Listed]:
     with gzip.open(path) as file:
+        # A stranger's workdir may unpack to more than the memory.
         text = file.read(_MOST_BYTES)
     for line in text.splitlines():
         name, *entry = json.loads(line)
@@ -171,6 +175,12 @@ def _kept_listing(path: Path, part: str) -> Iterator[Listed]:
 
 def differences(old: Contents, new: Contents) -> list[str]:
     """Lists what data have that others have not, a line each; none if they are the same.
+
+    >>> from sire_jax.data import load
+    >>> digits = load("digits")
+    >>> fewer = Dataset(digits.test, digits.test, digits.classes)
+    >>> differences(of(digits), of(digits)), differences(of(digits), of(fewer))
+    ([], ["train: 1,198 -> 599 images; 2 changed: 'images', 'label'"])
 
     Args:
         old: What the data were.
@@ -195,8 +205,8 @@ def of_names(old: Contents, new: Contents) -> list[str]:
 
 def _of_classes(old: Sequence[str], new: Sequence[str]) -> str:
     changes = [
-        f"{len(names)} {what}: {listed(names)}"
-        for what, names in (
+        f"{len(names)} {change}: {listed(names)}"
+        for change, names in (
             ("missing", [name for name in old if name not in set(new)]),
             ("new", [name for name in new if name not in set(old)]),
         )
@@ -218,10 +228,10 @@ def _of_images(old: Part, new: Part) -> str:
         before, after = Counter[Listed](), Counter[Listed]()
     if not before:
         return f"{counts}, not the same"
-    gone, more = ({entry.name for entry in each} for each in (before - after, after - before))
+    gone, more = ({entry.name for entry in entries} for entries in (before - after, after - before))
     changes = [
-        f"{len(names)} {what}: {listed(sorted(names), _SHOWN)}"
-        for what, names in (
+        f"{len(names)} {change}: {listed(sorted(names), _SHOWN)}"
+        for change, names in (
             ("added", more - gone),
             ("removed", gone - more),
             ("changed", gone & more),

@@ -26,21 +26,23 @@ _LONG = 48
 _TRIES = 8
 
 
-def place(cache: str, title: str, files: Iterable[Path], what: Sequence[Any] = ()) -> Path | None:
+def place(
+    cache: str, title: str, files: Iterable[Path], choices: Sequence[Any] = ()
+) -> Path | None:
     """Names a copy by what it was made of: other files or choices, another copy.
 
     Args:
         cache: The directory of the copies; "" for none.
         title: What the file name starts with.
         files: The files that it is made of, in their order; links count as what they lead to.
-        what: What the files stand for and the choices made, which JSON can hold.
+        choices: What the files stand for and the choices made, which JSON can hold.
 
     Returns:
         The file; None if there are to be no copies, or the user has no home for them.
     """
     if not cache:
         return None
-    identity = [*map(_identity, files), *what]
+    identity = [*map(_identity, files), *choices]
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     try:
         directory = expanded(cache)
@@ -59,7 +61,15 @@ def _identity(path: Path) -> Any:
 
 
 def write(path: Path | None, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes a copy, if there is to be one; where that fails, a warning says why."""
+    """Writes a copy, if there is to be one; where that fails, a warning says why.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as cache:
+    ...     copy = place(cache, "squares", files=[], choices=[3])
+    ...     write(copy, {"squares": np.arange(3) ** 2})
+    ...     read(copy)["squares"].tolist()
+    [0, 1, 4]
+    """
     if path is None:
         return
     try:

@@ -10,6 +10,10 @@ from jax import Array
 def central(image: Array, side: int) -> Array:
     """Takes the central square of images.
 
+    >>> import numpy as np
+    >>> central(np.arange(16).reshape(1, 4, 4, 1), 2)[0, ..., 0].tolist()
+    [[5, 6], [9, 10]]
+
     Args:
         image: ``[…, h, w, c]``.
         side: Of the square, in 1..min(h, w); of an odd rest the larger half is below and right.
@@ -27,6 +31,10 @@ def ten(image: Array, side: int) -> Array:
 
     Krizhevsky, Sutskever and Hinton, *ImageNet Classification with Deep Convolutional Neural
     Networks* (2012), Section 4.1.
+
+    >>> import jax
+    >>> jax.eval_shape(lambda image: ten(image, 224), jnp.zeros((2, 256, 256, 3))).shape
+    (2, 10, 224, 224, 3)
 
     Args:
         image: ``[b, …, h, w, c]``.
@@ -50,6 +58,11 @@ def averaged(apply: Callable[..., Any]) -> Callable[..., dict[str, Array]]:
     ``output_k = 1/10 sum_{i=1}^{10} output_k(crop_i)``, of logits, ahead of any softmax: one pass
     over ``[10 b, …]``.
 
+    >>> import numpy as np
+    >>> apply = averaged(lambda kernel, image: {"main": image.mean((1, 2)) @ kernel})
+    >>> apply(np.ones((3, 100)), np.ones((2, 10, 8, 8, 3)))["main"].shape
+    (2, 100)
+
     Args:
         apply: ``apply`` of a Flax network that returns named outputs ``[b, …]``.
 
@@ -61,8 +74,8 @@ def averaged(apply: Callable[..., Any]) -> Callable[..., dict[str, Array]]:
         examples, crops = image.shape[:2]
         outputs = apply(variables, image.reshape(-1, *image.shape[2:]), **settings)
         return {
-            name: each.reshape(examples, crops, *each.shape[1:]).mean(1)
-            for name, each in outputs.items()
+            name: logits.reshape(examples, crops, *logits.shape[1:]).mean(1)
+            for name, logits in outputs.items()
         }
 
     return apply_to_ten

@@ -1,7 +1,7 @@
 """What a set of labelled images is, and what of it is used."""
 
 import hashlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import combinations
@@ -11,6 +11,7 @@ import numpy as np
 
 from sire_jax.data.shares import Share
 
+S = TypeVar("S")
 S_co = TypeVar("S_co", covariant=True)
 
 
@@ -20,12 +21,12 @@ class Listed(NamedTuple):
     Attributes:
         name: Its name, within the set.
         size: In bytes.
-        what: What else tells it from another, such as its class.
+        detail: What else tells it from another, such as its class.
     """
 
     name: str
     size: int
-    what: str
+    detail: str
 
 
 class Listing(Protocol):
@@ -41,6 +42,11 @@ class Listing(Protocol):
 @dataclass(frozen=True)
 class Source:
     """Images with their labels, in memory.
+
+    >>> source = Source(np.full((3, 8, 8, 1), 255, np.uint8), {"label": np.array([0, 1, 1])})
+    >>> batch = source.batch(source.labels["label"] == 1)
+    >>> batch["image"].shape, float(batch["image"].max()), batch["label"].tolist()
+    ((2, 8, 8, 1), 1.0, [1, 1])
 
     Attributes:
         image: ``[n, h, w, c]``, uint8 in [0, 255], or finite floats.
@@ -88,6 +94,14 @@ def _array(name: str, values: np.ndarray) -> Listed:
 class Dataset(Generic[S_co]):
     """The training and test images of a set.
 
+    >>> train = Source(np.zeros((3, 8, 8, 1), np.uint8), {"label": np.array([0, 1, 1])})
+    >>> test = Source(np.zeros((1, 8, 8, 1), np.uint8), {"label": np.array([0])})
+    >>> pets = Dataset(train, test, {"label": 2}, {"label": ("cat", "dog")})
+    >>> [pets.names["label"][i] for i in pets.train.labels["label"]]
+    ['cat', 'dog', 'dog']
+    >>> Dataset(train, test, {"label": 2}).names
+    {'label': ('0', '1')}
+
     Attributes:
         train: Training images: a ``Source``, or ``records.Records``.
         test: Test images.
@@ -104,13 +118,18 @@ class Dataset(Generic[S_co]):
 
     def __post_init__(self) -> None:
         numbers = {kind: map(str, range(number)) for kind, number in self.classes.items()}
-        names = {kind: tuple(self.names.get(kind, each)) for kind, each in numbers.items()}
+        names = {kind: tuple(self.names.get(kind, texts)) for kind, texts in numbers.items()}
+        # It is frozen, and this is still its making.
         object.__setattr__(self, "names", names)
 
 
 @dataclass(frozen=True)
 class Selection:
     """What of a set is used.
+
+    >>> selection = Selection(("train[:80%]",), "train[80%:]")
+    >>> selection.spans({"train": 1000})
+    (range(0, 800), range(800, 1000))
 
     Attributes:
         train_splits: The splits that make the training images, one after another, or shares of
@@ -165,21 +184,21 @@ class Selection:
         """The shares of splits that make the training images, and last that of the test."""
         return tuple(map(Share.parse, (*self.train_splits, self.test_split)))
 
-    def check_splits(self, what: object, known: Collection[str], advice: str = "") -> None:
+    def check_splits(self, name: object, splits: Collection[str], advice: str = "") -> None:
         """Checks that a set has the splits.
 
         Args:
-            what: What the set is called in the message.
-            known: Its splits.
+            name: What the set is called in the message.
+            splits: Its splits.
             advice: What else could be done, for the end of the message.
 
         Raises:
             ValueError: If it lacks one.
         """
         for share in self.shares:
-            if share.split not in known:
+            if share.split not in splits:
                 raise ValueError(
-                    f"{what} has no split '{share.split}', only {list(known)}; choose with"
+                    f"{name} has no split '{share.split}', only {list(splits)}; choose with"
                     " train_splits and test_split, also shares of a split:"
                     f" 'train[:80%]' and 'train[80%:]'.{advice}"
                 )
@@ -198,11 +217,11 @@ class Selection:
         """
         spans = [share.span(images[share.split]) for share in self.shares]
         for (a, x), (b, y) in combinations(zip(self.shares, spans, strict=True), 2):
-            both = range(max(x.start, y.start), min(x.stop, y.stop))
-            if a.split == b.split and both:
+            overlap = range(max(x.start, y.start), min(x.stop, y.stop))
+            if a.split == b.split and overlap:
                 raise ValueError(
                     f"'{a}' and '{b}' of train_splits and test_split have"
-                    f" {len(both):,} images in common; shares of a split should have none."
+                    f" {len(overlap):,} images in common; shares of a split should have none."
                 )
         return tuple(spans)
 
@@ -212,6 +231,9 @@ EVERYTHING = Selection()
 
 def draw_classes(classes: int, number: int, seed: int) -> np.ndarray:
     """Draws classes at random without replacement, the same ones on every machine.
+
+    >>> draw_classes(100, number=5, seed=0).tolist()
+    [26, 30, 50, 61, 81]
 
     Args:
         classes: How many there are.
@@ -232,11 +254,30 @@ def draw_classes(classes: int, number: int, seed: int) -> np.ndarray:
     return np.sort(np.random.default_rng(seed).choice(classes, number, replace=False))
 
 
+def draw(
+    dataset: Dataset[S], selection: Selection, of_classes: Callable[[S, np.ndarray], S]
+) -> Dataset[S]:
+    """Keeps the images of drawn classes, if some are drawn, numbered 0, 1, … in their order.
+
+    Args:
+        dataset: All images; of their labels only ``"label"`` is kept.
+        selection: How many classes are drawn; see ``draw_classes``.
+        of_classes: Returns the images of these classes, numbered anew.
+    """
+    number = selection.draw_classes
+    if not number:
+        return dataset
+    drawn = draw_classes(dataset.classes["label"], number, selection.draw_seed)
+    train, test = (of_classes(source, drawn) for source in (dataset.train, dataset.test))
+    names = tuple(dataset.names["label"][i] for i in drawn)
+    return Dataset(train, test, {"label": number}, {"label": names})
+
+
 def stratified(labels: np.ndarray, per_class: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Takes the same number of random examples of each class aside.
 
-    >>> rest, taken = stratified(np.array([0, 0, 0, 1, 1, 1]), per_class=1, seed=0)
-    >>> len(rest), len(taken)
+    >>> train, validation = stratified(np.array([0, 0, 0, 1, 1, 1]), per_class=1, seed=0)
+    >>> len(train), len(validation)
     (4, 2)
 
     Args:
@@ -261,5 +302,5 @@ def stratified(labels: np.ndarray, per_class: int, seed: int) -> tuple[np.ndarra
     # A stable sort keeps the random order within each class.
     order = order[np.argsort(labels[order], kind="stable")]
     starts = np.repeat(np.cumsum(counts) - counts, counts)
-    taken = np.arange(len(labels)) - starts < per_class
-    return np.sort(order[~taken]).astype(np.int32), np.sort(order[taken]).astype(np.int32)
+    aside = np.arange(len(labels)) - starts < per_class
+    return np.sort(order[~aside]).astype(np.int32), np.sort(order[aside]).astype(np.int32)

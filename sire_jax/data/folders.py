@@ -53,22 +53,22 @@ class FolderSplit:
     def __len__(self) -> int:
         return len(self.files)
 
-    def listing(self, chosen: np.ndarray | None = None) -> Iterator[Listed]:
+    def listing(self, numbers: np.ndarray | None = None) -> Iterator[Listed]:
         """Lists the files, all or those of these numbers."""
-        columns = (self.files, self.size, self.label)
+        chosen = slice(None) if numbers is None else numbers
         # As Python's values all at once: millions, one by one, take seconds.
-        rows = (each.tolist() if chosen is None else each[chosen].tolist() for each in columns)
-        for file, size, label in zip(*rows, strict=True):
+        columns = (values[chosen].tolist() for values in (self.files, self.size, self.label))
+        for file, size, label in zip(*columns, strict=True):
             yield Listed(composed(os.fsdecode(file)), size, self.classes[label])
 
-    def sampled(self, chosen: np.ndarray | None = None) -> str:
+    def sampled(self, numbers: np.ndarray | None = None) -> str:
         """Returns a digest of both ends of files, evenly chosen of all or those of these numbers.
 
         Of at most ``_FILES``: the start of a run reads no more than 64 MB of a set. A picture that
         another of its name and size takes the place of goes unnoticed among more files than those,
         or where only the middle of a large file differs.
         """
-        numbers = np.arange(len(self)) if chosen is None else chosen
+        numbers = np.arange(len(self)) if numbers is None else numbers
         places = np.unique(np.linspace(0, len(numbers) - 1, _FILES).astype(int))[: len(numbers)]
         # Many at a time, as each may wait for a file system elsewhere.
         with ThreadPoolExecutor(_THREADS) as pool:
@@ -113,10 +113,11 @@ class FolderSplit:
         """Returns a share of the files, which stay in their order; see ``shares.order``."""
         if len(span) == len(self):
             return self
+        # By names that are the same on all systems, so that each takes the same share.
         names = [self.listed(i) for i in range(len(self))]
-        chosen = np.sort(shares.order(names, self.label)[span.start : span.stop])
+        numbers = np.sort(shares.order(names, self.label)[span.start : span.stop])
         per_file = ("files", "label", "size", "number")
-        return replace(self, **{name: getattr(self, name)[chosen] for name in per_file})
+        return replace(self, **{name: getattr(self, name)[numbers] for name in per_file})
 
 
 def open_splits(
@@ -190,10 +191,10 @@ _ADVICE = (
 
 def _places(root: Path) -> dict[str, Path]:
     """Returns the directories of splits; a folder without any is the split ``"all"`` itself."""
-    found = {name: root / actual for name, actual in directories(root).items()}
-    if ALL in found or {name.casefold() for name in found} & _SPLITS:
-        return found
-    return {**found, ALL: root}
+    places = {name: root / actual for name, actual in directories(root).items()}
+    if ALL in places or {name.casefold() for name in places} & _SPLITS:
+        return places
+    return {**places, ALL: root}
 
 
 def _split(path: Path, classes: Sequence[str], ignored: list[Path], owners: Owners) -> FolderSplit:
@@ -208,8 +209,8 @@ def _split(path: Path, classes: Sequence[str], ignored: list[Path], owners: Owne
             f"{path} has no images; files count as images if they are named"
             f" {', '.join(EXTENSIONS)}."
         )
-    size, number = np.array([_size_and_number(f"{path}/{each}") for each in files], np.int64).T
-    encoded = np.array([os.fsencode(each) for each in files])
+    size, number = np.array([_size_and_number(f"{path}/{file}") for file in files], np.int64).T
+    encoded = np.array([os.fsencode(file) for file in files])
     return FolderSplit(path, encoded, label, size, number, tuple(classes))
 
 
@@ -236,13 +237,13 @@ def _by_directory(
     path: Path, classes: Sequence[str], ignored: list[Path], owners: Owners
 ) -> tuple[list[str], np.ndarray]:
     _check_links(path)
-    found = directories(path)
-    if not found:
-        direct = sum(is_image(each.name) for each in path.iterdir())
+    names = directories(path)
+    if not names:
+        direct = sum(is_image(entry.name) for entry in path.iterdir())
         raise ValueError(
             f"{path} has no directories of classes, and {direct} images outside of any; {_LAYOUT}."
         )
-    more, missing = sorted({*found} - {*classes}), sorted({*classes} - {*found})
+    more, missing = sorted({*names} - {*classes}), sorted({*classes} - {*names})
     if more:
         lacks = f"; {len(missing)} missing: {listed(missing)}" if missing else ""
         raise ValueError(
@@ -250,11 +251,11 @@ def _by_directory(
             f" {listed(more)}{lacks}); no other split should have more classes."
         )
     # None: a bar on a terminal, nothing elsewhere.
-    bar = tqdm(found.items(), desc=f"Listing {path}", unit="class", disable=None)
-    walk = Walk(path, found, owners)
+    bar = tqdm(names.items(), desc=f"Listing {path}", unit="class", disable=None)
+    walk = Walk(path, names, owners)
     listings = {name: _images(path / actual, walk.files(name), ignored) for name, actual in bar}
     start = _length_of_prefix(path)
-    files = [each[start:] for listing in listings.values() for each in listing]
+    files = [file[start:] for listing in listings.values() for file in listing]
     numbers = {name: i for i, name in enumerate(classes)}
     label = [numbers[name] for name, listing in listings.items() for _ in listing]
     return files, np.array(label, np.int32)
@@ -267,10 +268,10 @@ def _length_of_prefix(directory: Path) -> int:
 
 def _check_links(path: Path) -> None:
     """Checks that no class is a link to nothing: it would be missing without a word."""
-    for each in path.iterdir():
-        if each.is_symlink() and not each.exists() and not is_image(each.name):
+    for link in path.iterdir():
+        if link.is_symlink() and not link.exists() and not is_image(link.name):
             raise ValueError(
-                f"{each} is a link to {each.readlink()}, where there is nothing; mend or remove it."
+                f"{link} is a link to {link.readlink()}, where there is nothing; mend or remove it."
             )
 
 
@@ -279,8 +280,8 @@ def _images(root: Path, files: Iterator[str], ignored: list[Path]) -> list[str]:
     ordered = sorted(files, key=composed)
     # Tiny ImageNet's boxes around objects are part of its layout.
     boxes = str(root / f"{root.name}_boxes.txt")
-    images = [each for each in ordered if is_image(each.rpartition("/")[2])]
-    ignored += [Path(each) for each in sorted({*ordered} - {*images, boxes})]
+    images = [file for file in ordered if is_image(file.rpartition("/")[2])]
+    ignored += [Path(file) for file in sorted({*ordered} - {*images, boxes})]
     return images
 
 
@@ -291,33 +292,34 @@ def _annotated(
     numbers = {name: i for i, name in enumerate(classes)}
     label: dict[str, int] = {}
     for i, line in enumerate(annotations.read_text().splitlines(), 1):
-        file, _, rest = line.partition("\t")
-        kind = composed(rest.partition("\t")[0])
-        if kind not in numbers:
+        # Behind the class are the corners of a box around the object.
+        file, _, entry = line.partition("\t")
+        name = composed(entry.partition("\t")[0])
+        if name not in numbers:
             raise ValueError(
                 f"{annotations}, line {i}, is {line!r}; it should be the name of an image, a tab"
                 f" and one of the {len(classes)} classes of training."
             )
-        label[f"images/{file}"] = numbers[kind]
+        label[f"images/{file}"] = numbers[name]
     root = annotations.parent
     files = Walk(root, {"images": "images"}, owners).files("images")
     start = _length_of_prefix(root)
-    present = {each[start:] for each in _images(root / "images", files, [])}
-    for what, names in (
+    present = {file[start:] for file in _images(root / "images", files, [])}
+    for fault, names in (
         ("names {} images that are not there", label.keys() - present),
         ("has no line for {} images", present - label.keys()),
     ):
         if names:
             raise ValueError(
-                f"{annotations} {what.format(len(names))}: {listed(sorted(names))}; mend the file"
+                f"{annotations} {fault.format(len(names))}: {listed(sorted(names))}; mend the file"
                 " or the folder."
             )
-    named = sorted(label)
-    return named, np.array([label[each] for each in named], np.int32)
+    ordered = sorted(label)
+    return ordered, np.array([label[file] for file in ordered], np.int32)
 
 
 def _counts(splits: Sequence[FolderSplit], classes: Sequence[str]) -> np.ndarray:
-    return np.bincount(np.concatenate([each.label for each in splits]), minlength=len(classes))
+    return np.bincount(np.concatenate([split.label for split in splits]), minlength=len(classes))
 
 
 def _check_counts(train: Sequence[FolderSplit], classes: Sequence[str]) -> None:
@@ -337,18 +339,18 @@ def _check_counts(train: Sequence[FolderSplit], classes: Sequence[str]) -> None:
 
 def _warn_of_same_files(root: Path, train: Sequence[FolderSplit], test: FolderSplit) -> None:
     """Warns of links to files, which a class may be made of, where several lead to the same one."""
-    number = np.concatenate([each.number for each in train])
-    there = np.concatenate([each.size >= 0 for each in train])
+    number = np.concatenate([split.number for split in train])
+    there = np.concatenate([split.size >= 0 for split in train])
     _, first = np.unique(number, return_index=True)
     again = np.setdiff1d(np.flatnonzero(there), first)
     measured = np.flatnonzero(np.isin(test.number, number[there]) & (test.size >= 0))
-    for same, splits, what, consequence in (
+    for same, splits, kind, consequence in (
         (again, train, "training images", "what is held out for validation may be trained on"),
         (measured, [test], "test images", "they measure what was learnt by heart"),
     ):
         if len(same):
             warnings.warn(
-                f"{root} has {len(same):,} of {sum(map(len, splits)):,} {what} that are the same"
+                f"{root} has {len(same):,} of {sum(map(len, splits)):,} {kind} that are the same"
                 f" files as training images, so that {consequence}; the first is"
                 f" {_name(splits, int(same[0]))}.",
                 stacklevel=3,
@@ -367,14 +369,14 @@ def _name(splits: Sequence[FolderSplit], index: int) -> str:
 def _warn_of_few_images(
     root: Path, train: Sequence[FolderSplit], test: FolderSplit, classes: Sequence[str]
 ) -> None:
-    for counts, few, what, consequence in (
+    for counts, few, lack, consequence in (
         (_counts(train, classes), 1, "a single training image", "can be held out for validation"),
         (_counts([test], classes), 0, "no test image", "is measured"),
     ):
         names = [name for name, count in zip(classes, counts, strict=True) if count == few]
         if names:
             warnings.warn(
-                f"{root} has {len(names)} of {len(classes)} classes with {what}: {listed(names)};"
+                f"{root} has {len(names)} of {len(classes)} classes with {lack}: {listed(names)};"
                 f" none of them {consequence}.",
                 stacklevel=3,
             )

@@ -61,6 +61,11 @@ def decode(encoded: bytes, channels: int) -> Image.Image:
 
     A photograph is turned upright, as its camera was held (EXIF).
 
+    >>> file = io.BytesIO()
+    >>> Image.new("RGB", (40, 30)).save(file, "PNG")
+    >>> to_array(decode(file.getvalue(), channels=1)).shape
+    (30, 40, 1)
+
     Args:
         encoded: A file in a format that Pillow knows; of an animation, the first image counts.
         channels: 3 (RGB) or 1 (grey), to which palettes and CMYK are converted; transparency is
@@ -119,15 +124,13 @@ def to_array(image: Image.Image) -> np.ndarray:
     return pixels if pixels.ndim == 3 else pixels[..., None]
 
 
-def from_array(pixels: np.ndarray) -> Image.Image:
-    """Returns the image of pixels, uint8 ``[h, w, c]``."""
-    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
-
-
 def central_square(image: Image.Image, side: int) -> Image.Image:
     """Scales an image's shorter side to ``side`` and takes the central square of it.
 
     Both at once; bilinear, antialiased.
+
+    >>> central_square(Image.new("RGB", (640, 480)), 32).size
+    (32, 32)
 
     Args:
         image: The image.
@@ -137,7 +140,8 @@ def central_square(image: Image.Image, side: int) -> Image.Image:
         The square.
     """
     shorter = min(image.size)
-    left, top = ((each - shorter) / 2 for each in image.size)
+    left, top = ((length - shorter) / 2 for length in image.size)
+    # The box is cut out within the resizing: in halves of pixels, and without a copy in between.
     box = (left, top, left + shorter, top + shorter)
     return image.resize((side, side), Image.Resampling.BILINEAR, box)
 
@@ -164,6 +168,10 @@ def random_box(width: int, height: int, generator: Generator) -> Box:
     those of 3/4 and 4/3, any place is as likely. What doesn't fit is drawn again; after ten
     attempts it is the largest central box of an allowed shape. Szegedy et al., *Going Deeper with
     Convolutions* (2015), Section 6; that the logarithm is uniform is common practice.
+
+    >>> left, top, right, bottom = random_box(640, 480, np.random.default_rng(0))
+    >>> 0 <= left < right <= 640, 0 <= top < bottom <= 480
+    (True, True)
 
     Args:
         width: Of the image, in pixels.

@@ -41,24 +41,25 @@ def find(name: str, directory: Path) -> Path:
         ValueError: If the name is empty, or there are several configurations and it names none.
         FileNotFoundError: If the set is not prepared there.
     """
-    title, _, chosen = name.partition(":")
+    title, _, number = name.partition(":")
     if not title:
         raise ValueError("The data source 'tfds:' names no set; write tfds:mnist, for example.")
     root = directory / title
-    known = {path.parent for path in root.glob("**/dataset_info.json")}
-    configs = sorted({version.parent for version in known})
+    directories = {path.parent for path in root.glob("**/dataset_info.json")}
+    configs = sorted({version.parent for version in directories})
     if len(configs) > 1:
-        names = [f"tfds:{title}/{each.relative_to(root)}" for each in configs]
+        names = [f"tfds:{title}/{config.relative_to(root)}" for config in configs]
         raise ValueError(
             f"{root} has {len(configs)} configurations of the set; choose one by its name:"
             f" {listed(names)}."
         )
-    versions = sorted(known, key=_version, reverse=True)
+    versions = sorted(directories, key=_version, reverse=True)
     for version in versions:
-        if chosen in ("", version.name):
-            _say_newest(title, versions, chosen)
+        if number in ("", version.name):
+            _say_newest(title, versions, number)
             return version
-    there = f" in the version {chosen}, only {listed([v.name for v in versions])}" if known else ""
+    names = [version.name for version in versions]
+    there = f" in the version {number}, only {listed(names)}" if versions else ""
     raise FileNotFoundError(
         f"The data set '{title}' is not prepared in {directory}{there}. Prepare it once with\n"
         f"  pip install tensorflow && tfds build {title} --data_dir={directory}"
@@ -68,16 +69,17 @@ def find(name: str, directory: Path) -> Path:
 
 
 def _version(path: Path) -> list[int]:
+    # As numbers: of texts "10.0.0" would come ahead of "9.0.0".
     return [int(n) for n in path.name.split(".") if n.isdigit()]
 
 
-def _say_newest(title: str, versions: Sequence[Path], chosen: str) -> None:
-    if chosen or len(versions) == 1:
+def _say_newest(title: str, versions: Sequence[Path], number: str) -> None:
+    if number or len(versions) == 1:
         return
-    newest, *others = versions
+    newest, second, *_ = versions
     warnings.warn(
         f"{newest.parent} has {len(versions)} versions; the newest, {newest.name}, is used."
-        f" Another is chosen by its name, such as 'tfds:{title}:{others[0].name}'.",
+        f" Another is chosen by its name, such as 'tfds:{title}:{second.name}'.",
         stacklevel=3,
     )
 
@@ -139,12 +141,12 @@ def _is_number(feature: Any) -> bool:
     return shape == () and kind in "iub"
 
 
-def classes(builder: Any, given: Mapping[str, int] | None = None) -> dict[str, int | None]:
+def classes(builder: Any, plain: Mapping[str, int] | None = None) -> dict[str, int | None]:
     """Returns the number of classes of each kind of label.
 
     Args:
         builder: The set.
-        given: The numbers of classes of labels that are plain integers, of which the set says none;
+        plain: The numbers of classes of labels that are plain integers, of which the set says none;
             they count as labels only if they are here, but for ``"label"``.
 
     Returns:
@@ -152,13 +154,13 @@ def classes(builder: Any, given: Mapping[str, int] | None = None) -> dict[str, i
     """
     import tensorflow_datasets as tfds
 
-    features, given = builder.info.features, given or {}
+    features, plain = builder.info.features, plain or {}
     numbers: dict[str, int | None] = {}
     for kind in sorted(features):
         if isinstance(features[kind], tfds.features.ClassLabel):
             numbers[kind] = features[kind].num_classes
-        elif _is_number(features[kind]) and kind in {"label", *given}:
-            numbers[kind] = given.get(kind)
+        elif _is_number(features[kind]) and kind in {"label", *plain}:
+            numbers[kind] = plain.get(kind)
     return numbers
 
 
@@ -175,7 +177,7 @@ def open_splits(
     directory: Path,
     cache: str,
     selection: Selection,
-    given: Mapping[str, int] | None = None,
+    plain: Mapping[str, int] | None = None,
 ) -> tuple[Dataset[tuple["PreparedSplit", ...]], int]:
     """Opens the splits of a set.
 
@@ -184,7 +186,7 @@ def open_splits(
         directory: The ``tensorflow_datasets`` data directory.
         cache: A directory for a copy of the labels; "" for none.
         selection: Which splits are used, or which shares of them, which are those of the library.
-        given: See ``classes``; what nothing says is counted, which reads all records once.
+        plain: See ``classes``; what nothing says is counted, which reads all records once.
 
     Returns:
         The splits of training and of test, with the classes; and the channels of the images.
@@ -196,7 +198,7 @@ def open_splits(
     version = find(name, directory)
     builder = open_builder(version, selection)
     described = _describe(version, builder)
-    numbers = classes(builder, given)
+    numbers = classes(builder, plain)
     infos = builder.info.splits
     spans = selection.spans(
         {share.split: infos[share.split].num_examples for share in selection.shares}
@@ -246,17 +248,10 @@ def _sampled(path: Path, blocks: int) -> str:
     return digest.hexdigest()[:16]
 
 
-def copy_place(version: Path, cache: str, what: Sequence[Any], title: str = "") -> Path | None:
+def copy_place(version: Path, cache: str, choices: Sequence[Any], title: str = "") -> Path | None:
     """Names a copy made of a prepared set; see ``copies.place``."""
     files = sorted(path for path in version.iterdir() if path.is_file())
-    return copies.place(cache, f"{version.parent.name}-{version.name}{title}", files, what)
-
-
-def open_split(builder: Any, split: str) -> Any:
-    """Returns the examples of a split by number, their images still encoded."""
-    import tensorflow_datasets as tfds
-
-    return builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
+    return copies.place(cache, f"{version.parent.name}-{version.name}{title}", files, choices)
 
 
 @dataclass(frozen=True, eq=False)
@@ -284,16 +279,17 @@ class PreparedSplit:
     def __len__(self) -> int:
         return self.number
 
-    def listing(self, chosen: np.ndarray | None = None) -> Iterator[Listed]:
+    def listing(self, numbers: np.ndarray | None = None) -> Iterator[Listed]:
         """Lists what was prepared, as one: records have no names."""
         last = self.first + self.number
-        numbers = np.arange(self.number, dtype=np.int64) if chosen is None else chosen
+        numbers = np.arange(self.number) if numbers is None else numbers
+        # Little-endian on every machine, so that each has the same digest.
         digest = hashlib.sha256(numbers.astype("<i8").tobytes()).hexdigest()[:16]
         title, _, prepared = self.described.partition(", ")
-        what = f"{len(numbers)} records, {digest}, of the set {prepared}"
-        yield Listed(f"{title} {self.split}[{self.first}:{last}]", 0, what)
+        detail = f"{len(numbers)} records, {digest}, of the set {prepared}"
+        yield Listed(f"{title} {self.split}[{self.first}:{last}]", 0, detail)
 
-    def sampled(self, chosen: np.ndarray | None = None) -> str:
+    def sampled(self, numbers: np.ndarray | None = None) -> str:
         """Returns "": the list has samples of the files (``_describe``)."""
         return ""
 
@@ -316,8 +312,8 @@ class PreparedSplit:
     def ahead(self, indices: Sequence[int]) -> list[tuple[bytes, dict[str, int]] | None]:
         """Reads several records in one call, which takes a quarter of the time."""
         try:
-            read = self._records.__getitems__([self.first + index for index in indices])
-            return [self._parsed(record) for record in read]
+            records = self._records.__getitems__([self.first + index for index in indices])
+            return [self._parsed(record) for record in records]
         except MemoryError:
             raise
         except Exception:  # Of several libraries; which record it is shows when each is read alone.
@@ -348,23 +344,24 @@ class PreparedSplit:
             copies.warn_unusable(f"{place} holds other labels: {shapes}.")
         self.open()
         title = f"Reading the labels of {self.version.parent.name} {self.split}, once"
-        found: list[list[int]] = []
+        rows: list[list[int]] = []
         # None: a bar on a terminal, nothing elsewhere.
         with tqdm(total=self.number, desc=title, unit="image", disable=None) as bar:
             for start in range(0, self.number, _AT_ONCE):
-                some = range(start, min(start + _AT_ONCE, self.number))
-                found += map(self._row, some, self.ahead(some))
-                bar.update(len(some))
-        rows = np.array(found, np.int64).reshape(-1, len(self.kinds))
+                indices = range(start, min(start + _AT_ONCE, self.number))
+                rows += map(self._row, indices, self.ahead(indices))
+                bar.update(len(indices))
+        table = np.array(rows, np.int64).reshape(-1, len(self.kinds))
         # What is outside of int32 stays outside of all classes.
-        columns = rows.clip(*_INT32).astype(np.int32).T
+        columns = table.clip(*_INT32).astype(np.int32).T
         labels = dict(zip(self.kinds, columns, strict=True))
         copies.write(place, labels)
         return labels
 
-    def _row(self, index: int, read: tuple[bytes, dict[str, int]] | None) -> list[int]:
+    def _row(self, index: int, record: tuple[bytes, dict[str, int]] | None) -> list[int]:
         try:
-            return list((read or self.record(index))[1].values())
+            _, labels = record or self.record(index)
+            return list(labels.values())
         except Exception as error:  # Of several libraries.
             raise DamagedImageError.of(self.name(index), error) from error
 
@@ -372,4 +369,7 @@ class PreparedSplit:
     def _records(self) -> Any:
         import tensorflow_datasets as tfds
 
-        return open_split(tfds.builder_from_directory(self.version), self.split)
+        builder = tfds.builder_from_directory(self.version)
+        # Encoded: all images are decoded in the same way, wherever they come from.
+        encoded = {"image": tfds.decode.SkipDecoding()}
+        return builder.as_data_source(split=self.split, decoders=encoded)

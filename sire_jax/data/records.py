@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from sire_jax.data import folders, images, prepared
-from sire_jax.data.dataset import EVERYTHING, Dataset, Listed, Selection, draw_classes
+from sire_jax.data.dataset import EVERYTHING, Dataset, Listed, Selection, draw
 from sire_jax.data.images import DamagedImageError
 from sire_jax.files import expanded
 from sire_jax.text import nearest
@@ -23,10 +23,10 @@ class Split(Protocol):
     def open(self) -> None:
         """Opens what all images need, unless it is open."""
 
-    def listing(self, chosen: np.ndarray | None = None) -> Iterator[Listed]:
+    def listing(self, numbers: np.ndarray | None = None) -> Iterator[Listed]:
         """Lists what the images are made of, all or those of these numbers."""
 
-    def sampled(self, chosen: np.ndarray | None = None) -> str:
+    def sampled(self, numbers: np.ndarray | None = None) -> str:
         """Returns a digest of samples of what the list can't tell; "" if it tells everything."""
 
     def name(self, index: int) -> str:
@@ -69,30 +69,30 @@ class Records:
 
     def listing(self) -> Iterator[Listed]:
         """Lists what the images are made of, in their order; no image is read for it."""
-        for split, chosen in self._parts():
-            yield from split.listing(chosen)
+        for split, numbers in self._parts():
+            yield from split.listing(numbers)
 
     def sampled(self) -> str:
         """Returns a digest of samples of what the list can't tell; "" if it tells everything."""
-        return " ".join(split.sampled(chosen) for split, chosen in self._parts()).strip()
+        return " ".join(split.sampled(numbers) for split, numbers in self._parts()).strip()
 
     def _parts(self) -> Iterator[tuple[Split, np.ndarray | None]]:
         """Yields the splits, each with the numbers of those of its images that are chosen."""
         start = 0
         for split in self.splits:
             stop = start + len(split)
-            chosen = self.chosen
-            if chosen is not None:
-                chosen = chosen[(chosen >= start) & (chosen < stop)] - start
-            yield split, chosen
+            numbers = self.chosen
+            if numbers is not None:
+                numbers = numbers[(numbers >= start) & (numbers < stop)] - start
+            yield split, numbers
             start = stop
 
     def without(self, indices: Collection[int]) -> "Records":
         """Returns the records without some of them, such as damaged ones."""
         if not indices:
             return self
-        chosen = np.arange(len(self)) if self.chosen is None else self.chosen
-        return replace(self, chosen=np.delete(chosen, sorted(indices)))
+        numbers = np.arange(len(self)) if self.chosen is None else self.chosen
+        return replace(self, chosen=np.delete(numbers, sorted(indices)))
 
     def __getstate__(self) -> dict[str, Any]:
         # The labels of a batch come with its records.
@@ -101,8 +101,8 @@ class Records:
     @cached_property
     def labels(self) -> dict[str, np.ndarray]:
         """For each kind of label integers ``[n]``, int32; of a ``tfds`` set its files are read."""
-        found = [split.labels() for split in self.splits]
-        joined = {kind: np.concatenate([each[kind] for each in found]) for kind in self.classes}
+        parts = [split.labels() for split in self.splits]
+        joined = {kind: np.concatenate([part[kind] for part in parts]) for kind in self.classes}
         if self.chosen is not None:
             joined = {kind: values[self.chosen] for kind, values in joined.items()}
         if self.drawn is None:
@@ -114,22 +114,10 @@ class Records:
         split, number = self._find(index)
         return split.name(number)
 
-    def encoded(self, index: int) -> tuple[bytes, dict[str, int]]:
-        """Reads an image as it is stored.
-
-        Args:
-            index: Of the image, in 0..n - 1.
-
-        Returns:
-            The bytes of its file, and its label of each kind.
-        """
-        split, number = self._find(index)
-        return self._numbered(*split.record(number))
-
-    def _numbered(self, stored: bytes, labels: dict[str, int]) -> tuple[bytes, dict[str, int]]:
+    def _numbered(self, encoded: bytes, labels: dict[str, int]) -> tuple[bytes, dict[str, int]]:
         if self.drawn is not None:
             labels = {"label": int(np.searchsorted(self.drawn, labels["label"]))}
-        return stored, labels
+        return encoded, labels
 
     def examples(
         self, indices: Sequence[int]
@@ -142,24 +130,25 @@ class Records:
         Returns:
             For each what ``example`` returns, or the error that it raises.
         """
-        found: list[tuple[Image.Image, dict[str, int]] | DamagedImageError] = []
+        examples: list[tuple[Image.Image, dict[str, int]] | DamagedImageError] = []
         for index, stored in zip(indices, self._ahead(indices), strict=True):
             try:
-                found.append(self.example(index, stored))
+                examples.append(self.example(index, stored))
             except DamagedImageError as error:
-                found.append(error)
-        return found
+                examples.append(error)
+        return examples
 
     def _ahead(self, indices: Sequence[int]) -> list[tuple[bytes, dict[str, int]] | None]:
-        placed = [self._find(index) for index in indices]
-        if not placed:
+        places = [self._find(index) for index in indices]
+        if not places:
             return []
-        split = placed[0][0]
-        if any(each is not split for each, _ in placed):
+        split = places[0][0]
+        # At a border between two splits each is read by itself.
+        if any(other is not split for other, _ in places):
             return [None] * len(indices)
         split.open()
-        read = split.ahead([number for _, number in placed])
-        return [each and self._numbered(*each) for each in read]
+        records = split.ahead([number for _, number in places])
+        return [record and self._numbered(*record) for record in records]
 
     def example(
         self, index: int, stored: tuple[bytes, dict[str, int]] | None = None
@@ -168,7 +157,7 @@ class Records:
 
         Args:
             index: Of the image, in 0..n - 1.
-            stored: What ``encoded`` returns of it, if that has been read.
+            stored: The bytes of its file and its labels, if they have been read.
 
         Returns:
             The image, and its label of each kind.
@@ -176,9 +165,11 @@ class Records:
         Raises:
             DamagedImageError: If it can't be read or decoded, or a label is outside its classes.
         """
-        self._find(index)[0].open()
+        split, number = self._find(index)
+        # Apart: what is wrong with all images is no damage of this one.
+        split.open()
         try:
-            encoded, labels = stored or self.encoded(index)
+            encoded, labels = stored or self._numbered(*split.record(number))
             image = images.decode(encoded, self.channels)
         except MemoryError:
             raise
@@ -223,6 +214,17 @@ def open_records(
 ) -> Dataset[Records]:
     """Opens a data set without decoding it.
 
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     for name in ("train/cat", "train/dog", "test/cat", "test/dog"):
+    ...         Path(directory, "pets", name).mkdir(parents=True)
+    ...         for i in range(2):
+    ...             Image.new("RGB", (8, 6)).save(Path(directory, "pets", name, f"{i}.png"))
+    ...     pets = open_records("folder:pets", directory)
+    ...     len(pets.train), pets.names["label"], pets.train.read(0).shape
+    (4, ('cat', 'dog'), (6, 8, 3))
+
     Args:
         name: ``tfds:<set>`` with the name of a ``tensorflow_datasets`` set (see
             ``prepared.find``); or ``folder:<folder>`` (see ``folders.open_splits``).
@@ -243,15 +245,16 @@ def open_records(
             what they should be.
         FileNotFoundError: If the set is not in ``directory``, or there is no such home.
     """
-    kind, _, rest = name.partition(":")
+    kind, _, title = name.partition(":")
     opened: Dataset[Any]
     own = 3
     if kind == "tfds":
-        given = None if selection.draw_classes else classes
+        # Of drawn classes only "label" is kept: no other integers have to be read.
+        plain = None if selection.draw_classes else classes
         root = expanded(directory, "the data directory ")
-        opened, own = prepared.open_splits(rest, root, cache, selection, given)
+        opened, own = prepared.open_splits(title, root, cache, selection, plain)
     elif kind == "folder":
-        opened = folders.open_splits(rest, directory, selection)
+        opened = folders.open_splits(title, directory, selection)
     else:
         raise ValueError(
             f"There is no data source '{name}' to stream."
@@ -264,20 +267,9 @@ def open_records(
         Records(splits, opened.classes, channels, ignored=ignored or {})
         for splits in (opened.train, opened.test)
     )
-    return _draw(Dataset(train, test, opened.classes, opened.names), selection)
-
-
-def _draw(dataset: Dataset[Records], selection: Selection) -> Dataset[Records]:
-    """Chooses the images of drawn classes; see ``dataset.draw_classes``."""
-    number = selection.draw_classes
-    if not number:
-        return dataset
-    drawn = draw_classes(dataset.classes["label"], number, selection.draw_seed)
-    train, test = (_of_classes(each, drawn) for each in (dataset.train, dataset.test))
-    names = tuple(dataset.names["label"][i] for i in drawn)
-    return Dataset(train, test, {"label": number}, {"label": names})
+    return draw(Dataset(train, test, opened.classes, opened.names), selection, _of_classes)
 
 
 def _of_classes(records: Records, drawn: np.ndarray) -> Records:
-    chosen = np.flatnonzero(np.isin(records.labels["label"], drawn))
-    return Records(records.splits, {"label": len(drawn)}, records.channels, chosen, drawn)
+    numbers = np.flatnonzero(np.isin(records.labels["label"], drawn))
+    return Records(records.splits, {"label": len(drawn)}, records.channels, numbers, drawn)

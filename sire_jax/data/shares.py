@@ -14,6 +14,12 @@ _FORM = re.compile(r"(?P<split>[^\[\]]+)(\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)
 class Share:
     """A split, or a part of its images.
 
+    >>> share = Share.parse("train[80%:]")
+    >>> share.split, share.span(1000)
+    ('train', range(800, 1000))
+    >>> Share.parse("train[-500:]").span(1000)
+    range(500, 1000)
+
     Attributes:
         split: Name of the split.
         start: Where the part starts: a number of images, or a percentage such as ``"80%"``; below
@@ -41,12 +47,8 @@ class Share:
         return cls(parts["split"], parts["start"] or "", parts["stop"] or "")
 
     def __str__(self) -> str:
-        return self.split if self.whole else f"{self.split}[{self.start}:{self.stop}]"
-
-    @property
-    def whole(self) -> bool:
-        """Whether it is all of the split."""
-        return not (self.start or self.stop)
+        is_part = self.start or self.stop
+        return f"{self.split}[{self.start}:{self.stop}]" if is_part else self.split
 
     def span(self, images: int) -> range:
         """Returns which images of the split it has, by their places in the order of shares.
@@ -87,6 +89,11 @@ def order(names: Sequence[str], labels: np.ndarray) -> np.ndarray:
     At random, by a digest of their names; and each class evenly spread, so that shares have as much
     of each, but for one image.
 
+    >>> labels = np.array([0, 0, 0, 0, 1, 1])
+    >>> half = order(["a", "b", "c", "d", "e", "f"], labels)[:3]
+    >>> np.bincount(labels[half]).tolist()
+    [2, 1]
+
     Args:
         names: Of the images, each once.
         labels: Their classes, ``[n]``.
@@ -94,6 +101,7 @@ def order(names: Sequence[str], labels: np.ndarray) -> np.ndarray:
     Returns:
         Their numbers, ``[n]``.
     """
+    # Of names, not places: the others stay in their order if an image is added or removed.
     digests = [hashlib.sha256(name.encode(errors="surrogateescape")).digest() for name in names]
     drawn = np.array(sorted(range(len(names)), key=digests.__getitem__), np.int64)
     by_class = drawn[np.argsort(labels[drawn], kind="stable")]

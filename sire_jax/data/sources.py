@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sire_jax.data import copies, images, shares
-from sire_jax.data.dataset import EVERYTHING, Dataset, Selection, Source, draw_classes
+from sire_jax.data.dataset import EVERYTHING, Dataset, Selection, Source, draw
 from sire_jax.data.folders import FolderSplit
 from sire_jax.data.images import DamagedImageError
 from sire_jax.data.prepared import PreparedSplit, copy_place
@@ -23,27 +23,22 @@ DIGITS = Path(__file__).with_name("digits.npz")
 _PART = 64
 
 
-def _draw(dataset: Dataset[Source], selection: Selection) -> Dataset[Source]:
-    """Drops images of other classes and numbers the drawn ones 0, 1, …; only labels are kept."""
-    number = selection.draw_classes
-    if not number:
-        return dataset
-    drawn = draw_classes(dataset.classes["label"], number, selection.draw_seed)
-    parts = [_of_classes(source, drawn) for source in (dataset.train, dataset.test)]
-    names = tuple(dataset.names["label"][i] for i in drawn)
-    return Dataset(parts[0], parts[1], {"label": number}, {"label": names})
-
-
 def _of_classes(source: Source, drawn: np.ndarray) -> Source:
     label = source.labels["label"]
-    kept = np.isin(label, drawn)
-    # Not a copy of many images where others have not been decoded.
-    image = source.image if kept.all() else source.image[kept]
-    return Source(image, {"label": np.searchsorted(drawn, label[kept]).astype(np.int32)})
+    mask = np.isin(label, drawn)
+    return Source(
+        source.image[mask], {"label": np.searchsorted(drawn, label[mask]).astype(np.int32)}
+    )
 
 
 def check(dataset: Dataset[Source], ignored: Mapping[str, Collection[int]] | None = None) -> None:
     """Checks a data set's values.
+
+    >>> source = Source(np.zeros((2, 8, 8, 1), np.uint8), {"label": np.array([0, 255])})
+    >>> check(Dataset(source, source, {"label": 2}), ignored={"label": [255]})
+    >>> check(Dataset(source, source, {"label": 2}))
+    Traceback (most recent call last):
+    ValueError: train 'label' has 1 labels outside the 2 classes 0..1: the first is 255 at index 1.
 
     Args:
         dataset: The data set.
@@ -67,20 +62,20 @@ def check(dataset: Dataset[Source], ignored: Mapping[str, Collection[int]] | Non
                 )
         for kind, values in source.labels.items():
             allowed = (ignored or {}).get(kind, ())
-            what, classes = f"{split} '{kind}'", dataset.classes[kind]
-            _check_labels(what, values, len(source.image), classes, allowed)
+            name, classes = f"{split} '{kind}'", dataset.classes[kind]
+            _check_labels(name, values, len(source.image), classes, allowed)
 
 
 def _check_labels(
-    what: str, labels: np.ndarray, images: int, classes: int, allowed: Collection[int]
+    name: str, labels: np.ndarray, images: int, classes: int, allowed: Collection[int]
 ) -> None:
     if len(labels) != images:
-        raise ValueError(f"{what} has {len(labels)} labels for {images} images.")
+        raise ValueError(f"{name} has {len(labels)} labels for {images} images.")
     outside = _outside(labels, classes, allowed)
     if outside.any():
         first = int(np.argmax(outside))
         raise ValueError(
-            f"{what} has {outside.sum()} labels outside the {classes} classes 0..{classes - 1}:"
+            f"{name} has {outside.sum()} labels outside the {classes} classes 0..{classes - 1}:"
             f" the first is {labels[first]} at index {first}."
         )
 
@@ -102,6 +97,13 @@ def load(
     ignored: Mapping[str, Collection[int]] | None = None,
 ) -> Dataset[Source]:
     """Loads a data set by its name.
+
+    >>> digits = load("digits")
+    >>> digits.train.image.shape, digits.test.image.shape, digits.classes
+    ((1198, 8, 8, 1), (599, 8, 8, 1), {'label': 10})
+    >>> shared = load("digits", selection=Selection(("train[:50%]",), "train[50%:]"))
+    >>> len(shared.train), len(shared.test)
+    (599, 599)
 
     Args:
         name: ``digits``; ``tfds:<set>`` with the name of a ``tensorflow_datasets`` set (see
@@ -133,13 +135,13 @@ def load(
     """
     kind = name.partition(":")[0]
     if name == "digits":
-        dataset = _draw(_digits(selection), selection)
+        dataset = draw(_digits(selection), selection, _of_classes)
     elif kind in ("tfds", "folder"):
         opened = open_records(name, directory, cache, selection, channels, classes, ignored)
         dataset = _decoded(name, opened, cache, _Decoding(resize, threads, damaged == "skip"))
     else:
-        known = ["digits", "tfds:<set>", "folder:<folder>"]
-        raise ValueError(f"There is no data source '{name}'.{nearest(name, known)}")
+        names = ["digits", "tfds:<set>", "folder:<folder>"]
+        raise ValueError(f"There is no data source '{name}'.{nearest(name, names)}")
     check(dataset, ignored)
     return dataset
 
@@ -164,10 +166,10 @@ def _digits(selection: Selection) -> Dataset[Source]:
         _share(splits[share.split], label, span)
         for share, span in zip(selection.shares, spans, strict=True)
     )
-    of_train, of_test = (
+    training, testing = (
         Source(image[part], {"label": label[part]}) for part in (np.concatenate(train), test_part)
     )
-    return Dataset(of_train, of_test, classes={"label": 10})
+    return Dataset(training, testing, classes={"label": 10})
 
 
 def _share(examples: np.ndarray, label: np.ndarray, span: range) -> np.ndarray:
@@ -199,23 +201,26 @@ def _decoded(
 ) -> Dataset[Source]:
     place = _place(name, opened, cache, decoding)
     parts = {"train": opened.train, "test": opened.test}
-    made = _read(place, parts)
-    if made is None:
-        made = {part: _decode(f"{name} {part}", each, decoding) for part, each in parts.items()}
-        _write(place, made)
-    damaged = [damage for each in made.values() for damage in each.damaged]
+    decoded = _read(place, parts)
+    if decoded is None:
+        decoded = {
+            part: _decode(f"{name} {part}", records, decoding) for part, records in parts.items()
+        }
+        _write(place, decoded)
+    # A copy may have been made with "skip", where "raise" has to fail.
+    damaged = [damage for images in decoded.values() for damage in images.damaged]
     if damaged and not decoding.skips:
         raise DamagedImageError(damaged[0]).advised()
-    _check_left(name, opened, made["train"])
+    _check_left(name, opened, decoded["train"])
     train, test = (
-        Source(made[part].image, made[part].labels, each.without(made[part].skipped))
-        for part, each in parts.items()
+        Source(decoded[part].image, decoded[part].labels, records.without(decoded[part].skipped))
+        for part, records in parts.items()
     )
     return Dataset(train, test, opened.classes, opened.names, tuple(damaged))
 
 
 @dataclass(frozen=True)
-class _Made:
+class _Decoded:
     """What was decoded of records.
 
     Attributes:
@@ -231,9 +236,9 @@ class _Made:
     damaged: tuple[str, ...] = ()
 
 
-def _decode(what: str, records: Records, decoding: _Decoding) -> _Made:
+def _decode(title: str, records: Records, decoding: _Decoding) -> _Decoded:
     examples, damage = [], dict[int, str]()
-    for i, example in enumerate(_examples(what, records, decoding)):
+    for i, example in enumerate(_examples(title, records, decoding)):
         if not isinstance(example, DamagedImageError):
             examples.append(example)
         elif decoding.skips:
@@ -242,39 +247,40 @@ def _decode(what: str, records: Records, decoding: _Decoding) -> _Made:
             raise example.advised()
     if not examples:
         raise DamagedImageError(
-            f"All {len(records)} images of {what} are damaged: {next(iter(damage.values()), '')}"
+            f"All {len(records)} images of {title} are damaged: {next(iter(damage.values()), '')}"
         )
     shapes = {image.shape for image, _ in examples}
     if len(shapes) != 1:
         raise ValueError(
-            f"{what} has {len(examples)} images of {len(shapes)} sizes, such as"
+            f"{title} has {len(examples)} images of {len(shapes)} sizes, such as"
             f" {sorted(shapes)[:2]}; scale them to one with resize=SIDE"
             " (--config.data.resize=SIDE)."
         )
     kinds = records.classes
     labels = {k: np.array([labels[k] for _, labels in examples], np.int32) for k in kinds}
     image = np.stack([image for image, _ in examples])
-    return _Made(image, labels, tuple(damage), tuple(damage.values()))
+    return _Decoded(image, labels, tuple(damage), tuple(damage.values()))
 
 
-def _examples(what: str, records: Records, decoding: _Decoding) -> Iterator[Any]:
+def _examples(title: str, records: Records, decoding: _Decoding) -> Iterator[Any]:
     """Decodes all images in their order: pixels and labels, or the error of a damaged one."""
     numbers, together = range(len(records)), _PART * decoding.threads
     # None: a bar on a terminal, nothing elsewhere.
     with (
-        tqdm(total=len(numbers), desc=f"Decoding {what}, once", unit="image", disable=None) as bar,
+        tqdm(total=len(numbers), desc=f"Decoding {title}, once", unit="image", disable=None) as bar,
         ThreadPoolExecutor(decoding.threads) as pool,
     ):
+        # In rounds: once an image fails, no more than the rest of its round is decoded in vain.
         for start in numbers[::together]:
-            some = numbers[start : start + together]
-            parts = [some[i : i + _PART] for i in range(0, len(some), _PART)]
-            for part in pool.map(partial(_some, records, decoding.resize), parts):
-                yield from part
-            bar.update(len(some))
+            batch = numbers[start : start + together]
+            parts = [batch[i : i + _PART] for i in range(0, len(batch), _PART)]
+            for arrays in pool.map(partial(_arrays, records, decoding.resize), parts):
+                yield from arrays
+            bar.update(len(batch))
 
 
-def _some(records: Records, resize: int, numbers: range) -> list[Any]:
-    return [_array(each, resize) for each in records.examples(numbers)]
+def _arrays(records: Records, resize: int, numbers: range) -> list[Any]:
+    return [_array(example, resize) for example in records.examples(numbers)]
 
 
 def _array(example: Any, resize: int) -> Any:
@@ -284,7 +290,7 @@ def _array(example: Any, resize: int) -> Any:
     return images.to_array(images.central_square(image, resize) if resize else image), labels
 
 
-def _check_left(name: str, opened: Dataset[Records], train: _Made) -> None:
+def _check_left(name: str, opened: Dataset[Records], train: _Decoded) -> None:
     """Checks that each class that had training images has some that are not damaged."""
     if not train.skipped:
         return
@@ -302,33 +308,33 @@ def _place(name: str, opened: Dataset[Records], cache: str, decoding: _Decoding)
     if not cache:
         return None
     parts = (opened.train, opened.test)
-    what = [
+    choices = [
         *(list(entry) for part in parts for entry in (*part.listing(), ("", 0, ""))),
         {kind: list(names) for kind, names in opened.names.items()},
         {"resize": decoding.resize, "channels": opened.train.channels, "decoder": images.DECODER},
     ]
     split = opened.train.splits[0]
     if isinstance(split, PreparedSplit):
-        return copy_place(split.version, cache, what)
+        return copy_place(split.version, cache, choices)
     files = [
-        each.path(i)
+        split.path(i)
         for part in parts
-        for each in part.splits
-        if isinstance(each, FolderSplit)
-        for i in range(len(each))
+        for split in part.splits
+        if isinstance(split, FolderSplit)
+        for i in range(len(split))
     ]
-    return copies.place(cache, Path(name.partition(":")[2]).name, files, what)
+    return copies.place(cache, Path(name.partition(":")[2]).name, files, choices)
 
 
-def _write(place: Path | None, made: Mapping[str, _Made]) -> None:
+def _write(place: Path | None, parts: Mapping[str, _Decoded]) -> None:
     arrays = dict[str, np.ndarray]()
-    for part, each in made.items():
-        arrays |= {f"{part}/image": each.image, f"{part}/skipped": np.array(each.skipped, np.int64)}
-        arrays |= {f"{part}/labels/{kind}": values for kind, values in each.labels.items()}
+    for name, part in parts.items():
+        arrays |= {f"{name}/image": part.image, f"{name}/skipped": np.array(part.skipped, np.int64)}
+        arrays |= {f"{name}/labels/{kind}": values for kind, values in part.labels.items()}
     copies.write(place, arrays)
 
 
-def _read(place: Path | None, parts: Mapping[str, Records]) -> dict[str, _Made] | None:
+def _read(place: Path | None, parts: Mapping[str, Records]) -> dict[str, _Decoded] | None:
     """Reads a decoded copy; None if there is none that can be used."""
     arrays = copies.read(place)
     if arrays is None:
@@ -346,7 +352,7 @@ class _MendedError(Exception):
     """An image that was damaged when a copy was made no longer is."""
 
 
-def _copied(part: str, arrays: Mapping[str, np.ndarray], records: Records) -> _Made:
+def _copied(part: str, arrays: Mapping[str, np.ndarray], records: Records) -> _Decoded:
     image = arrays[f"{part}/image"]
     skipped = tuple(int(i) for i in arrays[f"{part}/skipped"])
     labels = {kind: arrays[f"{part}/labels/{kind}"] for kind in records.classes}
@@ -363,4 +369,4 @@ def _copied(part: str, arrays: Mapping[str, np.ndarray], records: Records) -> _M
         if not isinstance(example, DamagedImageError):
             raise _MendedError
         damaged.append(str(example))
-    return _Made(image, labels, skipped, tuple(damaged))
+    return _Decoded(image, labels, skipped, tuple(damaged))

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from multiprocessing import resource_tracker
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from absl import flags
 from sire_jax.data import images
 from sire_jax.data.images import DamagedImageError
 from sire_jax.data.records import Records
+from sire_jax.job import signals
 
 # What is done about a damaged image.
 DAMAGED = ("raise", "skip")
@@ -32,7 +34,6 @@ _AHEAD_OF_WORKER = 1
 # Of a batch, for each thread: threads take parts, as single small images would cost more to pass on
 # than to decode.
 _PARTS = 4
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 class WorkerError(RuntimeError):
@@ -56,6 +57,11 @@ class Batch(NamedTuple):
 @dataclass(frozen=True)
 class Transform:
     """What is made of a decoded image; its sizes are sides in pixels.
+
+    >>> Transform((256, 256, 3), resize=256).output
+    (256, 256, 3)
+    >>> Transform((256, 256, 3), resize=256, crop=224, random=True).output
+    (224, 224, 3)
 
     Attributes:
         shape: ``(h, w, c)`` of images as the network's program gets them, but for random crops.
@@ -168,21 +174,23 @@ class _Maker:
         places = np.arange(len(self.columns))
         parts = np.array_split(places, min(len(places), _PARTS * self.threads))
         with ThreadPoolExecutor(self.threads) as pool:
-            made = [each for some in pool.map(partial(self._some, step), parts) for each in some]
-        intact = np.array([not isinstance(each, DamagedImageError) for each in made])
-        messages = tuple(str(each) for each in made if isinstance(each, DamagedImageError))
+            examples = list(chain.from_iterable(pool.map(partial(self._part, step), parts)))
+        errors = [example for example in examples if isinstance(example, DamagedImageError)]
+        intact = np.array([not isinstance(example, DamagedImageError) for example in examples])
+        messages = tuple(map(str, errors))
         if not intact.any():
             raise DamagedImageError(
-                f"All {len(made)} images of a batch are damaged, which leaves none to take in"
+                f"All {len(examples)} images of a batch are damaged, which leaves none to take in"
                 f" their place: {messages[0]}"
             )
-        chosen: list[Any] = [made[i] for i in _replaced(intact)]
-        arrays = {"image": np.stack([image for image, _ in chosen])}
+        # Batches keep their size, as for another one the step would be compiled again.
+        filled: list[Any] = [examples[i] for i in _replaced(intact)]
+        arrays = {"image": np.stack([image for image, _ in filled])}
         for kind in self.records.classes:
-            arrays[kind] = np.array([labels[kind] for _, labels in chosen], np.int32)
+            arrays[kind] = np.array([labels[kind] for _, labels in filled], np.int32)
         return Batch({**arrays, "intact": intact}, messages)
 
-    def _some(self, step: int, places: np.ndarray) -> list[Any]:
+    def _part(self, step: int, places: np.ndarray) -> list[Any]:
         return [self._example(step, int(place)) for place in places]
 
     def _example(
@@ -200,6 +208,7 @@ class _Maker:
     def _transformed(self, image: Any, step: int, place: int, index: int) -> np.ndarray:
         transform = self.transform
         if transform.random:
+            # By the column in the whole batch: the same image whichever process makes it.
             generator = np.random.default_rng((*self.seed, step, self.columns[place]))
             image = images.random_square(image, transform.crop, generator)
         elif transform.resize:
@@ -248,7 +257,8 @@ class Stream(Iterator[Batch]):
         self._first.clear()
         # A copy of what came through shared memory, which would have to be freed in time.
         owned = {
-            k: values if values.base is None else np.array(values) for k, values in arrays.items()
+            kind: values if values.base is None else np.array(values)
+            for kind, values in arrays.items()
         }
         return Batch(owned, damaged)
 
@@ -263,7 +273,7 @@ def _start(iterator: Any) -> Future[Batch]:
     # business. They inherit the mask, so that no signal is early enough to end them. What tracks
     # resources is started ahead of it: Python unblocks two of the signals as it starts that.
     resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals.SIGNALS)
     try:
         pool = ThreadPoolExecutor(1, "stream")
         first = pool.submit(next, iterator)
@@ -286,9 +296,11 @@ def _dataset(maker: _Maker, steps: range, workers: int) -> Any:
     """Makes grain's data set of the batches of these steps."""
     import grain
 
-    made = grain.MapDataset.range(steps.start, steps.stop).map(maker)
+    dataset = grain.MapDataset.range(steps.start, steps.stop).map(maker)
     if not workers:
-        return made.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=_AHEAD))
+        # One thread for batches: those of ``_Maker`` share the images of each.
+        ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_AHEAD)
+        return dataset.to_iter_dataset(ahead)
     if not flags.FLAGS.is_parsed():
         # Grain has flags, and asks them even in a program that has none.
         flags.FLAGS.mark_as_parsed()
@@ -297,7 +309,7 @@ def _dataset(maker: _Maker, steps: range, workers: int) -> Any:
     processes = grain.MultiprocessingOptions(
         num_workers=min(workers, len(steps)), per_worker_buffer_size=_AHEAD_OF_WORKER
     )
-    return made.to_iter_dataset(one_by_one).mp_prefetch(processes, worker_init_fn=_start_worker)
+    return dataset.to_iter_dataset(one_by_one).mp_prefetch(processes, worker_init_fn=_start_worker)
 
 
 def _start_worker(index: int, count: int) -> None:

@@ -41,6 +41,11 @@ def _check_least(name: str, value: int, least: int) -> None:
 class Images:
     """Examples are single images with their labels.
 
+    >>> from sire_jax.data import load
+    >>> draw = Images(validation_per_class=10).draw(load("digits"), seed=0)
+    >>> draw.train.shape, draw.validation.shape, draw.test.shape
+    ((1098,), (100,), (599,))
+
     Attributes:
         validation_per_class: Training images of each class taken aside for validation.
     """
@@ -91,6 +96,13 @@ class Pairs:
     Pairs are drawn anew for each seed, without replacement: no image is in two of them
     (Peeters and Schlyter, Sections I and III).
 
+    >>> from sire_jax.data import load
+    >>> digits, task = load("digits"), Pairs(train=500, test=250)
+    >>> task.classes(digits.classes)
+    {'digits': 10, 'label': 2}
+    >>> task.draw(digits, seed=0).train.shape
+    (500, 2)
+
     Attributes:
         train: Number of training pairs.
         test: Number of test pairs.
@@ -130,6 +142,7 @@ class Pairs:
             ValueError: If there are too few images for that many pairs.
         """
         generator = np.random.default_rng(seed)
+        # Those of validation with those of training: no image is in both.
         drawn = [
             self._permute(split, len(source), pairs, generator)
             for split, source, pairs in (
@@ -157,6 +170,7 @@ class Pairs:
             raise ValueError(f"Images of {height} x {width} can't be downscaled by {side}.")
         if side > 1:
             squares = image.reshape(images, height // side, side, width // side, side, channels)
+            # Or NumPy would average bytes in float64.
             image = squares.mean((2, 4), dtype=np.float32)
         return {"image": image, "label": source.labels["label"]}
 
@@ -177,6 +191,9 @@ class Pairs:
 
 def ordered(digits: Array) -> Array:
     """Compares digits.
+
+    >>> ordered(jnp.array([[1, 2], [5, 5], [7, 3], [4, -1]])).tolist()
+    [1, 1, 0, -1]
 
     Args:
         digits: ``[b, 2]``, integers; those that are none are negative.

@@ -22,26 +22,32 @@ Owners: TypeAlias = dict[tuple[int, int], tuple[str, str]]
 def directories(path: Path) -> dict[str, str]:
     """Returns the directories in one, by their names as all systems write them, sorted.
 
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as root:
+    ...     for name in ("dog", "cat", ".git", "@eaDir"):
+    ...         Path(root, name).mkdir()
+    ...     list(directories(Path(root)))
+    ['cat', 'dog']
+
     Args:
         path: The directory.
 
     Raises:
         ValueError: If two have the same name but for how accents are written.
     """
-    found: dict[str, str] = {}
-    for each in sorted(path.iterdir()):
-        if _is_left_out(each.name):
+    names: dict[str, str] = {}
+    for entry in sorted(path.iterdir()):
+        if _is_left_out(entry.name) or not entry.is_dir():
             continue
-        if not each.is_dir():
-            continue
-        name = composed(each.name)
-        if name in found:
+        name = composed(entry.name)
+        if name in names:
             raise ValueError(
                 f"{path} has two directories '{name}', whose accents are written in two ways"
                 " (Unicode NFC and NFD); make them one."
             )
-        found[name] = each.name
-    return dict(sorted(found.items()))
+        names[name] = entry.name
+    # Again, by the composed names: the order of those on the disk may be another one.
+    return dict(sorted(names.items()))
 
 
 def composed(name: str) -> str:
@@ -54,12 +60,24 @@ def _is_left_out(name: str) -> bool:
 
 
 def is_image(name: str) -> bool:
-    """Tells whether a file is named like an image, and not like what systems leave."""
+    """Tells whether a file is named like an image, and not like what systems leave.
+
+    >>> is_image("cat.JPG"), is_image("._cat.jpg"), is_image("labels.txt")
+    (True, False, False)
+    """
     return name.lower().endswith(EXTENSIONS) and not _is_left_out(name)
 
 
 class Walk:
     """Lists the files of the classes of a split, each directory once, whatever links lead to it.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as root:
+    ...     Path(root, "cat/indoors").mkdir(parents=True)
+    ...     Path(root, "cat/again").symlink_to(Path(root, "cat/indoors"))
+    ...     Path(root, "cat/indoors/0.jpg").touch()
+    ...     [Path(path).name for path in Walk(Path(root), {"cat": "cat"}, {}).files("cat")]
+    ['0.jpg']
 
     Args:
         split: The directory of the split.
@@ -74,9 +92,10 @@ class Walk:
         self._split, self._owners = split.name, owners
         # Where a link in a loop leads: to other data.
         places = split, split.parent
-        above = {*places, *(each for place in places for each in place.resolve().parents)}
-        self._above = {_number(str(each)) for each in above}
+        above = {*places, *(parent for place in places for parent in place.resolve().parents)}
+        self._above = {_number(str(directory)) for directory in above}
         self._roots = {name: str(split / actual) for name, actual in classes.items()}
+        # Ahead of what is in them: a link from one to another is refused, whichever is first.
         for name, root in self._roots.items():
             if not self._take(root, name):
                 raise ValueError(
@@ -89,7 +108,7 @@ class Walk:
         number = _number(directory)
         if number in self._above:
             return False
-        taken = number in self._owners
+        is_known = number in self._owners
         split, owner = self._owners.setdefault(number, (self._split, name))
         if split != self._split:
             raise ValueError(
@@ -102,7 +121,7 @@ class Walk:
                 f"{printable(directory)} leads to images of the class '{owner}', which would be"
                 f" '{name}' at the same time; an image has one class."
             )
-        return not taken
+        return not is_known
 
     def files(self, name: str) -> Iterator[str]:
         """Yields the files of a class, in no order: those in real directories ahead of links."""

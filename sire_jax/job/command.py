@@ -37,14 +37,14 @@ def parser(documentation: str | None, overrides: bool = True) -> argparse.Argume
 
 
 @contextmanager
-def readable_errors(*others: type[Exception], goes_on: bool = False) -> Iterator[None]:
+def readable_errors(*errors: type[Exception], goes_on: bool = False) -> Iterator[None]:
     """Ends the program with one message, not a traceback, where the user can mend the cause.
 
     Where nobody reads the output any more (``| head``), the program ends without a word, or goes on
     without one if it has more to do than to print.
 
     Args:
-        *others: Exceptions that speak to the user, beside ``ValueError`` and ``OSError``.
+        *errors: Exceptions that speak to the user, beside ``ValueError`` and ``OSError``.
         goes_on: Whether the program goes on when its output can't be written.
     """
     _guard_output(goes_on)
@@ -56,7 +56,7 @@ def readable_errors(*others: type[Exception], goes_on: bool = False) -> Iterator
         print("SIGINT: ended.", file=sys.stderr, flush=True)
         sys.exit(INTERRUPTED)
     except Exception as error:
-        if isinstance(error, (ValueError, OSError, *others)) and _raised_here(error):
+        if isinstance(error, (ValueError, OSError, *errors)) and _raised_here(error):
             print(f"Error: {error}", file=sys.stderr, flush=True)
             sys.exit(EXPLAINED)
         raise
@@ -83,6 +83,7 @@ class _Output(io.FileIO):
             if self._goes_on:
                 return len(data)
             if error.errno == errno.EPIPE:
+                # Without what runs at exit, which would write to the same stream again.
                 os._exit(UNREAD)
             raise
 
@@ -144,6 +145,7 @@ def check_picture(path: str | Path) -> Path:
         ValueError: If its name ends as that of no picture.
         OSError: If it can't be written (``files.check_writable``).
     """
+    # Only the programs that draw wait for this import.
     from matplotlib.backend_bases import FigureCanvasBase
 
     path = files.check_writable(path)

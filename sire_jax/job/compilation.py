@@ -67,8 +67,8 @@ def _mend_entries(path: str) -> None:
         from jax._src import compilation_cache as cache
 
         entries, _ = cache.get_file_cache(path) or (None, None)
-        mended: Any = entries and _Entries(entries, Path(path), cache.decompress_executable)
-        cache._cache, cache._cache_initialized = mended, True
+        wrapped: Any = entries and _Entries(entries, Path(path), cache.decompress_executable)
+        cache._cache, cache._cache_initialized = wrapped, True
     except (AttributeError, ImportError, TypeError, ValueError):
         compilation_cache.reset_cache()
 
@@ -116,6 +116,10 @@ class _Entries:
 @dataclass
 class Counts:
     """How many programs this process has compiled and loaded, and the seconds that it took.
+
+    >>> before = Counts(compiled=2, seconds=1.5)
+    >>> Counts(compiled=3, loaded=4, seconds=2.0, loading=0.25).since(before)
+    '1 program compiled in 0.2 s, 4 loaded in 0.2 s'
 
     Attributes:
         compiled: Programs compiled.

@@ -80,18 +80,18 @@ _BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 def _connect() -> bool:
     """Tells whether there may be several processes, after connecting them."""
-    given = {name: os.environ[name] for name in _BY_HAND if os.environ.get(name)}
+    settings = {name: os.environ[name] for name in _BY_HAND if os.environ.get(name)}
     detect = os.environ.get("JAX_DISTRIBUTED", "")
     if detect not in ("", "auto"):
         raise ValueError(f"JAX_DISTRIBUTED is '{detect}'; it should be 'auto', or not be set.")
-    if given and len(given) < len(_BY_HAND) and not detect:
-        missing = [name for name in _BY_HAND if name not in given]
+    if settings and len(settings) < len(_BY_HAND) and not detect:
+        missing = [name for name in _BY_HAND if name not in settings]
         raise ValueError(
             f"Of the variables of a job of several processes {', '.join(missing)} is missing; set"
             f" all of {', '.join(_BY_HAND)}, or none for one process."
         )
-    if len(given) == len(_BY_HAND):
-        address, *numbers = given.values()
+    if len(settings) == len(_BY_HAND):
+        address, *numbers = settings.values()
         if not all(number.isdigit() for number in numbers):
             raise ValueError(
                 f"JAX_NUM_PROCESSES is '{numbers[0]}' and JAX_PROCESS_ID '{numbers[1]}'; they"
@@ -163,22 +163,23 @@ def together(doing: str) -> Iterator[None]:
         raise PeerError(f"While {doing}, other processes failed. " + "\n".join(failed))
 
 
-def check_same(mine: Mapping[str, str]) -> None:
+def check_same(values: Mapping[str, str]) -> None:
     """Checks that all processes have the same values; each has to call it.
 
     Args:
-        mine: This process's values, by what they are.
+        values: Those of this process, by what they are.
 
     Raises:
         ValueError: If they differ; the message has the differences to process 0.
     """
-    everyone: list[dict[str, str]] = [json.loads(each) for each in exchange(json.dumps(dict(mine)))]
+    processes = [json.loads(text) for text in exchange(json.dumps(dict(values)))]
+    first = processes[0]
     lines = [
-        f"  {key}: {everyone[0].get(key, '(absent)')} on process 0,"
-        f" {other.get(key, '(absent)')} on process {i}"
-        for i, other in enumerate(everyone)
-        for key in sorted(everyone[0].keys() | other.keys())
-        if everyone[0].get(key) != other.get(key)
+        f"  {key}: {first.get(key, '(absent)')} on process 0,"
+        f" {process.get(key, '(absent)')} on process {i}"
+        for i, process in enumerate(processes)
+        for key in sorted(first.keys() | process.keys())
+        if first.get(key) != process.get(key)
     ]
     if lines:
         raise ValueError(
@@ -225,8 +226,8 @@ def agree(stop: bool, count: int) -> tuple[bool, int]:
         return stop, count
     arrive()
     # Small enough for any dtype that a gathered array may be given.
-    everyone = multihost_utils.process_allgather(np.array([stop, count], np.int32))
-    return bool(everyone[:, 0].any()), int(everyone[:, 1].min())
+    stops, counts = multihost_utils.process_allgather(np.array([stop, count], np.int32)).T
+    return bool(stops.any()), int(counts.min())
 
 
 def arrive() -> None:
@@ -298,7 +299,7 @@ def describe(mesh: jax.sharding.Mesh) -> Mapping[str, Any]:
 
 def _processor() -> str:
     """Names the processor, as far as the system tells."""
-    listed = Path("/proc/cpuinfo")
-    lines = listed.read_text().splitlines() if listed.exists() else []
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return models[0] if models else platform.machine()

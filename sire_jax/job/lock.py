@@ -28,6 +28,13 @@ _TAKEN = (errno.EAGAIN, errno.EACCES)
 def held(directory: Path) -> Iterator[None]:
     """Holds the lock of a workdir.
 
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as directory, held(Path(directory)):
+    ...     with held(Path(directory)):  # doctest: +ELLIPSIS
+    ...         pass
+    Traceback (most recent call last):
+    BlockingIOError: The workdir ... is in use: process ... trains in it. Wait until it ends, ...
+
     Args:
         directory: The workdir.
 

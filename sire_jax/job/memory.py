@@ -20,10 +20,11 @@ def available() -> int:
 
     Those of an accelerator; or those that the machine has free, within what the job may take.
     """
-    told = jax.devices()[0].memory_stats() or {}
-    if "bytes_limit" in told:
-        return int(told["bytes_limit"])
-    held = sum(each.nbytes for each in jax.live_arrays())
+    # Of a CPU, whose memory is the machine's, JAX returns None.
+    statistics = jax.devices()[0].memory_stats() or {}
+    if "bytes_limit" in statistics:
+        return int(statistics["bytes_limit"])
+    held = sum(array.nbytes for array in jax.live_arrays())
     return min(_of_machine(), *(_of_group(*group) for group in _GROUPS)) + held
 
 

@@ -55,13 +55,13 @@ class Progress:
         now = time.perf_counter()
         speed = self._taken * self._images / max(now - self._since, 1e-9)
         self._since, self._taken = now, 0
-        shown = "  ".join(f"{name} {np.mean(each):.4g}" for name, each in values.items())
+        text = "  ".join(f"{name} {np.mean(value):.4g}" for name, value in values.items())
         if self._terminal:
-            self._bar.set_postfix_str(f"{speed:,.0f} images/s  {shown}")
+            self._bar.set_postfix_str(f"{speed:,.0f} images/s  {text}")
         else:
             epoch = -(-step // self._steps)
             print(
-                f"epoch {epoch}/{self._epochs}  step {step}  {shown}  {speed:,.0f} images/s",
+                f"epoch {epoch}/{self._epochs}  step {step}  {text}  {speed:,.0f} images/s",
                 flush=True,
             )
 
@@ -78,6 +78,11 @@ class Progress:
 
 class Pace:
     """How many steps one call of a program takes, so that a run can be stopped within seconds.
+
+    >>> pace = Pace(most=100)
+    >>> pace.note(steps=pace.steps, seconds=0.05)
+    >>> pace.steps
+    20
 
     Args:
         most: The most steps of a call.
@@ -156,6 +161,7 @@ def _handlers(stop: Stop) -> Iterator[None]:
     def note(number: int, frame: Any) -> None:
         stop.signal = stop.signal or signal.Signals(number).name
         if number == signal.SIGINT:
+            # The second one then ends it, should saving take too long for the person.
             signal.signal(signal.SIGINT, before[signal.SIGINT])
 
     try:

@@ -42,13 +42,14 @@ def listen() -> None:
     numbers = SIGNALS if program in _RESUMED else (signal.SIGINT,)
     _listened_to = tuple(n for n in numbers if signal.getsignal(n) != signal.SIG_IGN)
     _receive = end
-    read, write = os.pipe()
-    os.set_blocking(write, False)
-    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    source, sink = os.pipe()
+    # As Python demands: what writes into it is C's handler, which must never wait.
+    os.set_blocking(sink, False)
+    signal.set_wakeup_fd(sink, warn_on_full_buffer=False)
     listen_again()
     # A copy of this process has no such thread.
     os.register_at_fork(after_in_child=_stop_listening)
-    threading.Thread(target=_listen, args=(read,), name="signals", daemon=True).start()
+    threading.Thread(target=_listen, args=(source,), name="signals", daemon=True).start()
 
 
 def listen_again() -> None:
@@ -92,27 +93,24 @@ def end(number: signal.Signals) -> None:
         number: The signal.
     """
     resumed = _program() in _RESUMED
-    kept = " What has been saved is kept, and the same command goes on." if resumed else ""
+    advice = " What has been saved is kept, and the same command goes on." if resumed else ""
+    # Past Python's streams, whose lock the main thread may hold.
     with contextlib.suppress(OSError):
-        os.write(2, f"\n{number.name}: ended.{kept}\n".encode())
-    leave(command.INTERRUPTED if number == signal.SIGINT else command.AGAIN)
+        os.write(2, f"\n{number.name}: ended.{advice}\n".encode())
+    _leave(command.INTERRUPTED if number == signal.SIGINT else command.AGAIN)
 
 
-def leave(status: int) -> None:
-    """Ends the process at once; a job of several processes ends otherwise (``leave_by``)."""
-    _leave(status)
-
-
-def leave_by(way: Callable[[int], Any]) -> None:
+def leave_by(ending: Callable[[int], Any]) -> None:
     """Sets how the process is ended at once.
 
     Args:
-        way: What is called with the exit status, and does not return.
+        ending: What is called with the exit status, and does not return.
     """
     global _leave
-    _leave = way
+    _leave = ending
 
 
+# Of a job of several processes another one, which tells the others (``leave_by``).
 _leave: Callable[[int], Any] = os._exit
 
 
@@ -133,9 +131,9 @@ def _leave_to_thread(number: int, frame: Any) -> None:
     """Does nothing: what listens has been woken."""
 
 
-def _listen(read: int) -> None:
+def _listen(source: int) -> None:
     while True:
-        for number in os.read(read, 64):
+        for number in os.read(source, 64):
             if number in _listened_to:
                 _receive(signal.Signals(number))
 

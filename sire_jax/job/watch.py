@@ -61,6 +61,12 @@ class Sign:
 class Signs:
     """What is known of all processes, and the judgement of it.
 
+    >>> signs = Signs(process=0, count=2, timeout=12.0, now=0.0)
+    >>> signs.read(1, Sign(beat=1).written(), now=5.0)
+    >>> signs.judge(now=10.0)
+    >>> signs.judge(now=20.0)
+    ('process 1 has given no sign of life for 15 s', 75)
+
     Args:
         process: This process.
         count: Number of processes.
@@ -86,6 +92,7 @@ class Signs:
             return
         before = self._others[process]
         sign = Sign(*json.loads(text))
+        # By this process's own clock: those of hosts differ.
         sign.since = before.since if sign.beat == before.beat else now
         self._others[process] = sign
 
@@ -94,11 +101,11 @@ class Signs:
         if self.own.ended is not None:
             # It is on its way out, for a reason of its own.
             return None
-        for i, other in self._others.items():
-            if other.ended is not None:
-                reason = f"process {i} ended with status {other.ended}; see its messages"
-                return other.reason or reason, other.ended
-            silent = now - other.since
+        for i, sign in self._others.items():
+            if sign.ended is not None:
+                reason = f"process {i} ended with status {sign.ended}; see its messages"
+                return sign.reason or reason, sign.ended
+            silent = now - sign.since
             if silent > self.timeout:
                 return f"process {i} has given no sign of life for {silent:.0f} s", command.PEER
         waited = now - self._waits_since
@@ -106,11 +113,11 @@ class Signs:
             return None
         late = [
             i
-            for i, other in self._others.items()
-            if other.arrived < self.own.arrived
-            and not other.busy
+            for i, sign in self._others.items()
+            if sign.arrived < self.own.arrived
+            and not sign.busy
             # Of one that is silent, too, that is what will be said.
-            and now - other.since <= _LIVELY
+            and now - sign.since <= _LIVELY
         ]
         if not late:
             return None
@@ -147,9 +154,10 @@ class Watch(threading.Thread):
     def run(self) -> None:
         """Judges once a second what is known."""
         while not self._over.is_set():
-            judged = self.signs.judge(time.monotonic())
-            if judged is not None:
-                self.end(judged[1], judged[0])
+            judgement = self.signs.judge(time.monotonic())
+            if judgement is not None:
+                reason, status = judgement
+                self.end(status, reason)
             self._over.wait(SECONDS_BETWEEN_SIGNS)
 
     def _exchange(self) -> None:

@@ -14,7 +14,6 @@ without its empty arrays, and random keys as their numbers; orbax alone restores
 import concurrent.futures
 import contextlib
 import errno
-import itertools
 import json
 import math
 import os
@@ -54,7 +53,7 @@ def room(arrays: Iterable[Any]) -> int:
     Args:
         arrays: Arrays or their shapes; of random keys the numbers that they consist of.
     """
-    sizes = (math.prod(each.shape) * each.dtype.itemsize + _ENTRY for each in arrays)
+    sizes = (math.prod(array.shape) * array.dtype.itemsize + _ENTRY for array in arrays)
     return _ROOM + sum(sizes)
 
 
@@ -82,7 +81,7 @@ class Checkpoints:
         self._writing: concurrent.futures.Future | None = None
         # {step: (state of its directory, what is wrong with it)}: read again only if it changes.
         self._verified: dict[int, tuple[Any, str | None]] = {}
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
 
     def latest(self) -> int | None:
         """Returns the step of the newest intact checkpoint, ``None`` if there is none.
@@ -99,9 +98,8 @@ class Checkpoints:
         with contextlib.suppress(OSError, KeyError, TypeError, ValueError, RecursionError):
             if int(manifest.read_sealed(self._directory / _NEWEST)["step"]) > 0:
                 return True
-        return any(
-            (self._path(step) / manifest.MANIFEST).exists() for step in self._steps() if step
-        )
+        paths = (self._path(step) / manifest.MANIFEST for step in self._steps() if step)
+        return any(path.exists() for path in paths)
 
     def save(self, step: int, tree: PyTree, notes: Mapping[str, Any] | None = None) -> None:
         """Copies a tree and starts to write it, unless that step is saved and intact already.
@@ -121,19 +119,21 @@ class Checkpoints:
         if step < 0:
             raise ValueError(f"Can't save step {step}; it should be at least 0.")
         newest = _on_first(self._settle)
-        if newest is not None and newest >= step:
-            if newest == step:
-                return
+        if newest == step:
+            return
+        if newest is not None and newest > step:
             raise ValueError(
                 f"Can't save step {step}: {self._directory} has a checkpoint of step {newest}."
             )
+        # Through JSON now: a copy, and what it can't hold fails here and not in the background.
         arrays, noted = trees.flatten(tree), json.loads(json.dumps(dict(notes or {})))
-        types = {path: ArrayType.of(each) for path, each in arrays.items()}
+        types = {path: ArrayType.of(array) for path, array in arrays.items()}
+        # In every process, as the arrays of several are gathered together.
         numbers = trees.to_host(arrays)
-        stored = trees.nested(tree, {path: each for path, each in numbers.items() if each.size})
+        stored = trees.nested(tree, {path: array for path, array in numbers.items() if array.size})
         if jax.process_index() == 0:
-            written = step, stored, numbers, types, noted, newest
-            self._writing = self._thread.submit(self._write, *written)
+            arguments = step, stored, numbers, types, noted, newest
+            self._writing = self._thread.submit(self._write, *arguments)
 
     def check(self) -> None:
         """Raises if a background save has failed; never waits.
@@ -167,10 +167,10 @@ class Checkpoints:
         Raises:
             FileNotFoundError: If there is no intact checkpoint.
             ValueError: If the checkpoint has other arrays, shapes or dtypes than ``like``, or is of
-                another version, which the message names.
+                another version.
             CheckpointError: If it can't be read.
         """
-        step, seal = _on_first(self._found)
+        step, seal = _on_first(self._newest)
         return _in_all(lambda: self._read(step, seal, like))
 
     def notes(self) -> dict[str, Any]:
@@ -179,7 +179,7 @@ class Checkpoints:
         Raises:
             FileNotFoundError: If there is no intact checkpoint.
         """
-        return _on_first(lambda: dict(manifest.read(self._path(self._found()[0])).notes))
+        return _on_first(lambda: dict(manifest.read(self._path(self._newest()[0])).notes))
 
     def close(self) -> None:
         """Waits until all that this process writes is written; it alone raises.
@@ -203,12 +203,12 @@ class Checkpoints:
     def _latest(self) -> int | None:
         if self._writing is not None:
             concurrent.futures.wait([self._writing])
-        newest, wrong = self._find()
+        newest, faults = self._find()
         used = "there is no other" if newest is None else f"checkpoint {newest} is used"
-        for what in wrong:
-            if what not in self._told:
-                self._told.add(what)
-                warnings.warn(f"{what}; {used}.", stacklevel=2)
+        for fault in faults:
+            if fault not in self._warned:
+                self._warned.add(fault)
+                warnings.warn(f"{fault}; {used}.", stacklevel=2)
         return newest
 
     def _settle(self) -> int | None:
@@ -216,7 +216,7 @@ class Checkpoints:
         self._raise_failure()
         return newest
 
-    def _found(self) -> tuple[int, str | None]:
+    def _newest(self) -> tuple[int, str | None]:
         """Returns the newest intact step and the seal of its manifest."""
         newest = self._latest()
         if newest is None:
@@ -225,30 +225,31 @@ class Checkpoints:
 
     def _find(self) -> tuple[int | None, list[str]]:
         """Returns the newest intact step, and what is wrong with those after it."""
-        steps, wrong, newest = self._steps(), [], None
+        steps, faults, newest = self._steps(), [], None
         for step in steps:
             damage = self._damage(step)
             if damage is None:
                 newest = step
                 break
-            wrong.append(f"Checkpoint {step} in {self._directory} {damage}")
+            faults.append(f"Checkpoint {step} in {self._directory} {damage}")
         try:
             saved = int(manifest.read_sealed(self._directory / _NEWEST)["step"])
             if saved not in steps and (newest is None or saved > newest):
-                wrong.append(f"Checkpoint {saved} in {self._directory} is missing altogether")
+                faults.append(f"Checkpoint {saved} in {self._directory} is missing altogether")
         except (FileNotFoundError, NotADirectoryError):
             pass
         except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
             reason = error if isinstance(error, ValueError) else _reason(error)
-            wrong.append(f"'{_NEWEST}' in {self._directory}, the step saved last, {reason}")
-        return newest, wrong
+            faults.append(f"'{_NEWEST}' in {self._directory}, the step saved last, {reason}")
+        return newest, faults
 
     def _steps(self) -> list[int]:
         """Lists what is named like a step, newest first."""
         if not self._directory.is_dir():
             return []
         names = [path.name for path in self._directory.iterdir()]
-        return sorted((int(n) for n in names if re.fullmatch("0|[1-9][0-9]*", n)), reverse=True)
+        steps = (int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name))
+        return sorted(steps, reverse=True)
 
     def _damage(self, step: int) -> str | None:
         try:
@@ -291,15 +292,15 @@ class Checkpoints:
         with contextlib.suppress(OSError):
             self._remove_old()
 
-    def _leftovers(self) -> Iterable[Path]:
-        return itertools.chain.from_iterable(map(self._directory.glob, _LEFTOVERS))
+    def _leftovers(self) -> list[Path]:
+        return [path for pattern in _LEFTOVERS for path in self._directory.glob(pattern)]
 
     def _remove_old(self) -> None:
         """Removes checkpoints but the newest intact ones; not what never was a checkpoint."""
-        kept = 0
+        intact = 0
         for step in self._steps():
-            if kept < self._keep and self._damage(step) is None:
-                kept += 1
+            if intact < self._keep and self._damage(step) is None:
+                intact += 1
             elif any((self._path(step) / name).exists() for name in (manifest.MANIFEST, _ORBAX)):
                 self._remove([self._path(step)])
 
@@ -322,35 +323,31 @@ class Checkpoints:
                 f"{name} is not what process 0 finds there; all processes should share the"
                 " directory."
             )
-        saved, wanted = manifest.read(path), trees.flatten(like)
-        if saved.format < manifest.FORMAT:
-            raise ValueError(
-                f"{name} is of an earlier version of sire_jax, which kept all arrays as one;"
-                " revision 160d875 can read it."
-            )
-        if saved.format > manifest.FORMAT:
-            raise ValueError(f"{name} is of a later version of sire_jax; take that one to read it.")
-        types = {path: ArrayType.of(each) for path, each in wanted.items()}
+        saved, arrays = manifest.read(path), trees.flatten(like)
+        if saved.format != manifest.FORMAT:
+            raise ValueError(f"{name} is of another version of sire_jax; take that one to read it.")
+        types = {path: ArrayType.of(array) for path, array in arrays.items()}
         _check_same_types(name, saved.arrays, types)
-        shapes = {path: trees.numbers_of(each) for path, each in wanted.items()}
+        shapes = {path: trees.numbers_of(array) for path, array in arrays.items()}
         try:
             numbers = trees.read(path, like, shapes)
         except Exception as error:
             raise CheckpointError(f"{name} can't be read: {_reason(error)}.") from error
+        # Of what is in memory now: the files were verified once, and may have changed since.
         if trees.digest(numbers[path] for path in saved.arrays) != saved.sha256:
             raise CheckpointError(f"{name} can't be read: it differs from what was saved.")
-        placed = [trees.placed_like(numbers[path], each) for path, each in wanted.items()]
-        return jax.tree.unflatten(jax.tree.structure(like), placed)
+        leaves = [trees.placed_like(numbers[path], array) for path, array in arrays.items()]
+        return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
 def _check_same_types(
-    name: str, saved: Mapping[str, ArrayType], wanted: Mapping[str, ArrayType]
+    name: str, saved: Mapping[str, ArrayType], types: Mapping[str, ArrayType]
 ) -> None:
-    for path in (*wanted, *saved):
-        found, asked = saved.get(path, "missing"), wanted.get(path, "not asked for")
-        if found != asked:
+    for path in (*types, *saved):
+        there, here = saved.get(path, "missing"), types.get(path, "not asked for")
+        if there != here:
             raise ValueError(
-                f"{name} does not fit: {path} is {found} in it, but {asked} here. It is of another"
+                f"{name} does not fit: {path} is {there} in it, but {here} here. It is of another"
                 " network, optimizer or config."
             )
 
@@ -370,8 +367,8 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = str(error)
-    system = re.search(r"os_error_code='(\d+)'", text)
-    if system:
+    # Errors of tensorstore, which writes for orbax, have the system's number in their text alone.
+    if system := re.search(r"os_error_code='(\d+)'", text):
         return os.strerror(int(system[1]))
     return f"{type(error).__name__}: {text.partition(' [tensorstore_spec')[0][:300]}"
 
@@ -381,7 +378,8 @@ def _reason(error: BaseException) -> str:
 
 def _on_first(work: Callable[[], T]) -> T:
     """Returns to every process, through JSON, what work in process 0 returns."""
-    return _exchange(_in_all(lambda: work() if jax.process_index() == 0 else None))[0]
+    result = _in_all(lambda: work() if jax.process_index() == 0 else None)
+    return json.loads(distributed.exchange(json.dumps(result))[0])
 
 
 def _in_all(work: Callable[[], T]) -> T:
@@ -391,14 +389,11 @@ def _in_all(work: Callable[[], T]) -> T:
         result = work()
     except Exception as error:
         failure = error
-    messages = _exchange(failure and (str(failure) or type(failure).__name__))
+    text = "" if failure is None else str(failure) or type(failure).__name__
+    messages = map(json.loads, distributed.exchange(json.dumps(text)))
     if failure is not None:
         raise failure
     for process, message in enumerate(messages):
-        if message is not None:
+        if message:
             raise CheckpointError(f"Process {process}: {message}")
     return result
-
-
-def _exchange(value: Any) -> list[Any]:
-    return [json.loads(each) for each in distributed.exchange(json.dumps(value))]

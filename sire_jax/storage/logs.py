@@ -56,8 +56,11 @@ class Logs:
         for line in read_metrics(self._directory.path):
             # What the writer still had in its queue when it was killed; all, if it begins now.
             step, split = line["step"], line["split"]
-            values = {k: v for k, v in line.items() if isinstance(v, list)}
-            missing = {k: v for k, v in values.items() if (step, f"{split}/{k}") not in written}
+            missing = {
+                name: values
+                for name, values in line.items()
+                if isinstance(values, list) and (step, f"{split}/{name}") not in written
+            }
             self._write(step, split, missing)
 
     def record(self, step: int, epoch: int, split: str, values: Mapping[str, np.ndarray]) -> None:
@@ -67,8 +70,8 @@ class Logs:
 
     def _write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
         if self._writer is not None:
-            for name, each in values.items():
-                self._writer.add_scalar(f"{split}/{name}", float(np.mean(each)), step)
+            for name, value in values.items():
+                self._writer.add_scalar(f"{split}/{name}", float(np.mean(value)), step)
             self._writer.flush()
 
     def close(self) -> None:
@@ -86,16 +89,16 @@ def _forget_after(path: Path, step: int) -> list[tuple[int, str]]:
     from google.protobuf.message import DecodeError
     from tensorboardX.proto.event_pb2 import Event
 
-    kept = []
-    for record, event in _records(path):
+    events = []
+    for record, content in _records(path):
         with contextlib.suppress(DecodeError):  # Damaged: it is written again.
-            kept.append((record, Event.FromString(event)))
-    kept = [(record, event) for record, event in kept if event.step <= step]
+            events.append((record, Event.FromString(content)))
+    events = [(record, event) for record, event in events if event.step <= step]
     # TensorBoard reads whatever has "tfevents" in its name.
     partial = path.with_name("partial")
-    partial.write_bytes(b"".join(record for record, _ in kept))
+    partial.write_bytes(b"".join(record for record, _ in events))
     partial.replace(path)
-    return [(event.step, value.tag) for _, event in kept for value in event.summary.value]
+    return [(event.step, value.tag) for _, event in events for value in event.summary.value]
 
 
 def _records(path: Path) -> Iterator[tuple[bytes, bytes]]:

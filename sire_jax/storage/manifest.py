@@ -16,7 +16,7 @@ from typing import Any
 from sire_jax.storage.trees import ArrayType
 
 MANIFEST = "manifest"
-# Of what orbax is given: 2 is the tree itself, 1 was the bytes of all arrays as one.
+# Of what orbax is given: another number for anything else than the tree itself.
 FORMAT = 2
 
 
@@ -70,13 +70,14 @@ def write(
     Raises:
         OSError: If it can't be written; there is no manifest then.
     """
-    found = entries(directory)
-    inner = [name for name, each in found.items() if stat.S_ISDIR(each.st_mode)]
+    statuses = entries(directory)
+    inner = [name for name, status in statuses.items() if stat.S_ISDIR(status.st_mode)]
     files = {
-        name: FileEntry(each.st_size, _hash_on_disk(directory / name))
-        for name, each in found.items()
+        name: FileEntry(status.st_size, _hash_on_disk(directory / name))
+        for name, status in statuses.items()
         if name not in inner
     }
+    # A file is on the disk once its name in its directory is, too.
     for name in (*inner, "."):
         _sync(directory / name)
     content = Manifest(step, arrays, sha256, notes, files, tuple(inner))
@@ -98,14 +99,14 @@ def read(directory: Path) -> Manifest:
         return Manifest(
             int(content["step"]),
             {
-                path: ArrayType(tuple(map(int, each["shape"])), str(each["dtype"]))
-                for path, each in content["arrays"].items()
+                path: ArrayType(tuple(map(int, array["shape"])), str(array["dtype"]))
+                for path, array in content["arrays"].items()
             },
             str(content["sha256"]),
             dict(content["notes"]),
-            {name: FileEntry(**each) for name, each in content["files"].items()},
+            {name: FileEntry(**entry) for name, entry in content["files"].items()},
             tuple(map(str, content["directories"])),
-            int(content.get("format", 1)),
+            int(content["format"]),
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError("is not a manifest") from error
@@ -113,6 +114,16 @@ def read(directory: Path) -> Manifest:
 
 def damage(directory: Path, step: int) -> str | None:
     """Says what is wrong with a checkpoint.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     file = Path(directory, "numbers")
+    ...     _ = file.write_bytes(b"1234")
+    ...     write(Path(directory), step=3, arrays={}, sha256="", notes={})
+    ...     before = damage(Path(directory), step=3)
+    ...     _ = file.write_bytes(b"1235")
+    ...     before, damage(Path(directory), step=3)
+    (None, "is damaged: 'numbers' differs from what was saved")
 
     Args:
         directory: Its directory.
@@ -126,42 +137,43 @@ def damage(directory: Path, step: int) -> str | None:
     """
     if directory.is_symlink() or not directory.is_dir():
         return "is no checkpoint: it is not a directory"
-    found = entries(directory)
-    for name, each in found.items():
+    statuses = entries(directory)
+    for name, status in statuses.items():
         # Opening anything else could block, or lead out of the directory.
-        if not stat.S_ISREG(each.st_mode) and not stat.S_ISDIR(each.st_mode):
+        if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
             return f"is damaged: '{name}' is neither a file nor a directory"
-    if MANIFEST not in found:
+    if MANIFEST not in statuses:
         return (
             f"has no '{MANIFEST}': its writing was cut off or goes on, it is damaged, or it is no"
             " checkpoint"
         )
     try:
-        wrong = _difference(read(directory), directory, step, found)
+        fault = _difference(read(directory), directory, step, statuses)
     except (ValueError, RecursionError) as error:
-        wrong = f"'{MANIFEST}' {error}"
-    return wrong and f"is damaged: {wrong}"
+        fault = f"'{MANIFEST}' {error}"
+    return fault and f"is damaged: {fault}"
 
 
 def _difference(
-    manifest: Manifest, directory: Path, step: int, found: Mapping[str, os.stat_result]
+    manifest: Manifest, directory: Path, step: int, statuses: Mapping[str, os.stat_result]
 ) -> str | None:
     if manifest.step != step:
         return f"it is a copy of checkpoint {manifest.step}"
     # Only what was found in the directory is opened: a path in a manifest leads nowhere.
     listed = {MANIFEST, *manifest.files, *manifest.directories}
-    for name in sorted(listed - set(found)):
+    for name in sorted(listed - set(statuses)):
         return f"'{name}' is missing"
-    for name in sorted(set(found) - listed):
+    for name in sorted(set(statuses) - listed):
         return f"'{name}' does not belong to it"
     for name in manifest.directories:
-        if not stat.S_ISDIR(found[name].st_mode):
+        if not stat.S_ISDIR(statuses[name].st_mode):
             return f"'{name}' is not a directory"
     for name, saved in manifest.files.items():
-        if not stat.S_ISREG(found[name].st_mode):
+        if not stat.S_ISREG(statuses[name].st_mode):
             return f"'{name}' is not a file"
-        if found[name].st_size != saved.size:
-            return f"'{name}' has {found[name].st_size} bytes, not {saved.size}"
+        # Sizes first: they are known, and the content of a large file takes long to read.
+        if statuses[name].st_size != saved.size:
+            return f"'{name}' has {statuses[name].st_size} bytes, not {saved.size}"
         if _hash(directory / name) != saved.sha256:
             return f"'{name}' differs from what was saved"
     return None
@@ -186,13 +198,19 @@ def state(directory: Path) -> list[tuple[str, int, int, int, int]]:
         directory: The directory.
     """
     return sorted(
-        (name, each.st_mode, each.st_size, each.st_mtime_ns, each.st_ino)
-        for name, each in entries(directory).items()
+        (name, status.st_mode, status.st_size, status.st_mtime_ns, status.st_ino)
+        for name, status in entries(directory).items()
     )
 
 
 def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
     """Writes JSON below its own SHA-256, whole or not at all.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     write_sealed(Path(directory, "newest"), {"step": 700})
+    ...     read_sealed(Path(directory, "newest"))
+    {'step': 700}
 
     Args:
         path: The file.
@@ -202,6 +220,7 @@ def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
         OSError: If it can't be written.
     """
     text = json.dumps(content, default=vars).encode()
+    # Beside it, as a file is renamed at once only within a file system.
     partial = path.with_name(f".{path.name}.partial")
     try:
         with partial.open("wb") as file:
@@ -238,6 +257,7 @@ def seal(directory: Path) -> str | None:
     """
     try:
         with (directory / MANIFEST).open("rb") as file:
+            # Of a damaged one the first line may be all of it.
             return file.readline(100).decode().strip()
     except (OSError, ValueError):
         return None

@@ -26,6 +26,9 @@ _NOTHING = {"nothing": np.zeros(1, np.uint8)}
 class ArrayType:
     """What an array is.
 
+    >>> str(ArrayType.of(np.zeros((2, 3), np.float32))), str(ArrayType.of(jax.random.key(0)))
+    ('float32[2, 3]', 'key<fry>[]')
+
     Attributes:
         shape: Its shape.
         dtype: Its dtype, ``key<…>`` of random keys.
@@ -46,6 +49,10 @@ class ArrayType:
 def flatten(tree: PyTree) -> dict[str, Any]:
     """Lists the arrays of a tree.
 
+    >>> tree = {"params": {"layer_1": {"kernel": np.ones((2, 3))}}, "steps": (np.int32(7),)}
+    >>> {path: array.shape for path, array in flatten(tree).items()}
+    {'params/layer_1/kernel': (2, 3), 'steps/0': ()}
+
     Args:
         tree: Arrays, shapes, random keys or numbers.
 
@@ -56,14 +63,14 @@ def flatten(tree: PyTree) -> dict[str, Any]:
         ValueError: If two have the same path, or paths that differ only in what joins their steps.
     """
     arrays: dict[str, Any] = {}
-    taken: dict[str, str] = {}
+    by_dots: dict[str, str] = {}
     for path, leaf in jax.tree.leaves_with_path(tree):
         steps = names(path)
         name = "/".join(steps)
         # orbax joins the steps with dots.
-        other = taken.setdefault(".".join(steps), name)
-        if name in arrays or other != name:
-            raise ValueError(f"Two arrays of the tree have the same path: {other} and {name}.")
+        first = by_dots.setdefault(".".join(steps), name)
+        if name in arrays or first != name:
+            raise ValueError(f"Two arrays of the tree have the same path: {first} and {name}.")
         arrays[name] = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
     return arrays
 
@@ -76,6 +83,9 @@ def names(path: tuple[Any, ...]) -> tuple[str, ...]:
 def nested(tree: PyTree, leaves: Mapping[str, Any]) -> dict[str, Any]:
     """Makes nested mappings of a tree, whatever its nodes are.
 
+    >>> nested((1, {"a": 2}), {"0": "first", "1/a": "second"})
+    {'0': 'first', '1': {'a': 'second'}}
+
     Args:
         tree: Any tree.
         leaves: What takes the place of its leaves, by their paths; the others are left out.
@@ -83,15 +93,15 @@ def nested(tree: PyTree, leaves: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         Mappings by what ``names`` calls the steps.
     """
-    made: dict[str, Any] = {}
+    root: dict[str, Any] = {}
     for path, _ in jax.tree.leaves_with_path(tree):
         *outer, last = steps = names(path)
         if "/".join(steps) in leaves:
-            inner = made
+            inner = root
             for name in outer:
                 inner = inner.setdefault(name, {})
             inner[last] = leaves["/".join(steps)]
-    return made
+    return root
 
 
 def to_host(arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -106,11 +116,12 @@ def to_host(arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """
     data = {k: jax.random.key_data(x) if _is_key(x) else x for k, x in arrays.items()}
     data = {k: _of_this_process(x) if isinstance(x, jax.Array) else x for k, x in data.items()}
-    for each in data.values():
-        if isinstance(each, jax.Array):
-            each.copy_to_host_async()
+    # All copies are begun before the first is waited for.
+    for array in data.values():
+        if isinstance(array, jax.Array):
+            array.copy_to_host_async()
     # A copy also on CPU, where a view would see what a donated array is overwritten with.
-    return {path: np.array(each, order="C") for path, each in data.items()}
+    return {path: np.array(array, order="C") for path, array in data.items()}
 
 
 def placed_like(numbers: np.ndarray, like: Any) -> Any:
@@ -150,9 +161,9 @@ def _of_this_process(array: jax.Array) -> jax.Array | np.ndarray:
 
 def _implementation(like: jax.Array | jax.ShapeDtypeStruct) -> Any:
     """Returns what makes random keys of a kind, which JAX tells of keys, but not of a shape."""
-    told: list[Any] = []
-    jax.eval_shape(lambda keys: told.append(jax.random.key_impl(keys)), like)
-    return told[0]
+    implementations: list[Any] = []
+    jax.eval_shape(lambda keys: implementations.append(jax.random.key_impl(keys)), like)
+    return implementations[0]
 
 
 # ---- On the disk.
@@ -195,22 +206,24 @@ def read(
     Raises:
         ValueError: If an array on the disk has another shape or dtype.
     """
-    asked = {name: each for name, each in shapes.items() if each.size}
-    empty = {n: np.zeros(each.shape, each.dtype) for n, each in shapes.items() if not each.size}
-    if not asked:
+    full = {name: shape for name, shape in shapes.items() if shape.size}
+    empty = {
+        name: np.zeros(shape.shape, shape.dtype) for name, shape in shapes.items() if not shape.size
+    }
+    if not full:
         return empty
-    stored = nested(like, asked)
+    stored = nested(like, full)
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored)
     with _checkpointer() as checkpointer:
-        found = checkpointer.restore(
+        restored = checkpointer.restore(
             directory, args=ocp.args.PyTreeRestore(stored, restore_args=as_numpy)
         )
-    read = flatten(found)
-    for name, each in asked.items():
-        if (read[name].dtype, read[name].shape) != (each.dtype, each.shape):
-            held = f"{read[name].dtype}{list(read[name].shape)}"
-            raise ValueError(f"its {name} is {held}, not {each.dtype}{list(each.shape)}")
-    return empty | read
+    arrays = flatten(restored)
+    for name, shape in full.items():
+        there, here = ArrayType.of(arrays[name]), ArrayType.of(shape)
+        if there != here:
+            raise ValueError(f"its {name} is {there}, not {here}")
+    return empty | arrays
 
 
 def digest(arrays: Iterable[np.ndarray]) -> str:
@@ -220,6 +233,6 @@ def digest(arrays: Iterable[np.ndarray]) -> str:
         arrays: Of the host.
     """
     digest = hashlib.sha256()
-    for each in arrays:
-        digest.update(np.ascontiguousarray(each).reshape(-1).view(np.uint8).data)
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()

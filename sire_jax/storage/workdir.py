@@ -69,8 +69,9 @@ class Workdir:
         Raises:
             ValueError: If they are others; the message has the difference.
         """
-        kept = contents.read(self.path) if (self.path / "config.json").exists() else None
-        changed = contents.differences(kept, data) if kept else []
+        # Before the config, which is written last, the directory is nobody's run yet.
+        old = contents.read(self.path) if (self.path / "config.json").exists() else None
+        changed = contents.differences(old, data) if old else []
         if changed:
             lines = "\n".join(f"  {line}" for line in changed)
             raise ValueError(
@@ -108,6 +109,7 @@ class Workdir:
             OSError: If this process does not see what process 0 wrote.
         """
         probe = self.path / ".shared"
+        # Another one each time: what an earlier start left there proves nothing.
         token = distributed.exchange(uuid.uuid4().hex)[0]
         with distributed.together("writing to the workdir"):
             if distributed.is_main():
@@ -131,15 +133,15 @@ class Workdir:
         if not distributed.is_main():
             return
         line = {"step": step, "epoch": epoch, "split": split}
-        line |= {name: np.asarray(each).tolist() for name, each in values.items()}
+        line |= {name: np.asarray(value).tolist() for name, value in values.items()}
         with (self.path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
 
     def forget_after(self, step: int) -> None:
         """Drops measurements of later steps, which a resumed run will take again."""
         path = self.path / "metrics.jsonl"
-        kept = [line for line in read_metrics(self.path) if line["step"] <= step]
-        _replace(path, "".join(json.dumps(line) + "\n" for line in kept))
+        lines = [line for line in read_metrics(self.path) if line["step"] <= step]
+        _replace(path, "".join(json.dumps(line) + "\n" for line in lines))
 
     def write_results(self, results: Mapping[str, Any]) -> None:
         """Writes ``results.json``."""
@@ -203,14 +205,19 @@ def read_results(path: str | Path) -> dict[str, Any] | None:
     stored = at(path) / "results.json"
     if not stored.exists():
         return None
-    found = untrusted.read_json(stored)
-    splits = found.get("splits") if isinstance(found, dict) else None
-    numbers = [found.get(k) for k in ("step", "seconds")] if isinstance(found, dict) else []
-    if not all(isinstance(each, int | float) for each in numbers):
-        splits = None
-    if not isinstance(splits, dict) or not all(isinstance(each, dict) for each in splits.values()):
+    results = untrusted.read_json(stored)
+    if not _are_results(results):
         raise ValueError(f"{stored} holds no results of a run; remove it, to measure again.")
-    return dict(found)
+    return dict(results)
+
+
+def _are_results(content: Any) -> bool:
+    if not isinstance(content, dict) or not isinstance(content.get("splits"), dict):
+        return False
+    numbers = [content.get(key) for key in ("step", "seconds")]
+    return all(isinstance(number, int | float) for number in numbers) and all(
+        isinstance(metrics, dict) for metrics in content["splits"].values()
+    )
 
 
 def read_config(path: str | Path, building: bool = True) -> ConfigDict:
@@ -252,6 +259,11 @@ def is_own(path: str | Path) -> bool:
 def titles(paths: Sequence[str]) -> dict[str, str]:
     """Names runs by their directory, or by the whole path where names repeat.
 
+    >>> titles(["runs/first", "runs/second"])
+    {'first': 'runs/first', 'second': 'runs/second'}
+    >>> list(titles(["a/run", "b/run"]))
+    ['a/run', 'b/run']
+
     Args:
         paths: Workdirs.
 
@@ -259,32 +271,42 @@ def titles(paths: Sequence[str]) -> dict[str, str]:
         ``{title: path}``.
     """
     names = [Path(path).name for path in paths]
-    return {n if names.count(n) == 1 else p: p for n, p in zip(names, paths, strict=True)}
+    pairs = zip(names, paths, strict=True)
+    return {name if names.count(name) == 1 else path: path for name, path in pairs}
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Reads ``metrics.jsonl`` of the run in a directory; a line cut off by a crash is left out."""
+    r"""Reads ``metrics.jsonl`` of the run in a directory; a line cut off by a crash is left out.
+
+    >>> import tempfile
+    >>> line = '{"step": 5, "epoch": 1, "split": "test", "main/top_1": [0.9, 0.8]}'
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     _ = Path(directory, "metrics.jsonl").write_text(line + "\n" + line[:-9])
+    ...     [(entry["step"], entry["main/top_1"]) for entry in read_metrics(directory)]
+    [(5, [0.9, 0.8])]
+    """
     stored = at(path) / "metrics.jsonl"
     lines = []
     # What is no text is no measurement, either.
     text = stored.read_text(encoding="utf-8", errors="replace") if stored.exists() else ""
     for line in text.splitlines():
         try:
-            found = untrusted.parse_json(line, "a line")
+            content = untrusted.parse_json(line, "a line")
         except ValueError:
             continue
-        if _is_measurement(found):
-            lines.append(found)
+        if _is_measurement(content):
+            lines.append(content)
     return lines
 
 
-def _is_measurement(found: Any) -> bool:
-    if not isinstance(found, dict):
+def _is_measurement(content: Any) -> bool:
+    if not isinstance(content, dict):
         return False
-    named = {"step": int, "epoch": int, "split": str}
-    if not all(type(found.get(key)) is kind for key, kind in named.items()):
+    types = {"step": int, "epoch": int, "split": str}
+    if not all(type(content.get(key)) is kind for key, kind in types.items()):
         return False
-    values = [each for key, each in found.items() if key not in named]
-    return all(isinstance(each, list) for each in values) and all(
-        type(number) in (int, float) for each in values for number in each
+    # `type`, as for `isinstance` a truth value is an integer.
+    metrics = [values for key, values in content.items() if key not in types]
+    return all(isinstance(values, list) for values in metrics) and all(
+        type(number) in (int, float) for values in metrics for number in values
     )

@@ -78,12 +78,6 @@ def test_other_images_of_the_same_names_and_sizes_are_a_difference(folder, tmp_p
                 "train: 17 -> 17 images of the same names and sizes, but other content"
             ]
     assert before.brief() != after[0].brief() == after[1].brief()
-    # A run that was begun without samples goes on.
-    described = json.loads((tmp_path / contents.FILE).read_text())
-    for part in ("train", "test"):
-        assert len(described[part].pop("sampled")) == 64
-    (tmp_path / contents.FILE).write_text(json.dumps(described))
-    assert contents.differences(contents.read(tmp_path), after[0]) == []
 
 
 def test_samples_of_many_files_are_evenly_chosen_and_both_of_their_ends(folder, monkeypatch):
@@ -294,7 +288,7 @@ def test_a_run_is_not_measured_where_its_training_images_changed(copied, with_te
         evaluate.evaluate(run, "test", overrides, changed_data=True)
 
 
-def test_a_run_of_a_former_version_is_opened_with_the_names_of_the_data(copied):
+def test_a_run_without_its_file_of_data_is_opened_with_the_names_of_the_data(copied):
     run, data, overrides = copied
     for name in (contents.FILE, contents.FILES):
         (run / name).unlink()

@@ -748,7 +748,7 @@ def unread(monkeypatch):
     def fail(*_):
         raise AssertionError("records were read")
 
-    monkeypatch.setattr("sire_jax.data.prepared.open_split", fail)
+    monkeypatch.setattr("sire_jax.data.prepared.PreparedSplit._records", property(fail))
 
 
 def test_labels_are_read_once_and_only_if_they_are_needed(prepared, tmp_path, request):

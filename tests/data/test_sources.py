@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pictured import flipped
 
 from sire_jax.data import copies, sources
-from sire_jax.data.sources import Dataset, Selection, Source
+from sire_jax.data.dataset import Dataset, Selection, Source, draw_classes
 
 DIGITS_OF_EACH_CLASS = [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
 DIGITS_SHA256 = "87ff0c9e40dc7e2c0e34e7257799c2e3f3aec1a016363bb11cad869ec428a826"
@@ -104,18 +104,18 @@ def test_a_selection_that_makes_no_sense_is_refused(settings, message):
 
 
 def test_a_seed_always_draws_the_same_classes():
-    assert sources.draw_classes(10, 4, 0).tolist() == FOUR_OF_TEN
-    drawn = sources.draw_classes(1000, 100, 0)
+    assert draw_classes(10, 4, 0).tolist() == FOUR_OF_TEN
+    drawn = draw_classes(1000, 100, 0)
     assert drawn[:8].tolist() == FIRST_OF_HUNDRED
     assert drawn.sum() == 51076
-    assert sources.draw_classes(10, 10, 3).tolist() == list(range(10))
+    assert draw_classes(10, 10, 3).tolist() == list(range(10))
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(2, 50), st.data(), st.integers(0, 2**31))
 def test_drawn_classes_are_distinct_and_ascend(classes, data, seed):
     number = data.draw(st.integers(2, classes))
-    drawn = sources.draw_classes(classes, number, seed)
+    drawn = draw_classes(classes, number, seed)
     assert len(drawn) == number
     assert (np.diff(drawn) > 0).all()
     assert drawn[0] >= 0
@@ -123,7 +123,7 @@ def test_drawn_classes_are_distinct_and_ascend(classes, data, seed):
 
 
 def test_each_class_is_as_likely_to_be_drawn():
-    often = np.bincount(np.concatenate([sources.draw_classes(8, 2, i) for i in range(400)]))
+    often = np.bincount(np.concatenate([draw_classes(8, 2, i) for i in range(400)]))
     # Each of the 8 in a quarter of the draws: 100 +- 9.
     assert often.min() > 65
     assert often.max() < 135
@@ -132,7 +132,7 @@ def test_each_class_is_as_likely_to_be_drawn():
 @pytest.mark.parametrize("number", [1, 11])
 def test_more_classes_than_there_are_or_one_are_refused(number):
     with pytest.raises(ValueError, match=rf"{number}; of 10 classes it should be in 2\.\.10"):
-        sources.draw_classes(10, number, 0)
+        draw_classes(10, number, 0)
 
 
 def test_digits_of_drawn_classes_are_numbered_anew(digits):
@@ -504,7 +504,7 @@ def test_only_images_of_drawn_classes_are_decoded(prepared, monkeypatch):
         return decode(*given)
 
     monkeypatch.setattr(images, "decode", counted)
-    drawn = sources.draw_classes(3, 2, 0).tolist()
+    drawn = draw_classes(3, 2, 0).tolist()
     dataset = sources.load("tfds:tiny", str(prepared), selection=Selection(draw_classes=2))
     assert dataset.classes == {"label": 2}
     assert dataset.names == {"label": tuple(map(str, drawn))}
