@@ -12,6 +12,7 @@ PACKAGE = REPOSITORY / "sire_jax"
 # Modules that no test imports, and the tests that run them as what they are: parts of others.
 THROUGH_OTHERS = {
     "backbones.pair": "test_networks.py",
+    "backbones.settings": "backbones/test_blocks.py",
     "backbones.small": "test_auxnet.py",
     "configuration.compatibility": "test_experiment.py",
     "configuration.defaults": "test_configuration.py",
@@ -30,6 +31,10 @@ THROUGH_OTHERS = {
     "runs.feed": "test_streamed_runs.py",
     "runs.placement": "test_distributed.py",
     "runs.program": "test_distributed.py",
+    "slices.marks": "test_slices.py",
+    "slices.operations": "test_slices.py",
+    "slices.programs": "test_slices.py",
+    "slices.reach": "test_slices.py",
     "updates.steps": "updates/test_rules.py",
 }
 # Tests that are as if they were marked as slow.

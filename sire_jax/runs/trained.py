@@ -104,7 +104,7 @@ def open_run(
         workdir: The run.
         overrides: ``--config.data.dir=DIR`` and the like, where the data have moved.
         needs_data: Whether the data are used. If not, they need not be there: what classes are
-            called is kept with the run (by a former version it was not: they are loaded).
+            called is kept with the run (where its data.json was removed, they are loaded).
         changed_data: Whether data with other test images than the run's are taken, with a warning.
 
     Returns:

@@ -167,7 +167,7 @@ class Checkpoints:
         Raises:
             FileNotFoundError: If there is no intact checkpoint.
             ValueError: If the checkpoint has other arrays, shapes or dtypes than ``like``, or is of
-                another version.
+                another version, which the message names.
             CheckpointError: If it can't be read.
         """
         step, seal = _on_first(self._newest)
@@ -325,7 +325,8 @@ class Checkpoints:
             )
         saved, arrays = manifest.read(path), trees.flatten(like)
         if saved.format != manifest.FORMAT:
-            raise ValueError(f"{name} is of another version of sire_jax; take that one to read it.")
+            other = "revision 160d875" if saved.format < manifest.FORMAT else "a later version"
+            raise ValueError(f"{name} is of another version of sire_jax; {other} can read it.")
         types = {path: ArrayType.of(array) for path, array in arrays.items()}
         _check_same_types(name, saved.arrays, types)
         shapes = {path: trees.numbers_of(array) for path, array in arrays.items()}

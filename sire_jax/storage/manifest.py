@@ -16,7 +16,8 @@ from typing import Any
 from sire_jax.storage.trees import ArrayType
 
 MANIFEST = "manifest"
-# Of what orbax is given: another number for anything else than the tree itself.
+# Of what orbax is given: another number for anything else than the tree itself. Of the first, up to
+# revision 160d875, it was the bytes of all arrays as one.
 FORMAT = 2
 
 
@@ -106,7 +107,7 @@ def read(directory: Path) -> Manifest:
             dict(content["notes"]),
             {name: FileEntry(**entry) for name, entry in content["files"].items()},
             tuple(map(str, content["directories"])),
-            int(content["format"]),
+            int(content.get("format", 1)),
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError("is not a manifest") from error
