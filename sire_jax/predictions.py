@@ -22,7 +22,12 @@ from sire_jax.text import nearest
 
 # Examples that rules are fitted to, at most.
 MOST = 50_000
+# Halvings of an interval of length 1: as exact as float32.
+_HALVINGS = 24
+_NORMALIZATIONS = ("sum", "softmax")
+_SPLITS = ("train", "validation")
 Outputs = Mapping[str, Array]
+Prediction = Callable[..., Array]
 
 
 @dataclass(frozen=True)
@@ -119,24 +124,19 @@ def _check_assignment(branch: str, of_label: np.ndarray, classes: int, groups: i
         )
 
 
-def check_branches(what: str, branches: Sequence[str], groups: Assignments) -> tuple[str, ...]:
-    """Returns the branches over groups that a prediction rule uses, all if none is named.
-
-    Raises:
-        ValueError: If there is no branch, or one is named whose target is no grouping.
-    """
+def _check_branches(rule: str, branches: Sequence[str], groups: Assignments) -> None:
+    """Refuses a rule without branches, or with one whose target is no grouping."""
     for name in branches:
         if name not in groups:
             raise ValueError(
-                f"{what} uses the output '{name}', which is no branch over groups of the labels."
+                f"{rule} uses the output '{name}', which is no branch over groups of the labels."
                 f"{nearest(name, groups)}"
             )
     if not groups:
         raise ValueError(
-            f"{what} needs a branch over groups of the labels: a head with an objective whose"
+            f"{rule} needs a branch over groups of the labels: a head with an objective whose"
             " target is one of config.data.groups."
         )
-    return tuple(branches or groups)
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ class JointProbability:
                 f"A normalization is '{self.normalization}'."
                 f"{nearest(self.normalization, _NORMALIZATIONS)}"
             )
-        check_branches("joint_probability", self.branches, self.groups)
+        _check_branches("joint_probability", self.branches, self.groups)
 
     def needs(self) -> tuple[str, ...]:
         """Returns the outputs that the rule uses."""
@@ -190,11 +190,6 @@ class JointProbability:
         groups = {name: self.groups[name] for name in self.needs()[1:]}
         joint = log_joint(outputs, groups, self.eta)
         return jax.nn.log_softmax(joint if self.normalization == "sum" else jnp.exp(joint))
-
-
-_NORMALIZATIONS = ("sum", "softmax")
-
-Prediction = Callable[..., Array]
 
 
 def check(
@@ -229,11 +224,6 @@ def check(
 
 
 # ---- Rules that are fitted.
-
-
-_SPLITS = ("train", "validation")
-# Halvings of an interval of length 1: as exact as float32.
-_HALVINGS = 24
 
 
 def _check_split(rule: str, split: str) -> None:
@@ -272,7 +262,7 @@ class FittedJointProbability:
 
     def __post_init__(self) -> None:
         _check_split("fitted_joint_probability", self.split)
-        check_branches("fitted_joint_probability", (), self.groups)
+        _check_branches("fitted_joint_probability", (), self.groups)
 
     def needs(self) -> tuple[str, ...]:
         """Returns the outputs that the rule uses."""
@@ -344,7 +334,7 @@ class LinearCombination:
                 " should be above 0 and the steps at least 1."
             )
         if not self.outputs:
-            check_branches("linear_combination", (), self.groups)
+            _check_branches("linear_combination", (), self.groups)
 
     def needs(self) -> tuple[str, ...]:
         """Returns the outputs that the rule uses."""

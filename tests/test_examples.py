@@ -24,8 +24,8 @@ pytestmark = pytest.mark.optax_dtypes
 LONG = {
     f"sire_jax.{name}"
     for name in (
-        *("data.augmentation", "fitting", "inference.cascade", "losses", "metrics", "networks"),
-        *("predictions", "step", "updates.aggregators", "updates.rules", "updates.weightings"),
+        *("data.augmentation", "fitting", "losses", "metrics", "networks", "predictions"),
+        *("step", "updates.aggregators", "updates.weightings"),
     )
 }
 
