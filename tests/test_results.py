@@ -907,3 +907,24 @@ def test_what_was_counted_is_what_the_code_makes(benchmark, monkeypatch, table, 
     monkeypatch.setattr(paper_tables, "load_table", lambda *_: one)
     for name, counted in counting.count(table).items():
         assert counted == {row: recorded[name][row]}
+
+
+def test_what_reconstructions_show_is_what_was_recorded():
+    recorded, text = _recorded("sire_reconstructions.json"), _prose("sire.md")
+    (table,) = _tables("sire.md", "Fig. 2, reduced")
+    errors = {
+        row["name"]: [row[f"decoder_{i}_mse"]["ours"][0] for i in range(1, 5)]
+        for row in recorded["table"]
+    }
+    assert {row[0]: row[1:] for row in table[2:]} == {
+        name: [f"{x:.1e}" for x in values] for name, values in errors.items()
+    }
+    assert f"--images={','.join(map(str, recorded['images']))} " in text
+    shown = [row["classified"] for row in recorded["rows"].values()]
+    changed = [a.split(" (")[0] != b.split(" (")[0] for a, b in zip(*shown, strict=True)]
+    assert "two of four change, neither to the right one" in text
+    # A class that is right is followed by nothing.
+    assert (sum(changed), len(changed)) == (2, 4)
+    assert all("\n" in b for b, other in zip(shown[1], changed, strict=True) if other)
+    ire, sire = (row["top_1_error"]["ours"][0] for row in recorded["table"])
+    assert f"(errors of {ire:.1f}% without and {sire:.1f}% with them)" in text
