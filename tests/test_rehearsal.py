@@ -86,17 +86,19 @@ def test_a_run_that_diverges_says_when():
 
 
 @pytest.mark.slow  # It compiles a network of its own.
-@pytest.mark.parametrize("feed", ["device", "stream"])
-def test_images_are_made_up_where_there_are_none(feed, tmp_path):
-    given = {
-        "device": ("data.shape=(32,32,3)",),
-        "stream": ("data.shape=(40,40,3)", "data.resize=40", "data.crop=32", "data.feed=stream"),
-    }[feed]
-    small = ("backbone.width=0.05", "backbone.hidden=(4,4)", "batch_size=4", "epochs=2")
-    overrides = (*small, *given, "data.images=6000", f"data.dir={tmp_path}")
-    config = configuration.load(
-        f"{CONFIGS}/sire.py:cnn_base", [f"--config.{each}" for each in overrides]
-    )
+@pytest.mark.parametrize(
+    "data",
+    [{"shape": (8, 8, 3)}, {"shape": (10, 10, 3), "resize": 10, "crop": 8, "feed": "stream"}],
+    ids=["device", "stream"],
+)
+def test_images_are_made_up_where_there_are_none(data, tmp_path):
+    config = configuration.default()
+    config.update(batch_size=4, epochs=2, devices=1)
+    config.data.update({"name": "tfds:cifar100", "dir": str(tmp_path), "images": 6000, **data})
+    config.data.classes.label = 100
+    config.data.task.validation_per_class = 50
+    config.backbone = configuration.backbone("small_cnn", classes=100, channels=(4, 8))
+    config.objectives.main = configuration.objective("main", "label", "cross_entropy")
     found = rehearse(experiment.build(config), steps=3)
     assert found.images == "made up"
     assert len(found.losses["total"]) == 3
