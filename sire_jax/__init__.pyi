@@ -11,6 +11,7 @@ from . import optimizers as optimizers
 from . import traced as traced
 from . import updates as updates
 from .fitting import fit as fit
+from .fitting import make_fit as make_fit
 from .losses import SmoothedCrossEntropy as SmoothedCrossEntropy
 from .losses import binary_cross_entropy as binary_cross_entropy
 from .losses import binary_squared_error as binary_squared_error

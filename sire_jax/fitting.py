@@ -1,5 +1,6 @@
 """A run in memory: the loop over epochs and batches that a notebook would write."""
 
+import functools
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -45,7 +46,8 @@ def fit(
 
     The numbers are those of a run of the same parts and seed from a config whose images are on the
     device, and whose initial values are those of its modules. What is left over of an epoch's
-    examples after the last full batch waits for another epoch. Each call compiles anew.
+    examples after the last full batch waits for another epoch. Each call compiles anew, but for
+    those of a function that ``make_fit`` has made.
 
     >>> from functools import partial
     >>> import optax, sire_jax as sj
@@ -90,43 +92,102 @@ def fit(
             their classes, or objectives or predictions don't fit the outputs and the batch.
         NonFiniteLossError: If a loss or a parameter is not finite.
     """
-    examples = _check_numbers(train, test, epochs, batch_size, evaluate_batch_size)
-    train, test = jax.device_put((dict(train), dict(test or {})))
-    key = jax.random.key(seed)
-    variables = jax.jit(network.init)(jax.random.fold_in(key, INITIAL), train["image"][:1])
-    if not isinstance(rule, UpdateRule):
-        rule = _made(rule, find_reach(network.apply, objectives, variables, _some(train, slice(1))))
+    run = make_fit(network, objectives, rule, augment, predictions)
+    settings = {"batch_size": batch_size, "seed": seed, "evaluate_batch_size": evaluate_batch_size}
+    return run(train, test, epochs=epochs, **settings)
+
+
+def make_fit(
+    network: nn.Module,
+    objectives: Objectives,
+    rule: UpdateRule | Callable[[Mapping[str, PyTree]], UpdateRule],
+    augment: Augmentation | None = None,
+    predictions: Mapping[str, Prediction] | None = None,
+) -> Callable[..., tuple[TrainState, History]]:
+    """Makes a ``fit`` that compiles once for several seeds, numbers of epochs or sets of examples.
+
+    >>> import optax, sire_jax as sj
+    >>> digits = sj.data.load("digits")
+    >>> network = sj.Network(sj.backbones.SmallCNN(classes=10), {})
+    >>> objectives = {"main": sj.Objective("main", "label", sj.cross_entropy)}
+    >>> fit = sj.make_fit(network, objectives, lambda reach: sj.joint(optax.adam(3e-3), reach))
+    >>> runs = [fit(digits.test.batch(), epochs=1, batch_size=50, seed=seed) for seed in range(2)]
+    >>> [int(state.step) for state, history in runs]
+    [11, 11]
+
+    Args:
+        network: As of ``fit``, as are the others.
+        objectives: Objectives by name.
+        rule: An update rule, or a function that makes one.
+        augment: Changes a batch under a random key.
+        predictions: Prediction rules by name.
+
+    Returns:
+        A function of the other arguments of ``fit``, which returns and raises what that does.
+
+    Raises:
+        ValueError: If a prediction has to be fitted.
+    """
     _check_predictions(predictions or {})
+    init = jax.jit(network.init)
     measure = jax.jit(make_measure(network.apply, objectives, predictions))
-    outputs = jax.eval_shape(network.apply, variables, train["image"][:1])
-    for what, batch in {"train": train, "test": test}.items():
-        if batch:
-            jax.eval_shape(measure, *parted(variables), batch)
-            _check_labels(what, batch, objectives, outputs)
-    step = one_step(make_step(network.apply, objectives, rule, augment))
-
-    def take(state: TrainState, sums: Metrics, broken: Any, arrays: Batch, chosen: Array) -> Any:
-        return step(state, sums, broken, _some(arrays, chosen))
-
-    program = jax.jit(take, donate_argnums=(0, 1, 2))
     order = jax.jit(shuffle, static_argnums=3)
-    # Copied, as the state is donated: an optimizer's may hold the parameters themselves.
-    state = jax.tree.map(jnp.copy, TrainState.start(key, variables, rule))
-    rows: dict[str, list[dict[str, Array]]] = {"train": [], "test": []}
-    with tqdm(total=epochs * (examples // batch_size), unit="step", disable=_is_silent()) as bar:
-        for epoch in range(epochs):
-            sums = _nothing(objectives)
-            broken = never_broken(sums)
-            for chosen in order(state.key, epoch, jnp.arange(examples), batch_size):
-                state, sums, broken = program(state, sums, broken, train, chosen)
-                bar.update()
-            _check_finite(broken, state, seed)
-            rows["train"].append(means(sums))
-            if test:
-                measured = _measured(measure, state, test, evaluate_batch_size)
-                rows["test"].append(means(measured))
-                bar.set_postfix_str(_shown(rows["test"][-1]))
-    return state, {split: _columns(lines) for split, lines in rows.items() if lines}
+
+    # What a seed changes is no shape.
+    @functools.cache
+    def prepare(shapes: tuple[Any, ...], structure: Any) -> tuple[UpdateRule, Callable[..., Any]]:
+        variables, example = jax.tree.unflatten(structure, shapes)
+        made = rule
+        if not isinstance(made, UpdateRule):
+            made = _made(rule, find_reach(network.apply, objectives, variables, example))
+        step = one_step(make_step(network.apply, objectives, made, augment))
+
+        def take(state: TrainState, sums: Metrics, broken: Any, arrays: Batch, rows: Array) -> Any:
+            return step(state, sums, broken, _some(arrays, rows))
+
+        return made, jax.jit(take, donate_argnums=(0, 1, 2))
+
+    def fit(
+        train: Batch,
+        test: Batch | None = None,
+        *,
+        epochs: int,
+        batch_size: int,
+        seed: int = 0,
+        evaluate_batch_size: int = 500,
+    ) -> tuple[TrainState, History]:
+        examples = _check_numbers(train, test, epochs, batch_size, evaluate_batch_size)
+        train, test = jax.device_put((dict(train), dict(test or {})))
+        key = jax.random.key(seed)
+        variables = init(jax.random.fold_in(key, INITIAL), train["image"][:1])
+        outputs = jax.eval_shape(network.apply, variables, train["image"][:1])
+        for name, batch in {"train": train, "test": test}.items():
+            if batch:
+                jax.eval_shape(measure, *parted(variables), batch)
+                _check_labels(name, batch, objectives, outputs)
+        shapes = jax.eval_shape(lambda tree: tree, (variables, _some(train, slice(1))))
+        leaves, structure = jax.tree.flatten(shapes)
+        update_rule, program = prepare(tuple(leaves), structure)
+        # Copied, as the state is donated: an optimizer's may hold the parameters themselves.
+        state = jax.tree.map(jnp.copy, TrainState.start(key, variables, update_rule))
+        rows: dict[str, list[dict[str, Array]]] = {"train": [], "test": []}
+        steps = epochs * (examples // batch_size)
+        with tqdm(total=steps, unit="step", disable=_is_silent()) as bar:
+            for epoch in range(epochs):
+                sums = _nothing(objectives)
+                broken = never_broken(sums)
+                for chosen in order(state.key, epoch, jnp.arange(examples), batch_size):
+                    state, sums, broken = program(state, sums, broken, train, chosen)
+                    bar.update()
+                _check_finite(broken, state, seed)
+                rows["train"].append(means(sums))
+                if test:
+                    measured = _measured(measure, state, test, evaluate_batch_size)
+                    rows["test"].append(means(measured))
+                    bar.set_postfix_str(_shown(rows["test"][-1]))
+        return state, {split: _columns(lines) for split, lines in rows.items() if lines}
+
+    return fit
 
 
 def _check_numbers(

@@ -105,6 +105,30 @@ def test_a_rule_that_is_made_already_gives_the_same():
     chex.assert_trees_all_equal(*given)
 
 
+def test_several_seeds_share_what_is_compiled():
+    traces = []
+
+    def loss(logits, labels):
+        traces.append(logits.shape)
+        return sj.cross_entropy(logits, labels)
+
+    objectives = {"main": sj.Objective("main", "label", loss, classifies=True)}
+    parts = (_network(), objectives, partial(sj.joint, optax.sgd(0.1)))
+    fit, settings = sj.make_fit(*parts), {"epochs": 1, "batch_size": 10}
+    first, _ = fit(_examples(20), **settings)
+    number = len(traces)
+    second, _ = fit(_examples(20), seed=1, **settings)
+    assert len(traces) == number
+    alone, _ = sj.fit(*parts, _examples(20), seed=1, **settings)
+    chex.assert_trees_all_equal(second.params, alone.params)
+    kernels = [state.params["backbone"]["Dense_0"]["kernel"] for state in (first, second)]
+    assert not np.array_equal(*kernels)
+    # Of examples of another shape it is another program.
+    smaller = _examples(20)
+    smaller["image"] = smaller["image"][:, :1]
+    assert fit(smaller, **settings)[0].step == 2
+
+
 def test_a_run_that_diverges_says_which_loss_and_when():
     message = r"The loss '(main|exit)' is not finite after [1-4] steps .* optax.clip_by_global_norm"
     with pytest.raises(sj.NonFiniteLossError, match=message):
