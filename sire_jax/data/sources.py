@@ -31,59 +31,6 @@ def _of_classes(source: Source, drawn: np.ndarray) -> Source:
     )
 
 
-def check(dataset: Dataset[Source], ignored: Mapping[str, Collection[int]] | None = None) -> None:
-    """Checks a data set's values.
-
-    >>> source = Source(np.zeros((2, 8, 8, 1), np.uint8), {"label": np.array([0, 255])})
-    >>> check(Dataset(source, source, {"label": 2}), ignored={"label": [255]})
-    >>> check(Dataset(source, source, {"label": 2}))
-    Traceback (most recent call last):
-    ValueError: train 'label' has 1 labels outside the 2 classes 0..1: the first is 255 at index 1.
-
-    Args:
-        dataset: The data set.
-        ignored: For a kind of label the values that are allowed, although they are no class.
-
-    Raises:
-        ValueError: If an image is not finite, a label is outside its classes, or numbers of images
-            and labels differ; the message has the first such example.
-    """
-    for split, source in (("train", dataset.train), ("test", dataset.test)):
-        if source.image.ndim != 4:
-            raise ValueError(
-                f"{split} images have the shape {source.image.shape}, not [n, h, w, c]."
-            )
-        if np.issubdtype(source.image.dtype, np.floating):
-            finite = np.isfinite(source.image).all(axis=(1, 2, 3))
-            if not finite.all():
-                raise ValueError(
-                    f"{(~finite).sum()} of {len(finite)} {split} images hold NaN or infinity,"
-                    f" the first at index {int(np.argmin(finite))}. Remove or mend them."
-                )
-        for kind, values in source.labels.items():
-            allowed = (ignored or {}).get(kind, ())
-            name, classes = f"{split} '{kind}'", dataset.classes[kind]
-            _check_labels(name, values, len(source.image), classes, allowed)
-
-
-def _check_labels(
-    name: str, labels: np.ndarray, images: int, classes: int, allowed: Collection[int]
-) -> None:
-    if len(labels) != images:
-        raise ValueError(f"{name} has {len(labels)} labels for {images} images.")
-    outside = _outside(labels, classes, allowed)
-    if outside.any():
-        first = int(np.argmax(outside))
-        raise ValueError(
-            f"{name} has {outside.sum()} labels outside the {classes} classes 0..{classes - 1}:"
-            f" the first is {labels[first]} at index {first}."
-        )
-
-
-def _outside(labels: np.ndarray, classes: int, allowed: Collection[int]) -> np.ndarray:
-    return ((labels < 0) | (labels >= classes)) & ~np.isin(labels, list(allowed))
-
-
 def load(
     name: str,
     directory: str = "~/tensorflow_datasets",
@@ -135,15 +82,12 @@ def load(
     """
     kind = name.partition(":")[0]
     if name == "digits":
-        dataset = draw(_digits(selection), selection, _of_classes)
-    elif kind in ("tfds", "folder"):
+        return draw(_digits(selection), selection, _of_classes)
+    if kind in ("tfds", "folder"):
         opened = open_records(name, directory, cache, selection, channels, classes, ignored)
-        dataset = _decoded(name, opened, cache, _Decoding(resize, threads, damaged == "skip"))
-    else:
-        names = ["digits", "tfds:<set>", "folder:<folder>"]
-        raise ValueError(f"There is no data source '{name}'.{nearest(name, names)}")
-    check(dataset, ignored)
-    return dataset
+        return _decoded(name, opened, cache, _Decoding(resize, threads, damaged == "skip"))
+    names = ["digits", "tfds:<set>", "folder:<folder>"]
+    raise ValueError(f"There is no data source '{name}'.{nearest(name, names)}")
 
 
 def _digits(selection: Selection) -> Dataset[Source]:
@@ -360,7 +304,8 @@ def _copied(part: str, arrays: Mapping[str, np.ndarray], records: Records) -> _D
     if shapes != {(len(records) - len(skipped),)} or image.ndim != 4 or image.dtype != np.uint8:
         raise ValueError(f"images of the shape {image.shape} and type {image.dtype}")
     for kind, values in labels.items():
-        if _outside(values, records.classes[kind], records.ignored.get(kind, ())).any():
+        outside = (values < 0) | (values >= records.classes[kind])
+        if (outside & ~np.isin(values, list(records.ignored.get(kind, ())))).any():
             raise ValueError(f"a {kind} outside the {records.classes[kind]} classes")
     damaged = []
     for i in skipped:

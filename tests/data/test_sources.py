@@ -163,69 +163,6 @@ def test_shares_of_the_digits_have_each_once(digits):
     assert (np.abs(np.bincount(shared.test.labels["label"]) - counts / 4) <= 1).all()
 
 
-def _dataset(images=5, dtype=np.float32, classes=3):
-    parts = [
-        Source(np.zeros((images, 2, 2, 1), dtype), {"label": np.zeros(images, np.int32)})
-        for _ in ("train", "test")
-    ]
-    return Dataset(*parts, classes={"label": classes})
-
-
-def test_possible_values_pass_the_check():
-    dataset = _dataset()
-    dataset.train.labels["label"][:] = [0, 1, 2, 2, 0]
-    sources.check(dataset)
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_an_image_that_is_not_finite_is_refused_with_its_index(value):
-    dataset = _dataset()
-    dataset.test.image[2, 1, 0, 0] = dataset.test.image[4, 0, 0, 0] = value
-    with pytest.raises(ValueError, match=r"2 of 5 test images.*first at index 2"):
-        sources.check(dataset)
-
-
-@pytest.mark.parametrize(("value", "dtype"), [(3, np.int32), (-1, np.int32), (200, np.uint8)])
-def test_a_label_outside_the_classes_is_refused_with_count_value_and_index(value, dtype):
-    labels = np.array([0, 2, 1, value, value], dtype)
-    dataset = Dataset(
-        Source(np.zeros((5, 2, 2, 1), np.uint8), {"label": labels}), _dataset().test, {"label": 3}
-    )
-    message = f"train 'label' has 2 labels outside the 3 classes 0..2: the first is {value} at ind"
-    with pytest.raises(ValueError, match=rf"{message}ex 3"):
-        sources.check(dataset)
-
-
-def test_a_label_that_is_allowed_although_it_is_no_class_passes():
-    dataset = _dataset()
-    dataset.train.labels["label"][:] = [0, -1, 2, 255, 0]
-    sources.check(dataset, {"label": (-1, 255)})
-    with pytest.raises(ValueError, match=r"1 labels outside the 3 classes .* is 255 at index 3"):
-        sources.check(dataset, {"label": (-1,)})
-
-
-def test_every_kind_of_label_is_checked():
-    dataset = _dataset()
-    dataset.test.labels["coarse"] = np.array([0, 1, 0, 1, 2])
-    dataset.train.labels["coarse"] = np.zeros(5, np.int32)
-    dataset = Dataset(dataset.train, dataset.test, {"label": 3, "coarse": 2})
-    with pytest.raises(ValueError, match=r"test 'coarse' has 1 labels.*0\.\.1.*is 2 at index 4"):
-        sources.check(dataset)
-
-
-def test_another_number_of_labels_than_images_is_refused():
-    dataset = _dataset()
-    dataset.train.labels["label"] = np.zeros(4, np.int32)
-    with pytest.raises(ValueError, match="train 'label' has 4 labels for 5 images"):
-        sources.check(dataset)
-
-
-def test_images_without_channels_are_refused():
-    flat = Source(np.zeros((5, 2, 2)), {"label": np.zeros(5, np.int32)})
-    with pytest.raises(ValueError, match=r"test images have the shape \(5, 2, 2\), not \[n, h, w"):
-        sources.check(Dataset(_dataset().train, flat, {"label": 3}))
-
-
 def test_an_unknown_source_is_refused_with_the_nearest_name():
     with pytest.raises(ValueError, match=r"'digit'.*Did you mean 'digits'"):
         sources.load("digit", "")
@@ -330,7 +267,8 @@ def test_a_cached_set_is_not_decoded_again(prepared, tmp_path, request):
 
 
 def test_classes_without_names_are_numbered():
-    assert _dataset(classes=3).names == {"label": ("0", "1", "2")}
+    source = Source(np.zeros((5, 2, 2, 1)), {"label": np.zeros(5, np.int32)})
+    assert Dataset(source, source, {"label": 3}).names == {"label": ("0", "1", "2")}
 
 
 def test_a_set_that_was_prepared_again_is_decoded_again(prepared, tmp_path, request):
