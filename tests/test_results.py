@@ -454,7 +454,9 @@ def test_what_a_joint_prediction_rests_on_is_what_was_measured():
     said = "right on {:.1f}% of images about 20 groups and on {:.1f}% about 50"
     assert said.format(*own) in text
     assert "added up over each group, on {:.1f}% and {:.1f}%".format(*mains) in text
-    bare, _ = _recorded("ssal_1-reduced.json")["rows"]
+    bare, branched = _recorded("ssal_1-reduced.json")["rows"]
+    gains = np.subtract(branched["main"]["runs"], bare["main"]["runs"])
+    assert "by {:.1f}, {:.1f} and {:.1f} points in the three seeds, **and".format(*gains) in text
     linear, alone = found["linear"].mean(), found["linear, main alone"]
     assert f"combination gains {linear - bare['main']['ours'][0]:.1f} points" in text
     said = f"it has {alone.mean():.2f} ({{:.2f}}, {{:.2f}} and {{:.2f}} in the three seeds)"
