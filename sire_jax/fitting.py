@@ -1,6 +1,7 @@
 """A run in memory: the loop over epochs and batches that a notebook would write."""
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,6 +17,7 @@ from sire_jax.data.augmentation import Augmentation
 from sire_jax.metrics import Average, Metrics, is_label, means
 from sire_jax.objectives import Objectives, accurate
 from sire_jax.predictions import Prediction, is_fitted
+from sire_jax.registry import check_type, located
 from sire_jax.runs.divergence import NonFiniteLossError, first_broken, what_broke
 from sire_jax.runs.parallel import NEVER, never_broken, one_step, shuffle
 from sire_jax.state import INITIAL, TrainState, parted
@@ -163,7 +165,8 @@ def make_fit(
         outputs = jax.eval_shape(network.apply, variables, train["image"][:1])
         for name, batch in {"train": train, "test": test}.items():
             if batch:
-                jax.eval_shape(measure, *parted(variables), batch)
+                with located(name):
+                    jax.eval_shape(measure, *parted(variables), batch)
                 _check_labels(name, batch, objectives, outputs)
         shapes = jax.eval_shape(lambda tree: tree, (variables, _some(train, slice(1))))
         leaves, structure = jax.tree.flatten(shapes)
@@ -197,7 +200,10 @@ def _check_numbers(
     examples = _examples("train", train)
     if test is not None:
         _examples("test", test)
-    for name, value in (("epochs", epochs), ("evaluate_batch_size", evaluate_batch_size)):
+    numbers = {"epochs": epochs, "evaluate_batch_size": evaluate_batch_size}
+    for name, value in {**numbers, "batch_size": batch_size}.items():
+        check_type(name, value, 1)
+    for name, value in numbers.items():
         if value < 1:
             raise ValueError(f"{name} is {value}; it should be at least 1.")
     if not 1 <= batch_size <= examples:
@@ -232,17 +238,31 @@ def _examples(what: str, batch: Batch) -> int:
 
 def _made(rule: Any, reach: Mapping[str, PyTree]) -> UpdateRule:
     """Makes an update rule of what objectives reach."""
-    made = rule(reach) if callable(rule) else None
+    made = rule(reach) if callable(rule) and _takes_one(rule) else None
     if not isinstance(made, UpdateRule):
         raise ValueError(
-            f"The rule is a {type(rule).__name__}; it should be an update rule, or make one of what"
+            f"The rule is {rule!r}; it should be an update rule, or make one of what"
             " each objective reaches: functools.partial(sj.joint, optax.adam(1e-3))."
         )
     return made
 
 
+def _takes_one(rule: Callable[..., Any]) -> bool:
+    """Tells whether one argument is enough: not for ``sj.joint``, which needs an optimizer, too."""
+    try:
+        inspect.signature(rule).bind(None)
+    except TypeError:
+        return False
+    return True
+
+
 def _check_predictions(predictions: Mapping[str, Prediction]) -> None:
     for name, predict in predictions.items():
+        if not callable(predict):
+            raise ValueError(
+                f"The prediction '{name}' is {predict!r}; it should be a rule such as"
+                " sj.Output('exit')."
+            )
         if is_fitted(predict):
             raise ValueError(
                 f"The prediction '{name}' is fitted to a trained network: call its fit with the"

@@ -308,10 +308,16 @@ def check(objectives: Objectives, outputs: Mapping[str, Any], batch: Mapping[str
         batch: Targets and masks, or their shapes.
 
     Raises:
-        ValueError: If there is no objective; one names an output, a target or a mask that is not
-            there; its labels are no integers, or have another shape than its logits; its mask is no
-            number for each example; or its metrics could not be told from others.
+        ValueError: If outputs have no names; there is no objective; one names an output, a target
+            or a mask that is not there; its labels are no integers, or have another shape than its
+            logits; its mask is no number for each example; or its metrics could not be told from
+            others.
     """
+    if not isinstance(outputs, Mapping):
+        raise ValueError(
+            f"The network returns a {type(outputs).__name__}; it should return outputs by name, as"
+            " sj.Network(backbone, heads) does, where heads may be {}."
+        )
     check_keys(objectives, batch)
     for name, objective in objectives.items():
         _check_exists(name, "output", objective.output, outputs)
@@ -332,8 +338,15 @@ def check_keys(objectives: Objectives, batch: Mapping[str, Any]) -> None:
     Raises:
         ValueError: If not.
     """
+    if not isinstance(objectives, Mapping) or not all(
+        isinstance(objective, Objective) for objective in objectives.values()
+    ):
+        raise ValueError(
+            f"Objectives are {objectives!r}; they should be a mapping such as {{'main':"
+            " sj.Objective('main', 'label', sj.cross_entropy)}."
+        )
     if not objectives:
-        raise ValueError("There is no objective; give config.objectives at least one.")
+        raise ValueError("There is no objective; give at least one.")
     for name, objective in objectives.items():
         _check_exists(name, "target", objective.target, batch)
         if objective.mask is not None:

@@ -135,7 +135,7 @@ def _check_branches(rule: str, branches: Sequence[str], groups: Assignments) -> 
     if not groups:
         raise ValueError(
             f"{rule} needs a branch over groups of the labels: a head with an objective whose"
-            " target is one of config.data.groups."
+            " target is such groups."
         )
 
 
@@ -209,10 +209,10 @@ def check(
             that is measured.
     """
     for name, prediction in predictions.items():
-        if name in outputs or name in objectives:
+        if name in outputs or name in objectives or name == "total":
             raise ValueError(
-                f"The prediction '{name}' has the name of an output or objective; their metrics"
-                " could not be told apart. Choose another."
+                f"The prediction '{name}' has the name of an output or objective, or of their"
+                " weighted sum, 'total'; their metrics could not be told apart. Choose another."
             )
         # A plain function says nothing of its outputs, and finds out itself.
         for output in getattr(prediction, "needs", tuple)():

@@ -122,9 +122,28 @@ def create(
         ValueError: If the part or a setting does not exist, a setting without a default is missing,
             or a value has another type than the setting's default.
     """
-    part, values = _checked(registry, section, what, supplied)
+    check(registry, section, what, supplied=supplied)
+    return make(registry, section, what, **supplied)
+
+
+def make(
+    registry: Mapping[str, Any], section: Mapping[str, Any], what: str, **supplied: Any
+) -> Any:
+    """Makes the part of a section that ``check`` has checked; see ``create``.
+
+    Args:
+        registry: Known parts by name.
+        section: ``{"name": …, setting: value, …}``.
+        what: What the part is, for messages.
+        **supplied: Arguments that come from the program.
+    """
+    part = choose_part(registry, section["name"], what)
     parameters = settings(part)
-    values = {key: _as_kind(value, parameters[key].annotation) for key, value in values.items()}
+    values = {
+        key: _as_kind(_plain(value), parameters[key].annotation)
+        for key, value in section.items()
+        if key != "name"
+    }
     return part(**values, **{k: value for k, value in supplied.items() if k in parameters})
 
 
@@ -132,11 +151,11 @@ def check(
     registry: Mapping[str, Any],
     section: Any,
     what: str,
-    where: str,
+    where: str = "",
     supplied: Iterable[str] = (),
     optional: Iterable[str] = (),
 ) -> None:
-    """Checks the keys and types of a section as ``create`` does, and makes nothing.
+    """Checks the keys and types of a section, and makes nothing.
 
     Args:
         registry: Known parts by name.
@@ -150,18 +169,6 @@ def check(
         ValueError: If the part or a setting does not exist, a setting without a default is missing,
             or a value is not of the setting's type; the message has the path.
     """
-    _checked(registry, section, what, supplied, where, optional)
-
-
-def _checked(
-    registry: Mapping[str, Any],
-    section: Any,
-    what: str,
-    supplied: Iterable[str],
-    where: str = "",
-    optional: Iterable[str] = (),
-) -> tuple[Any, dict[str, Any]]:
-    """Checks a section; returns the part that it names, and its settings."""
     start = f"{where}: " if where else ""
     if not is_section(section):
         raise ValueError(
@@ -172,7 +179,6 @@ def _checked(
     part = choose_part(registry, section["name"], what, where and f"{where}.name")
     values = {key: _plain(value) for key, value in section.items() if key != "name"}
     check_settings(part, values, f"{what} '{section['name']}'", where, supplied, optional)
-    return part, values
 
 
 def check_settings(

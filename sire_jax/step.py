@@ -300,8 +300,8 @@ def make_measure(
         fitted: Mapping[str, PyTree] | None = None,
     ) -> Metrics:
         outputs = apply({"params": params, **model_state}, _images(batch), train=False)
-        check_predictions(predictions or {}, outputs, objectives)
         values = evaluate(objectives, outputs, batch)
+        check_predictions(predictions or {}, outputs, objectives)
         counts = example_counts(objectives, batch)
         measured: Metrics = {
             f"{name}/loss": Average.of(terms, _times(mask, counts[name]))

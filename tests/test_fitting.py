@@ -171,9 +171,17 @@ def test_an_optimizer_may_hold_the_parameters_themselves():
         ({"test": {"image": np.zeros((0, 2))}}, r"test has arrays of image \[\[0, 2\]\]; all"),
         ({"train": [1]}, r"train is a list; it should be a mapping of arrays, such as"),
         ({"evaluate_batch_size": 0}, "evaluate_batch_size is 0; it should be at least 1"),
-        ({"rule": optax.adam(1e-3)}, r"The rule is a GradientTransformation.*functools\.partial"),
+        ({"rule": optax.adam(1e-3)}, r"The rule is GradientTransformation.*functools\.partial"),
         ({"test": {"image": _examples(3)["image"]}}, "'label', which"),
         ({"predictions": {"main": sj.Output("main")}}, "'main' has the name of an output"),
+        ({"predictions": {"total": sj.Output("main")}}, "'total' has the name of .* weighted sum"),
+        ({"predictions": {"p": "main"}}, "'p' is 'main'; it should be a rule such as sj.Output"),
+        ({"rule": sj.joint}, "The rule is <function joint.*functools.partial"),
+        ({"batch_size": 10.0}, "batch_size is 10.0, a float; it should be a int"),
+        (
+            {"test": {"image": _examples(3)["image"], "lable": np.zeros(3)}},
+            "test: .*'label', which",
+        ),
         ({"predictions": {"p": sj.Output("mian")}}, "'p' uses the output 'mian', which does not"),
         (
             {"predictions": {"p": sj.FittedJointProbability({"exit": range(3)})}},
@@ -184,3 +192,18 @@ def test_an_optimizer_may_hold_the_parameters_themselves():
 def test_what_can_not_be_fitted_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         _fit(**settings)
+
+
+@pytest.mark.parametrize(
+    ("network", "objectives", "message"),
+    [
+        (Dense(), OBJECTIVES, r"returns a tuple; it should .* sj.Network\(backbone, heads\)"),
+        (_network(), list(OBJECTIVES.values()), r"Objectives are \[Objective.* a mapping such as"),
+        (_network(), {"main": "cross_entropy"}, "Objectives are {'main': 'cross_entropy'}; they"),
+        (_network(), {}, "There is no objective; give at least one"),
+    ],
+)
+def test_what_is_no_network_or_no_objective_is_refused(network, objectives, message):
+    rule = partial(sj.joint, optax.sgd(0.1))
+    with pytest.raises(ValueError, match=message):
+        sj.fit(network, objectives, rule, _examples(20), epochs=1, batch_size=10)

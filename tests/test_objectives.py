@@ -238,9 +238,14 @@ def test_a_loss_with_settings_is_chosen_by_a_section():
     ],
 )
 def test_a_bad_section_of_a_loss_is_refused(loss, message):
-    section = {"output": "main", "target": "label", "loss": loss}
+    sections = ConfigDict({"main": {"output": "main", "target": "label", "loss": loss}})
+
+    def create():
+        objective_sections.check("main", sections.main)
+        objective_sections.create(sections, {}, {}, {})
+
     with pytest.raises(ValueError, match=message):
-        objective_sections.create(ConfigDict({"main": section}), {}, {}, {})
+        create()
     with pytest.raises(ValueError, match=r"no loss 'smothed_cross_entropy'. Did you mean 'smooth"):
         configuration.loss("smothed_cross_entropy")
     with pytest.raises(ValueError, match=r"has no setting 'smoothin'. Did you mean 'smoothing'"):

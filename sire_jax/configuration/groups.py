@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sire_jax import registry
-from sire_jax.groups.partition import Groups, check_file, load
+from sire_jax.groups.partition import Groups, load
 
 # Each key, with a value of the type that it should have.
 _KEYS: dict[str, Any] = {"file": "", "groups": 20, "classes": ("apple",), "assignment": (0,)}
@@ -32,49 +32,45 @@ def check(name: str, section: Any) -> None:
 
 
 def create(sections: Mapping[str, Any]) -> dict[str, Groups]:
-    """Returns the groups of all sections, which have been checked.
+    """Returns the groups of sections that have been checked.
 
     Args:
-        sections: ``config.data.groups``.
+        sections: ``config.data.groups``: ``{"file", "groups", "classes", "assignment"}`` by what
+            the target is called; a file counts only where there is no assignment.
 
     Raises:
-        ValueError: As ``of_section``.
-        FileNotFoundError: If there is no such file; the message has its numbers.
+        ValueError: If a section names no file, or the file does not hold such groups.
+        FileNotFoundError: If there is no such file; the message has the numbers of all groups that
+            it should have.
     """
-    read = [s for s in sections.values() if s["file"] and not s["assignment"]]
-    for file in {section["file"] for section in read}:
-        check_file(file, sorted({s["groups"] for s in read if s["file"] == file}))
-    return {name: of_section(name, section) for name, section in sections.items()}
+    numbers: dict[str, set[int]] = {}
+    for name, section in sections.items():
+        if section["assignment"]:
+            continue
+        if not section["file"]:
+            where = f"config.data.groups.{name}"
+            raise ValueError(
+                f"{where} names no file of groups; make one with 'python -m sire_jax.grouping' and"
+                f" give it by --{where}.file=FILE."
+            )
+        numbers.setdefault(section["file"], set()).add(section["groups"])
+    files = {file: load(file, numbers=sorted(asked)) for file, asked in numbers.items()}
+    return {name: _groups(name, section, files) for name, section in sections.items()}
 
 
-def of_section(name: str, section: Mapping[str, Any]) -> Groups:
-    """Returns the groups of a section that has been checked.
-
-    Args:
-        name: What the target is called, for messages.
-        section: ``{"file", "groups", "classes", "assignment"}``; the file counts only where there
-            is no assignment.
-
-    Raises:
-        ValueError: If the section names no file, or the file does not hold such groups.
-        FileNotFoundError: If there is no such file.
-    """
-    where = f"config.data.groups.{name}"
-    number, file = section["groups"], section["file"]
+def _groups(
+    name: str, section: Mapping[str, Any], files: Mapping[str, Mapping[int, Groups]]
+) -> Groups:
+    where, number = f"config.data.groups.{name}.groups", section["groups"]
     if section["assignment"]:
         groups = Groups(tuple(section["classes"]), tuple(section["assignment"]))
         if groups.number != number:
-            raise ValueError(f"{where}.groups is {number}, but its assignment has {groups.number}.")
+            raise ValueError(f"{where} is {number}, but its assignment has {groups.number}.")
         return groups
-    if not file:
-        raise ValueError(
-            f"{where} names no file of groups; make one with 'python -m sire_jax.grouping' and give"
-            f" it by --{where}.file=FILE."
-        )
-    groupings = load(file)
+    groupings = files[section["file"]]
     if number not in groupings:
         raise ValueError(
-            f"{where}.groups is {number}, but {file} has the numbers of groups"
+            f"{where} is {number}, but {section['file']} has the numbers of groups"
             f" {', '.join(map(str, groupings))}."
         )
     return groupings[number]

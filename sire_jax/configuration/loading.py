@@ -86,7 +86,7 @@ def with_groups(config: ConfigDict, dealt: bool = False) -> ConfigDict:
         groups.check(name, section)
         place = None if section.assignment else find(section.file)
         if place is not None:
-            grouping = groups.of_section(name, {**section, "file": str(place)})
+            grouping = groups.create({name: {**section, "file": str(place)}})[name]
             section.update(file="", classes=grouping.classes, assignment=grouping.assignment)
         elif dealt and section.file and not section.assignment and _counted(data):
             warnings.warn(

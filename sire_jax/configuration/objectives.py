@@ -96,7 +96,7 @@ def _by_depth(
                 " a layer of a plan; give it a number as weight."
             )
     weigh = partial(objectives.depth_weights, [depths[output] for output in outputs])
-    return registry.create({"depth": weigh}, section, f"weight of the objective '{name}'")
+    return registry.make({"depth": weigh}, section, f"weight of the objective '{name}'")
 
 
 def create(
@@ -171,7 +171,7 @@ def with_ignored_groups(
 def _loss(chosen: Any) -> Loss:
     """Makes a loss from its name, or from a section if it has settings."""
     if registry.is_section(chosen):
-        return registry.create(LOSSES_WITH_SETTINGS, chosen, "loss")
+        return registry.make(LOSSES_WITH_SETTINGS, chosen, "loss")
     return registry.choose_part(LOSSES, chosen, "loss")
 
 

@@ -54,8 +54,8 @@ class Kind(NamedTuple):
         registry.check(self.parts, section, self.what, where, self.supplied, self.optional)
 
     def create(self, section: Mapping[str, Any], **supplied: Any) -> Any:
-        """Makes the part that a section describes; see ``registry.create``."""
-        return registry.create(self.parts, section, self.what, **supplied)
+        """Makes the part of a section that has been checked; see ``registry.create``."""
+        return registry.make(self.parts, section, self.what, **supplied)
 
 
 TASK = Kind(TASKS, "task")

@@ -196,7 +196,9 @@ def _lines(groups: Groups) -> str:
     return ",\n".join(f"      {_text(names)}" for names in groups.labels())
 
 
-def load(path: str | Path, classes: Sequence[str] | None = None) -> dict[int, Groups]:
+def load(
+    path: str | Path, classes: Sequence[str] | None = None, numbers: Iterable[int] = (20,)
+) -> dict[int, Groups]:
     """Reads groupings, also after someone has edited them: groups may have any size but 0.
 
     >>> from tempfile import TemporaryDirectory
@@ -208,6 +210,7 @@ def load(path: str | Path, classes: Sequence[str] | None = None) -> dict[int, Gr
     Args:
         path: The file that ``save`` wrote.
         classes: The names of the data set's labels, in their order; default: as in the file.
+        numbers: The numbers of groups that are looked for, to say how to make a missing file.
 
     Returns:
         Groupings by their number of groups, of labels in the order of ``classes``; the groups have
@@ -217,7 +220,7 @@ def load(path: str | Path, classes: Sequence[str] | None = None) -> dict[int, Gr
         FileNotFoundError: If there is no such file.
         ValueError: If it is not such a file, or a grouping does not have each label once.
     """
-    content = _read(files.expanded(path))
+    content = _read(files.expanded(path), numbers)
     names = tuple(content["classes"])
     _check_names(names, f"The classes of {path}")
     if classes is not None:
@@ -229,25 +232,12 @@ def load(path: str | Path, classes: Sequence[str] | None = None) -> dict[int, Gr
     }
 
 
-def check_file(path: str | Path, numbers: Iterable[int] = (20,)) -> None:
-    """Checks that there is a file of groupings.
-
-    Args:
-        path: The file.
-        numbers: The numbers of groups that it should have, for the message.
-
-    Raises:
-        FileNotFoundError: If not; it says how to make one.
-    """
-    if not files.expanded(path).is_file():
+def _read(path: Path, numbers: Iterable[int]) -> dict[str, Any]:
+    if not path.is_file():
         raise FileNotFoundError(
             f"There is no file of groups {path}. Make one with\n  python -m sire_jax.grouping"
             f" --workdir=DIR --groups={','.join(map(str, numbers))} --out={path}"
         )
-
-
-def _read(path: Path) -> dict[str, Any]:
-    check_file(path)
     content = untrusted.read_json(path)
     if not _is_structure(content):
         raise ValueError(f"{path} is no file of groups; it should look like {SHAPE}.")

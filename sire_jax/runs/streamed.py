@@ -247,11 +247,11 @@ class StreamFeed:
         program = self._placement.program(predict_batch, (2,))
 
         def run(params: PyTree, model_state: PyTree, split: str, every: int) -> Any:
-            batches = [
+            outputs = [
                 program(params, model_state, batch) for batch in self._evaluated(split, every)
             ]
             joined, mask = jax.tree.map(
-                lambda *parts: np.concatenate([np.asarray(x) for x in parts], axis=1), *batches
+                lambda *parts: np.concatenate([np.asarray(x) for x in parts], axis=1), *outputs
             )
             return self._placement.place(jax.tree.map(lambda x: x[:, mask[0]], joined))
 

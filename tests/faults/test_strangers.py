@@ -538,7 +538,7 @@ def test_groups_of_a_stranger_in_a_config_are_refused(key, value, message):
 
 def _groups_of(section):
     group_sections.check("kinds", section)
-    return group_sections.of_section("kinds", section)
+    return group_sections.create({"kinds": section})["kinds"]
 
 
 def _decoded():
