@@ -374,9 +374,6 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {text.partition(' [tensorstore_spec')[0][:300]}"
 
 
-# ---- Several processes.
-
-
 def _on_first(work: Callable[[], T]) -> T:
     """Returns to every process, through JSON, what work in process 0 returns."""
     result = _in_all(lambda: work() if jax.process_index() == 0 else None)
