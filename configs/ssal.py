@@ -289,7 +289,9 @@ def _branches(name: str, options: list[str]) -> tuple[Branch, ...]:
     if "groups_30" not in options:
         return chosen
     if all(groups != 33 for _, groups, _ in chosen):
-        raise ValueError("The option 'groups_30' needs a branch over 33 groups; take 3 branches.")
+        fit = [i for i, (_, groups, _) in enumerate(branches, start=1) if groups == 33]
+        hint = f"take {fit[0]} branches" if fit else f"'{name}' has none"
+        raise ValueError(f"The option 'groups_30' needs a branch over 33 groups; {hint}.")
     return tuple((at, 30 if groups == 33 else groups, layers) for at, groups, layers in chosen)
 
 

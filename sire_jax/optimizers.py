@@ -136,9 +136,11 @@ def number_or_schedule(value: Any, what: str, units: Units | None = None) -> flo
             )
         warmup = _check_least(f"warmup of the {what}", section.pop("warmup", 0.0))
         if unit == "run" and warmup > 1:
+            epoch = (units or {}).get("epoch")
+            epochs = f": {warmup:g} epochs are {warmup * epoch / length:.3g}" if epoch else ""
             raise ValueError(
-                f"The warmup of the {what} is {warmup} runs; it should be at most 1, such as 0.025,"
-                " or be counted in the unit 'epoch' or 'step'."
+                f"The warmup of the {what} is {warmup:g} runs, as the schedule counts; it should be"
+                f" at most 1{epochs}."
             )
         schedule = registry.create(SCHEDULES, section, f"schedule of the {what}")
         counted = schedule if length == 1 else lambda step: schedule(step / length)

@@ -279,8 +279,8 @@ def test_a_warmup_multiplies_any_schedule_by_what_rises_to_one():
 
 def test_a_warmup_that_is_longer_than_the_run_is_refused():
     section = {"name": "constant", "value": 0.1, "unit": "run", "warmup": 2}
-    with pytest.raises(ValueError, match=r"warmup of the rate is 2\.0 runs; .* at most 1"):
-        number_or_schedule(section, "rate", {"run": 100})
+    with pytest.raises(ValueError, match=r"warmup of the rate is 2 runs, .* 2 epochs are 0\.1\."):
+        number_or_schedule(section, "rate", {"epoch": 5, "run": 100})
 
 
 @pytest.mark.parametrize("warmup", [-1, float("inf"), "long", True])

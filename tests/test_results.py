@@ -924,9 +924,77 @@ def test_what_reconstructions_show_is_what_was_recorded():
     assert f"--images={','.join(map(str, recorded['images']))} " in text
     shown = [row["classified"] for row in recorded["rows"].values()]
     changed = [a.split(" (")[0] != b.split(" (")[0] for a, b in zip(*shown, strict=True)]
-    assert "two of four change, neither to the right one" in text
-    # A class that is right is followed by nothing.
-    assert (sum(changed), len(changed)) == (2, 4)
-    assert all("\n" in b for b, other in zip(shown[1], changed, strict=True) if other)
+    assert "two of four change, the tiger from the right one and the other from one wrong" in text
+    right = [["\n" not in text for text in row] for row in shown]
+    assert [
+        pair for pair, other in zip(zip(*right, strict=True), changed, strict=True) if other
+    ] == [
+        (True, False),
+        (False, False),
+    ]
+    assert shown[0][changed.index(True)].startswith("tiger (")
     ire, sire = (row["top_1_error"]["ours"][0] for row in recorded["table"])
     assert f"(errors of {ire:.1f}% without and {sire:.1f}% with them)" in text
+
+
+# ---- What pages say in words.
+
+
+def _rows(name):
+    return {row["name"]: row for row in _recorded(name)["rows"]}
+
+
+def test_what_was_read_out_of_pairs_is_what_was_measured():
+    text, reported, choices = _prose("pairs.md"), _rows("pairs_1.json"), _rows("pairs_choices.json")
+    deviations = {name: f"{row['test_acc']['deviations']:+.1f}" for name, row in reported.items()}
+    both = deviations["Conv"], deviations["Conv + Augment"]
+    assert "(test {} and {} sd as reported)".format(*both) in text
+    assert f"*Aux a = 0.1* (test {deviations['Aux a = 0.1']} sd)" in text
+    training = {name: row["train_acc"]["ours"] for name, row in choices.items()}
+    test = {name: row["test_acc"]["ours"] for name, row in choices.items()}
+    assert "(training {:.3f} ± {:.3f})".format(*training["Conv, whole-set batches"]) in text
+    assert f"(training {training['Conv, unscaled pixels'][0]:.3f}), both" in text
+    assert f"({training['Conv, both'][0]:.3f}), which are the printed figures" in text
+    plain, swapped = (reported[name]["test_acc"]["ours"][0] for name in ("Conv", "Conv + Augment"))
+    assert (
+        f"(training {reported['Conv']['train_acc']['ours'][0]:.3f}) and still reach {plain:.3f}"
+        in text
+    )
+    assert f"the swap then raises test accuracy ({swapped:.3f})" in text
+    dense = [reported[name]["train_acc"]["paper"][0] for name in ("Dense BCE", "Dense MSE")]
+    assert "training accuracies of {:.3f} and {:.3f} in 20 epochs".format(*dense) in text
+    residual = reported["Residual"]["test_acc"]
+    printed = "{:.3f} ± {:.3f} against {:.3f} ± {:.3f}".format(
+        *residual["ours"], *residual["paper"]
+    )
+    assert f"less scattered: {printed}" in text
+    released = choices["Aux a = 0.1, released loss"]["digit_acc"]
+    assert "the ten runs scatter by nine points" in text
+    assert round(100 * released["ours"][1]) == 9
+    assert "is 12 points lower still" in text
+    assert round(100 * (released["ours"][0] - released["paper"][0])) == 12
+    assert test["Conv"][0] == pytest.approx(plain, abs=2e-3)
+
+
+def test_what_papers_print_is_what_the_tables_of_configs_have():
+    def table(name):
+        rows = paper_tables.load_table(name, configuration.repository_configs())["rows"]
+        return {row["name"]: row for row in rows}
+
+    papers = table("sire_1")
+    for row in _tables("sire.md", "Table 1, reduced")[0][2:]:
+        printed = papers[row[0]]
+        assert [float(row[1]), float(row[3])] == [printed["top_1_error"], printed["top_5_error"]]
+    minutes = {name: row["minutes"] for name, row in table("sire_4").items()}
+    text = _prose("sire.md")
+    assert "train for 124 and 212 minutes in Table 1, and for 119 and 202 in Table 4" in text
+    assert (papers["Baseline"]["minutes"], papers["SIRe-CNN"]["minutes"]) == (124, 212)
+    assert (minutes["CNN"], minutes["SIRe-CNN"]) == (119, 202)
+    assert "80% and 90% for VGG16 and VGG19 in Table 4 (336 over 187 minutes, 370 over 195)" in text
+    pairs = [(minutes[f"SIRe-{name}"], minutes[name]) for name in ("VGG16", "VGG19")]
+    assert pairs == [(336, 187), (370, 195)]
+    assert [round(100 * (a / b - 1)) for a, b in pairs] == [80, 90]
+    branches = table("ssal_2")
+    assert "GapCatNoSSAL has 40.2 and the bare network 39.9" in _prose("ssal.md")
+    assert branches["GapCatNoSSAL"]["combined"][0] == 40.2
+    assert branches["ResNet18"]["main"][0] == 39.9

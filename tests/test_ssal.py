@@ -196,7 +196,7 @@ def test_the_text_to_table_1_has_30_groups():
         ("se_wrn16_8,sweep", r"no variant 'se_wrn16_8'"),
         ("resnet50,sweep,groups_30", r"for the networks of Table 1, 'resnet50', 'wrn28_10', on"),
         ("se_wrn16_8,groups_30", r"for the networks of Table 1"),
-        ("resnet50,1,groups_30", r"'groups_30' needs a branch over 33 groups; take 3 branches"),
+        ("resnet50,1,groups_30", r"'groups_30' needs a branch over 33 groups; take \d branches"),
     ],
 )
 def test_what_does_not_go_together_is_refused(variant, message):

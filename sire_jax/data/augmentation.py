@@ -175,14 +175,23 @@ class Affine:
     (2, 8, 8, 3)
 
     Attributes:
-        rotation: In degrees.
-        translation: As a share of the image's side.
-        shear: In degrees.
+        rotation: In degrees, in 0..180.
+        translation: As a share of the image's side, in 0..1.
+        shear: In degrees, in 0..89.
+
+    Raises:
+        ValueError: If one is out of its range.
     """
 
     rotation: float = 10.0
     translation: float = 0.1
     shear: float = 10.0
+
+    def __post_init__(self) -> None:
+        for name, most in (("rotation", 180), ("translation", 1), ("shear", 89)):
+            amount = getattr(self, name)
+            if not 0 <= amount <= most:
+                raise ValueError(f"{name} is {amount}; it should be in 0..{most}.")
 
     def __call__(self, key: Array, batch: Batch) -> Batch:
         """Moves the pixels of ``image``."""
