@@ -105,8 +105,8 @@ def rehearse(
         ValueError: If the table has no such option, or a config of any row is wrong.
         PermissionError: If the workdir can't be written to.
     """
-    workdir = check_writable(workdir)
     row_configs = load_rows(table, rows, configs, option, overrides)
+    workdir = check_writable(workdir)
     experiments = {name: _build(name, config, True) for name, config in row_configs.items()}
     rehearsals: dict[str, rehearsal.Rehearsal] = {}
     title = f"{table['title']}: some steps of each row"
@@ -172,8 +172,8 @@ def reproduce(
             trained, if a config of any row is wrong.
         PermissionError: If the workdir can't be written to.
     """
-    workdir = check_writable(workdir)
     row_configs = load_rows(table, rows, configs, option, overrides)
+    workdir = check_writable(workdir)
     # All are built before one is trained: a mistake in the last row should not take days to show.
     for name, config in row_configs.items():
         if _trained(config, workdir / name) is None:

@@ -421,7 +421,7 @@ def test_an_augmentation_may_be_added_by_an_override():
     expected = configuration.augmentation("affine", rotation=10.0)
     assert config.augmentation.affine.to_dict() == expected.to_dict()
     validation.validate(config)
-    with pytest.raises(ValueError, match=r"config.augmentation has no key 'affin'"):
+    with pytest.raises(ValueError, match=r"config.augmentation has no key 'affin'.*mean 'affine'"):
         _load("augmentation.affin.rotation=10")
     with pytest.raises(ValueError, match=r"config.augmentation.affine has no key 'rotatoin'"):
         _load("augmentation.affine.rotatoin=10")

@@ -242,7 +242,9 @@ def _check_override(config: ConfigDict, argument: str) -> None:
     section, where = config, "config"
     for key in argument.removeprefix("--config.").partition("=")[0].split("."):
         if not isinstance(section, ConfigDict) or key not in section:
-            keys = section.keys() if isinstance(section, ConfigDict) else ()
+            keys = [*section] if isinstance(section, ConfigDict) else []
+            # One that is not there can be added by its settings.
+            keys += AUGMENTATIONS if where == "config.augmentation" else []
             raise ValueError(f"{where} has no key '{key}'.{text.nearest(key, keys)}")
         section, where = section[key], f"{where}.{key}"
     if section is None:
