@@ -438,6 +438,21 @@ def test_branches_against_none_are_what_reproduce_wrote():
     assert [row[1:4] for row in table[2:]] == [[_mean(row[c]) for c in columns] for row in rows]
 
 
+def test_what_activation_maps_say_is_what_was_recorded():
+    images, text = _recorded("ssal_maps.json")["images"], _prose("ssal.md")
+    assert "None of these four images is classified rightly, but of two of them the first" in text
+    assert [image["main"].split("\n")[1] == image["image"] for image in images] == [False] * 4
+    known = [
+        image["image"]
+        for image in images
+        if image["image"] in re.split(r"[,\s]+", image["branch_1"])
+    ]
+    assert known == ["willow_tree", "tiger"]
+    shares = [image["branch_1"].split("%")[0] for image in images]
+    assert f"is one of the trees for it ({shares[1]}%)" in text
+    assert f"stripes or spots ({shares[3]}%)" in text
+
+
 def test_what_a_joint_prediction_rests_on_is_what_was_measured():
     seeds, text = _recorded("joint_prediction.json")["seeds"], _prose("ssal.md")
     found = {name: np.asarray([each[name] for each in seeds]) for name in seeds[0]}
