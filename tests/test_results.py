@@ -955,12 +955,13 @@ def test_what_reconstructions_show_is_what_was_recorded():
 # ---- What pages say in words.
 
 
-def _rows(name):
+def _by_name(name):
     return {row["name"]: row for row in _recorded(name)["rows"]}
 
 
 def test_what_was_read_out_of_pairs_is_what_was_measured():
-    text, reported, choices = _prose("pairs.md"), _rows("pairs_1.json"), _rows("pairs_choices.json")
+    text = _prose("pairs.md")
+    reported, choices = _by_name("pairs_1.json"), _by_name("pairs_choices.json")
     deviations = {name: f"{row['test_acc']['deviations']:+.1f}" for name, row in reported.items()}
     both = deviations["Conv"], deviations["Conv + Augment"]
     assert "(test {} and {} sd as reported)".format(*both) in text
