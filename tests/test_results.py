@@ -438,6 +438,19 @@ def test_branches_against_none_are_what_reproduce_wrote():
     assert [row[1:4] for row in table[2:]] == [[_mean(row[c]) for c in columns] for row in rows]
 
 
+def test_what_a_linear_combination_is_fitted_to_is_what_was_measured():
+    (seed,), text = _recorded("joint_prediction-overfit.json")["seeds"], _prose("ssal.md")
+    own = seed["main, training images"], seed["main"]
+    assert "is right on {:.1f}% of these and on {:.1f}% of test images".format(*own) in text
+    few = seed["linear, training images"], seed["linear, held-out images"]
+    assert (
+        "harms ({:.1f}%); to as many that were held out it harms more ({:.1f}%)".format(*few)
+        in text
+    )
+    many = seed["linear"], seed["linear, main alone"]
+    assert "it has {:.1f}%, of which the main output alone has {:.1f}%".format(*many) in text
+
+
 def test_what_activation_maps_say_is_what_was_recorded():
     images, text = _recorded("ssal_maps.json")["images"], _prose("ssal.md")
     assert "None of these four images is classified rightly, but of two of them the first" in text
