@@ -4,6 +4,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Mapping
+from numbers import Integral
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from sire_jax.data.augmentation import Augmentation
 from sire_jax.metrics import Average, Metrics, is_label, means
 from sire_jax.objectives import Objectives, accurate
 from sire_jax.predictions import Prediction, is_fitted
-from sire_jax.registry import check_type, located
+from sire_jax.registry import located
 from sire_jax.runs.divergence import NonFiniteLossError, first_broken, what_broke
 from sire_jax.runs.parallel import NEVER, never_broken, one_step, shuffle
 from sire_jax.state import INITIAL, TrainState, parted
@@ -202,7 +203,9 @@ def _check_numbers(
         _examples("test", test)
     numbers = {"epochs": epochs, "evaluate_batch_size": evaluate_batch_size}
     for name, value in {**numbers, "batch_size": batch_size}.items():
-        check_type(name, value, 1)
+        # NumPy's whole numbers, too.
+        if not isinstance(value, Integral):
+            raise ValueError(f"{name} is {value!r}; it should be a whole number.")
     for name, value in numbers.items():
         if value < 1:
             raise ValueError(f"{name} is {value}; it should be at least 1.")

@@ -308,10 +308,8 @@ def check(objectives: Objectives, outputs: Mapping[str, Any], batch: Mapping[str
         batch: Targets and masks, or their shapes.
 
     Raises:
-        ValueError: If outputs have no names; there is no objective; one names an output, a target
-            or a mask that is not there; its labels are no integers, or have another shape than its
-            logits; its mask is no number for each example; or its metrics could not be told from
-            others.
+        ValueError: If outputs have no names; there is no objective; one names what is not there;
+            its labels or its mask have a wrong dtype or shape; its metrics can't be told apart.
     """
     if not isinstance(outputs, Mapping):
         raise ValueError(
@@ -338,9 +336,8 @@ def check_keys(objectives: Objectives, batch: Mapping[str, Any]) -> None:
     Raises:
         ValueError: If not.
     """
-    if not isinstance(objectives, Mapping) or not all(
-        isinstance(objective, Objective) for objective in objectives.values()
-    ):
+    values = objectives.values() if isinstance(objectives, Mapping) else [None]
+    if not all(isinstance(objective, Objective) for objective in values):
         raise ValueError(
             f"Objectives are {objectives!r}; they should be a mapping such as {{'main':"
             " sj.Objective('main', 'label', sj.cross_entropy)}."
