@@ -34,6 +34,7 @@ from sire_jax import (
 from sire_jax.configuration import experiment
 from sire_jax.diagnostics import figures, gradient_flow
 from sire_jax.job import command
+from sire_jax.layers import onednn
 from sire_jax.runs.divergence import NonFiniteLossError
 from sire_jax.storage.workdir import check_writable, read_config, read_results
 from sire_jax.train import InterruptedRunError, train
@@ -244,6 +245,8 @@ def _trained(config: ConfigDict, directory: Path) -> dict[str, Any] | None:
 def machine() -> dict[str, Any]:
     """Returns what a table was measured on: versions, devices, processor, platform."""
     versions = f"sire_jax {__version__}, jax {jax.__version__}, Python {platform.python_version()}"
+    if jax.default_backend() == "cpu" and (library := onednn.version()):
+        versions += f", oneDNN {library}"
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     # On Linux `platform.processor` knows the architecture at most.
     cpuinfo = Path("/proc/cpuinfo")

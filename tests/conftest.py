@@ -74,9 +74,11 @@ def _marked(testrun_uid, worker_id):
 
 @pytest.fixture(autouse=True, scope="session")
 def _compiled_together(tmp_path_factory, worker_id):
-    """Gives all programs that tests start one place for what they compile."""
+    """Gives all programs that tests start one place for what they compile, oneDNN's calls, too."""
     own = tmp_path_factory.getbasetemp()
-    programs.COMPILED = (own if worker_id == "master" else own.parent) / "compiled"
+    shared = own if worker_id == "master" else own.parent
+    programs.COMPILED = shared / "compiled"
+    os.environ["XDG_CACHE_HOME"] = str(shared / "cache")
 
 
 @pytest.fixture(autouse=True, scope="module")

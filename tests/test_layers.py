@@ -9,11 +9,20 @@ from flax import linen as nn
 from jax import lax
 from jax.test_util import check_grads
 
-from sire_jax.layers import BatchNorm, Conv, Dropout, convolution
+from sire_jax.layers import BatchNorm, Conv, Dropout, convolution, onednn
 from sire_jax.layers.convolution import convolve
 from sire_jax.layers.modules import random_bits
 from sire_jax.layers.normalization import normalize
 from sire_jax.layers.pooling import max_pool, upsample
+
+
+@pytest.fixture(params=["oneDNN", "XLA"])
+def library(request, monkeypatch):
+    """Whose convolutions they are: oneDNN's where it is installed, and XLA's in any case."""
+    if request.param == "XLA":
+        monkeypatch.setattr(convolution, "_has_onednn", lambda x: False)
+    elif not onednn.load():
+        pytest.skip("oneDNN or a C++ compiler is not here: see the extra onednn")
 
 
 def _integers(seed, *shape):
@@ -78,6 +87,7 @@ def _case(b, h, w, c, o, k, images_last=False):
 
 @pytest.mark.parametrize("images_last", [False, True])
 @pytest.mark.parametrize(("b", "h", "w", "c", "o", "k", "padding", "stride"), CONVOLUTIONS)
+@pytest.mark.usefixtures("library")
 def test_convolution_and_its_gradients_equal_xlas(b, h, w, c, o, k, padding, stride, images_last):
     x, kernel = _case(b, h, w, c, o, k, images_last)
     ours = _with_gradients(convolve, x, kernel, padding, stride, images_last)
@@ -87,14 +97,33 @@ def test_convolution_and_its_gradients_equal_xlas(b, h, w, c, o, k, padding, str
 
 
 @pytest.mark.parametrize(("channels", "features", "stride"), [(3, 4, 1), (48, 48, 1), (3, 4, 2)])
+@pytest.mark.usefixtures("library")
 def test_convolution_gradients_equal_finite_differences(channels, features, stride):
     x, kernel = _normal(1, 2, 4, 5, channels), _normal(2, 3, 3, channels, features)
     function = jax.jit(lambda x, k: convolve(x, k, 1, stride))
     check_grads(function, (x, kernel), 1, modes=["rev"], atol=0.05, rtol=0.05, eps=1)
 
 
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize(("padding", "stride"), [(1, 1), (0, 2)])
+def test_gradients_of_gradients_equal_xlas(padding, stride):
+    x, kernel = _normal(1, 2, 5, 6, 3), _normal(2, 3, 3, 3, 2)
+
+    def curvature(function):
+        def loss(x, kernel):
+            return (function(x, kernel, padding, stride, False) ** 2).mean()
+
+        def squared(x, kernel):
+            return sum((g**2).sum() for g in jax.grad(loss, (0, 1))(x, kernel))
+
+        return jax.jit(jax.grad(squared, (0, 1)))(x, kernel)
+
+    chex.assert_trees_all_close(curvature(convolve), curvature(_lax), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("images_last", [False, True])
 @pytest.mark.parametrize(("channels", "features"), [(3, 8), (48, 48)])
+@pytest.mark.usefixtures("library")
 def test_convolution_of_half_precision_sums_in_single_precision(channels, features, images_last):
     x, kernel = _case(2, 5, 6, channels, features, 3, images_last)
     narrow = x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)
@@ -106,6 +135,7 @@ def test_convolution_of_half_precision_sums_in_single_precision(channels, featur
         np.testing.assert_array_equal(found, right.astype(jnp.bfloat16))
 
 
+@pytest.mark.usefixtures("library")
 def test_convolution_is_the_formula():
     x, kernel = np.asarray(_integers(1, 2, 5, 4, 3)), np.asarray(_integers(2, 3, 3, 3, 2))
     padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
@@ -124,6 +154,7 @@ def test_convolution_is_the_formula():
 def test_splitting_images_into_chunks_changes_nothing(monkeypatch, channels, features, cached):
     x, kernel = _case(6, 5, 4, channels, features, 3)
     monkeypatch.setattr(convolution, "_CACHED", cached)
+    monkeypatch.setattr(convolution, "_has_onednn", lambda x: False)
     ours = _with_gradients(convolve, x, kernel, 1, 1, False)
     _assert_trees_equal(ours, _with_gradients(_lax, x, kernel, 1, 1, False))
 
@@ -143,6 +174,7 @@ def _descend(function, images_last):
 
 
 @pytest.mark.parametrize("images_last", [False, True])
+@pytest.mark.usefixtures("library")
 def test_convolution_trains_the_same_in_loops(images_last):
     x, kernel = _normal(1, 3, 4, 4, 5, 2), _normal(2, 3, 3, 2, 3)
     x = x.transpose(0, 4, 2, 3, 1) if images_last else x
@@ -159,6 +191,7 @@ def test_convolution_trains_the_same_in_loops(images_last):
 
 @pytest.mark.parametrize("images_last", [False, True])
 @pytest.mark.parametrize("axes", [(0, 0), (None, 0), (0, None)])
+@pytest.mark.usefixtures("library")
 def test_convolution_under_vmap_is_one_after_the_other(images_last, axes):
     xs, kernels = _integers(1, 3, 4, 5, 6, 4), _integers(2, 3, 3, 3, 4, 2)
     xs = xs if axes[0] == 0 else xs[0]
@@ -179,6 +212,7 @@ def test_convolution_under_vmap_is_one_after_the_other(images_last, axes):
         _assert_trees_equal(jax.tree.map(lambda v, i=i: v[i], together), expected)
 
 
+@pytest.mark.usefixtures("library")
 def test_a_gradient_through_vmapped_convolutions_sums_over_the_shared_kernel():
     xs, kernel = _integers(1, 3, 2, 5, 5, 2), _integers(2, 3, 3, 2, 3)
     found = jax.grad(lambda k: jax.vmap(lambda x: convolve(x, k))(xs).sum())

@@ -20,6 +20,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_batching import sequential_vmap
 
+from sire_jax.layers import onednn
+
 _WHOLE: contextvars.ContextVar[bool] = contextvars.ContextVar("whole", default=False)
 
 # Zeros before and after the rows, and before and after the columns.
@@ -95,7 +97,7 @@ def _one_by_one(function: Callable[..., Array]) -> Callable[..., Array]:
     """
 
     @wraps(function)
-    def wrapped(a: Array, b: Array, *static: int | Pads) -> Array:
+    def wrapped(a: Array, b: Array, *static: int | tuple[int, int]) -> Array:
         return sequential_vmap(lambda a, b: function(a, b, *static))(a, b)
 
     return wrapped
@@ -123,7 +125,6 @@ def _sum_of_shifts(x: Array, kernel: Array, pads: Pads) -> Array:
     return y.reshape(-1, *y.shape[2:])
 
 
-@_one_by_one
 def _correlate(x: Array, kernel: Array, pads: Pads, stride: int = 1) -> Array:
     """Convolves ``[b, h, w, c]`` in the arrangement for which XLA has fast code."""
     size, _, channels, features = kernel.shape
@@ -133,7 +134,6 @@ def _correlate(x: Array, kernel: Array, pads: Pads, stride: int = 1) -> Array:
     return lax.conv_general_dilated(x, kernel, (stride,) * 2, pads, dimension_numbers=layout)
 
 
-@_one_by_one
 def _kernel_gradient(x: Array, dy: Array, size: int, padding: int, stride: int) -> Array:
     """Returns the gradient to the kernel, by matrix products, a few images at a time."""
     images, *_, channels = x.shape
@@ -162,39 +162,97 @@ def _kernel_gradient(x: Array, dy: Array, size: int, padding: int, stride: int) 
     return (total if narrow else total.T).reshape(size, size, channels, features)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _images_first(x: Array, kernel: Array, padding: int, stride: int) -> Array:
-    """Convolves ``[b, h, w, c]``."""
-    return _forward(x, kernel, padding, stride)[0]
+def _images_gradient(
+    dy: Array, kernel: Array, shape: tuple[int, int], padding: int, stride: int
+) -> Array:
+    """Returns the gradient to images of so many rows and columns.
 
-
-def _forward(
-    x: Array, kernel: Array, padding: int, stride: int
-) -> tuple[Array, tuple[Array, Array]]:
-    return _correlate(x, kernel, ((padding, padding),) * 2, stride), (x, kernel)
-
-
-def _backward(
-    padding: int, stride: int, saved: tuple[Array, Array], dy: Array
-) -> tuple[Array, Array]:
-    x, kernel = saved
+    It is a convolution of dy, with zeros where the stride left out a result, with the kernel
+    flipped; pixels at the end may have taken part in no result.
+    """
     size = len(kernel)
-    dkernel = _kernel_gradient(x, dy, size, padding, stride)
-    # The gradient to the images is a convolution of dy, with zeros where the stride left out a
-    # result, with the kernel flipped; pixels at the end may have taken part in no result.
     if stride > 1:
         between = (0, 0, stride - 1)
         dy = lax.pad(dy, jnp.zeros((), dy.dtype), ((0, 0, 0), between, between, (0, 0, 0)))
     before = size - 1 - padding
     rows, columns = (
-        (before, n + size - 1 - m - before)
-        for n, m in zip(x.shape[1:3], dy.shape[1:3], strict=True)
+        (before, n + size - 1 - m - before) for n, m in zip(shape, dy.shape[1:3], strict=True)
     )
-    dx = _correlate(dy, jnp.swapaxes(kernel[::-1, ::-1], 2, 3), (rows, columns))
-    return dx, dkernel
+    return _correlate(dy, jnp.swapaxes(kernel[::-1, ::-1], 2, 3), (rows, columns))
 
 
-_images_first.defvjp(_forward, _backward)
+# ---- The three passes of a convolution of [b, h, w, c]. Each is linear in both of its arrays, and
+# its gradients are the other two.
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+@_one_by_one
+def _forward(x: Array, kernel: Array, padding: int, stride: int) -> Array:
+    if _has_onednn(x):
+        return onednn.forward(x, kernel, stride, padding)
+    return _correlate(x, kernel, ((padding, padding),) * 2, stride)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+@_one_by_one
+def _to_images(
+    dy: Array, kernel: Array, shape: tuple[int, int], padding: int, stride: int
+) -> Array:
+    if _has_onednn(dy):
+        return onednn.to_images(dy, kernel, shape, stride, padding)
+    return _images_gradient(dy, kernel, shape, padding, stride)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+@_one_by_one
+def _to_kernel(x: Array, dy: Array, size: int, padding: int, stride: int) -> Array:
+    if _has_onednn(x) and size * size * x.shape[3] * dy.shape[3] <= 2 * max(x.size, dy.size):
+        return onednn.to_kernel(x, dy, size, stride, padding).astype(x.dtype)
+    return _kernel_gradient(x, dy, size, padding, stride)
+
+
+def _has_onednn(x: Array) -> bool:
+    # Other shapes are refused by XLA, with its reasons.
+    return x.ndim == 4 and x.dtype in (jnp.float32, jnp.bfloat16) and onednn.load()
+
+
+def _keep(function: Callable[..., Array]) -> Callable[..., tuple[Array, tuple[Array, Array]]]:
+    return lambda a, b, *static: (function(a, b, *static), (a, b))
+
+
+def _forward_gradients(
+    padding: int, stride: int, kept: tuple[Array, Array], dy: Array
+) -> tuple[Array, Array]:
+    x, kernel = kept
+    return (
+        _to_images(dy, kernel, x.shape[1:3], padding, stride),
+        _to_kernel(x, dy, len(kernel), padding, stride),
+    )
+
+
+def _to_images_gradients(
+    shape: tuple[int, int], padding: int, stride: int, kept: tuple[Array, Array], dx: Array
+) -> tuple[Array, Array]:
+    dy, kernel = kept
+    return (
+        _forward(dx, kernel, padding, stride),
+        _to_kernel(dx, dy, len(kernel), padding, stride),
+    )
+
+
+def _to_kernel_gradients(
+    size: int, padding: int, stride: int, kept: tuple[Array, Array], dkernel: Array
+) -> tuple[Array, Array]:
+    x, dy = kept
+    return (
+        _to_images(dy, dkernel, x.shape[1:3], padding, stride),
+        _forward(x, dkernel, padding, stride),
+    )
+
+
+_forward.defvjp(_keep(_forward), _forward_gradients)
+_to_images.defvjp(_keep(_to_images), _to_images_gradients)
+_to_kernel.defvjp(_keep(_to_kernel), _to_kernel_gradients)
 
 
 def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
@@ -260,9 +318,9 @@ def convolve(
         ``[b, h', w', o]`` with ``h' = (h + 2 padding - k) // stride + 1``, or ``[o, h', w', b]``.
     """
     if jax.default_backend() == "cpu" and not _WHOLE.get():
-        method = _images_last if images_last else _images_first
-        # Sums are float32 where the inputs are less.
-        wide = at_least_float32(x.dtype)
+        method = _images_last if images_last else _forward
+        # Sums are float32 where the inputs are less; oneDNN's are.
+        wide = x.dtype if not images_last and _has_onednn(x) else at_least_float32(x.dtype)
         y = method(x.astype(wide), kernel.astype(wide), padding, stride)
         return y.astype(x.dtype)
     layout = ("CHWN", "HWIO", "CHWN") if images_last else ("NHWC", "HWIO", "NHWC")
