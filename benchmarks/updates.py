@@ -156,7 +156,11 @@ class Program:
         copied = jax.tree.map(jnp.copy, variables)
         self._state = TrainState.start(jax.random.key(1), copied, parts.rule)
         step = make_step(parts.network.apply, parts.objectives, parts.rule)
-        loop = jax.jit(parallel.over_steps(step, parts.lookup), donate_argnums=(0, 1))
+        loop = jax.jit(
+            parallel.over_steps(step, parts.lookup),
+            donate_argnums=(0, 1),
+            compiler_options=parts.rule.compiler_options,
+        )
         started = time.perf_counter()
         lowered = loop.lower(*self._arguments(1))
         traced_at = time.perf_counter()

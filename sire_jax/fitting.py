@@ -148,7 +148,8 @@ def make_fit(
         def take(state: TrainState, sums: Metrics, broken: Any, arrays: Batch, rows: Array) -> Any:
             return step(state, sums, broken, _some(arrays, rows))
 
-        return made, jax.jit(take, donate_argnums=(0, 1, 2))
+        program = jax.jit(take, donate_argnums=(0, 1, 2), compiler_options=made.compiler_options)
+        return made, program
 
     def fit(
         train: Batch,

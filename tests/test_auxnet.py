@@ -383,3 +383,24 @@ def test_the_optimizer_of_the_configs_is_linear():
     optimizer = experiment._optimizer(config, units)
     assert isinstance(optimizer, LinearOptimizer)
     assert optimizer.weight_decay == WeightDecay(1e-4, 1e-4)
+
+
+# ---- Memory.
+
+
+@pytest.mark.parametrize(("rule", "most"), [("multiway", 1.05), ("pairwise", 1.3)])
+def test_backward_passes_take_turns_in_memory(rule, most):
+    def intermediate(rule):
+        size = ("backbone.width=0.5", "batch_size=16")
+        parts = experiment.build(_load("20-2", *size, f"update_rule.name={rule}"))
+        image, labels = jnp.zeros((16, 32, 32, 3), jnp.uint8), jnp.zeros(16, jnp.int32)
+        batch = parts.lookup({"image": image, "label": labels}, jnp.arange(16))
+        state = TrainState.start(jax.random.key(0), parts.variables, parts.rule)
+        step = jax.jit(parts.step(), compiler_options=parts.rule.compiler_options)
+        compiled = step.lower(state, batch).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    joint = intermediate("joint")
+    # What batch norms remember of a trunk of 19 convolutions, at least once each.
+    assert joint > 16 * 4 * (7 * 32 * 32 * 8 + 6 * 16 * 16 * 16 + 6 * 8 * 8 * 32)
+    assert intermediate(rule) < most * joint

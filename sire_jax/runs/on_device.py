@@ -100,7 +100,10 @@ class DeviceFeed:
         steps = parallel.over_steps(self._parts.step(), self._lookup())
         # Every process reads at which steps losses broke.
         places = (placement.of_runs, placement.of_runs, placement.everywhere)
-        return placement.program(steps, (2, 4, 5), places, donate_argnums=(0, 1))
+        options = self._parts.rule.compiler_options
+        return placement.program(
+            steps, (2, 4, 5), places, donate_argnums=(0, 1), compiler_options=options
+        )
 
     def order(self, state: TrainState, epoch: int) -> jax.Array:
         """Returns the examples of an epoch in their order, ``[runs, steps, batch, …]``."""

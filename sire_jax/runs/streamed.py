@@ -163,7 +163,8 @@ class StreamFeed:
             runs = parallel.over_seeds(run, (3,), at_once)
             mesh = self._placement.mesh
             return Program(parallel.pmapped(runs, mesh, 4, split=(3,), donated=(0, 1)))
-        return self._placement.program(run, (3,), donate_argnums=(0, 1))
+        options = self._parts.rule.compiler_options
+        return self._placement.program(run, (3,), donate_argnums=(0, 1), compiler_options=options)
 
     def order(self, state: TrainState, epoch: int) -> Order:
         """Returns the examples of an epoch in their order, for ``take_steps``."""

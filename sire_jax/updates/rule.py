@@ -7,6 +7,12 @@ from jax import Array
 
 PyTree = Any
 
+# A CPU's compiler orders work so that as much as can be runs at once, and keeps what all backward
+# passes remember until the last of them. In the order of least memory they take turns.
+LEAST_MEMORY: dict[str, str | bool | int | float] = {
+    "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
+}
+
 # (params, model state) -> ({name: scalar}, (outputs, new model state))
 Losses = Callable[[PyTree, PyTree], tuple[dict[str, Array], tuple[Mapping[str, Array], PyTree]]]
 
@@ -56,7 +62,10 @@ class UpdateRule(NamedTuple):
         update: Maps ``(losses, weights, params, model_state, state, key)`` to ``Updated``.
             ``losses`` is a function of type ``Losses``; ``weights`` has a scalar for each loss;
             ``key`` is the step's random key, for rules that draw.
+        compiler_options: What a program with the rule should be compiled with, as ``jax.jit`` takes
+            it; the numbers are the same without.
     """
 
     init: Callable[[PyTree], PyTree]
     update: Callable[[Losses, Mapping[str, Array], PyTree, PyTree, PyTree, Array], Updated]
+    compiler_options: dict[str, str | bool | int | float] | None = None
