@@ -9,7 +9,8 @@ count.
 
 Each contender has a process of its own. They take turns: a round is ``--steps`` steps of every one
 of them, the others idle. Times are medians over ``--rounds`` rounds, and the fastest; ratios are
-medians of the ratios within a round.
+medians of the ratios within a round. GFLOP/s are those that convolutions and dense layers require:
+three times those of a forward pass, two for each multiply-add.
 
 Memory is the peak during the rounds: on a CPU the growth of the process since its imports, with
 what compilation left behind; on a GPU what the library's allocator counts, for ours with what
@@ -532,22 +533,29 @@ def mebibytes(size: int | None) -> str:
     return number(None if size is None else size / 2**20, 0)
 
 
-def times_table(workers: Sequence[Worker]) -> str:
+def times_table(workers: Sequence[Worker], multiply_adds: dict[str, int]) -> str:
     """Writes a row for each contender."""
-    header = ["network", "contender", "dtype", "ms/step", "fastest", "images/s"]
+    header = ["network", "contender", "dtype", "ms/step", "fastest", "images/s", "GFLOP/s"]
     header += ["/ eager", "/ compiled", "peak MiB", "XLA plan MiB", ""]
     rows = [header]
     for worker in workers:
         contender = worker.contender
         named = [contender.network, contender.title, contender.dtype]
-        measured = [""] * 7 if worker.error else measurements(worker, workers)
+        adds = multiply_adds[contender.network]
+        measured = [""] * 8 if worker.error else measurements(worker, workers, adds)
         rows.append([*named, *measured, f"not run: {worker.error}" if worker.error else ""])
     noted = any(row[-1] for row in rows)
     return align(rows if noted else [row[:-1] for row in rows])
 
 
-def measurements(worker: Worker, workers: Sequence[Worker]) -> list[str]:
-    """Writes times, ratios and memory of a contender."""
+def measurements(worker: Worker, workers: Sequence[Worker], multiply_adds: int) -> list[str]:
+    """Writes times, ratios and memory of a contender.
+
+    Args:
+        worker: The contender.
+        workers: All of them.
+        multiply_adds: Those of one image's forward pass; a step takes three times as many.
+    """
     middle = median(worker.seconds)
     relative = [
         ratio(worker, find(workers, replace(worker.contender, engine=engine, remat=False)))
@@ -557,6 +565,7 @@ def measurements(worker: Worker, workers: Sequence[Worker]) -> list[str]:
         number(1e3 * middle, 1),
         number(1e3 * min(worker.seconds), 1),
         number(worker.contender.batch_size / middle, 0),
+        number(6e-9 * multiply_adds * worker.contender.batch_size / middle, 0),
         *map(number, relative),
         mebibytes(worker.rounds[-1]["memory"]),
         mebibytes(worker.ready["plan"]),
@@ -671,7 +680,7 @@ def main() -> None:
             options.json.write_text(json.dumps(results, indent=1) + "\n")
 
     workers = contest(choose(options), options.rounds, note)
-    print("\n" + times_table(workers))
+    print("\n" + times_table(workers, multiply_adds))
     if set(options.networks) == set(NETWORKS):
         print("\n" + decoders_table(workers, multiply_adds))
 
