@@ -23,6 +23,7 @@ import os
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -30,7 +31,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from updates import LEARNING_RATE, Peer
 
@@ -250,7 +250,7 @@ def main() -> None:
         print(table(curve, results[curve]) + "\n", flush=True)
     if options.json:
         chosen = {"batch_size": options.batch_size, "steps": options.steps}
-        figures = {**machine(), "torch": torch.__version__, "options": chosen, "curves": results}
+        figures = {**machine(), "torch": version("torch"), "options": chosen, "curves": results}
         options.json.write_text(json.dumps(figures, indent=1) + "\n")
     if options.picture:
         draw(results, options.picture)

@@ -51,6 +51,7 @@ from torch.nn import functional
 from sire_jax import configuration, traced
 from sire_jax.configuration import experiment
 from sire_jax.inspect import inspect
+from sire_jax.layers.onednn.library import SWITCH
 from sire_jax.metrics import Average
 from sire_jax.runs import parallel
 from sire_jax.text import align
@@ -76,7 +77,7 @@ class Contender:
 
     Attributes:
         network: ``"base"`` or ``"sire"``.
-        engine: ``"ours"``, ``"eager"`` or ``"compiled"``.
+        engine: ``"ours"``, ``"plain"`` (without oneDNN), ``"eager"`` or ``"compiled"``.
         dtype: ``"float32"`` or ``"bfloat16"``.
         device: ``"cpu"`` or ``"cuda"``.
         batch_size: Images in a batch.
@@ -311,8 +312,10 @@ def prepare_torch(contender: Contender) -> Training:
     return Training(take, sum(parameter.numel() for parameter in network.parameters()))
 
 
+OURS = ("ours", "plain")
 ENGINES: dict[str, tuple[str, Callable[[Contender], Training]]] = {
     "ours": ("sire_jax", prepare_ours),
+    "plain": ("sire_jax, without oneDNN", prepare_ours),
     "eager": ("PyTorch eager", prepare_torch),
     "compiled": ("PyTorch compiled", prepare_torch),
 }
@@ -338,7 +341,7 @@ class Memory:
             with contextlib.suppress(OSError, AttributeError):
                 ctypes.CDLL(None).malloc_trim(0)
                 Path("/proc/self/clear_refs").write_text("5")
-        elif self._contender.engine != "ours":
+        elif self._contender.engine not in OURS:
             torch.cuda.reset_peak_memory_stats()
 
     def peak(self) -> int | None:
@@ -346,7 +349,7 @@ class Memory:
         if self._contender.device == "cpu":
             peak = _status("VmHWM")
             return None if peak is None or self._before is None else peak - self._before
-        if self._contender.engine == "ours":
+        if self._contender.engine in OURS:
             return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
         return torch.cuda.max_memory_allocated()
 
@@ -414,6 +417,8 @@ class Worker:
             "JAX_PLATFORMS": contender.device,
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # the GPU is shared
         }
+        if contender.engine == "plain":
+            environment[SWITCH] = "0"
         self._process = subprocess.Popen(
             [sys.executable, __file__, "--worker", json.dumps(asdict(contender))],
             stdin=subprocess.PIPE,

@@ -12,14 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from sire_jax.layers import convolution, onednn
 from sire_jax.layers.onednn import library
 
-needs_onednn = pytest.mark.skipif(
-    not library.load(), reason="oneDNN or a C++ compiler is not here: see the extra onednn"
-)
+
+@pytest.fixture(scope="module")
+def _onednn(_compiled_together):
+    if not library.load():
+        pytest.skip("oneDNN or a C++ compiler is not here: see the extra onednn")
+
+
+needs_onednn = pytest.mark.usefixtures("_onednn")
 
 # batch, height, width, channels, features, kernel, padding, stride
 CONVOLUTIONS = [
@@ -54,9 +59,9 @@ def _case(b, h, w, c, o, k, padding, stride):
 
 def _passes(x, kernel, dy, padding, stride):
     return (
-        onednn.forward(x, kernel, stride, padding),
-        onednn.to_images(dy, kernel, x.shape[1:3], stride, padding),
-        onednn.to_kernel(x, dy, len(kernel), stride, padding),
+        onednn.forward(x, kernel, padding, stride),
+        onednn.to_images(dy, kernel, x.shape[1:3], padding, stride),
+        onednn.to_kernel(x, dy, len(kernel), padding, stride),
     )
 
 
@@ -75,26 +80,50 @@ def test_passes_equal_xlas_to_the_last_bit_of_whole_numbers(case, dtype):
     np.testing.assert_array_equal(to_kernel, expected[2])
 
 
+def _gradients(function, x, kernel):
+    return jax.grad(lambda x, kernel: (function(x, kernel) ** 2).sum(), (0, 1))(x, kernel)
+
+
 @needs_onednn
-def test_devices_that_share_a_batch_convolve_their_own_images():
-    (x, kernel, dy), expected = _case(4, 6, 6, 3, 5, 3, 1, 1)
+@pytest.mark.parametrize("wrapper", ["shard_map", "pmap"])
+def test_devices_convolve_their_own_images(wrapper):
+    (x, kernel, _), _ = _case(4, 6, 6, 3, 5, 3, 1, 1)
+
+    def summed(x):
+        dx, dkernel = _gradients(lambda x, k: convolution.convolve(x, k, 1), x, kernel)
+        return dx, lax.psum(dkernel, "data")
+
+    if wrapper == "pmap":
+        run = jax.pmap(summed, "data", out_axes=(0, None))
+        x = x.reshape(2, 2, *x.shape[1:])
+    else:
+        mesh = Mesh(np.array(jax.devices()), ("data",), axis_types=(AxisType.Auto,))
+        own = PartitionSpec("data")
+        out = own, PartitionSpec()
+        run = jax.jit(
+            jax.shard_map(summed, mesh=mesh, in_specs=own, out_specs=out, check_vma=False)
+        )
+    assert library.TARGET in run.lower(x).as_text()
+    dx, dkernel = run(x)
+    expected = _gradients(lambda x, k: _lax(x, k, 1, 1), x.reshape(4, 6, 6, 3), kernel)
+    np.testing.assert_array_equal(dx.reshape(4, 6, 6, 3), expected[0])
+    np.testing.assert_array_equal(dkernel, expected[1])
+
+
+@needs_onednn
+@pytest.mark.parametrize("images", [8, 5])
+def test_programs_that_xla_splits_are_xlas(images):
+    # Of five images on two devices each has three, one of which is none.
+    (x, kernel, _), _ = _case(8, 6, 6, 3, 5, 3, 1, 1)
     mesh = Mesh(np.array(jax.devices()), ("data",), axis_types=(AxisType.Auto,))
-    own = NamedSharding(mesh, PartitionSpec("data"))
-    arrays = jax.device_put(x, own), kernel, jax.device_put(dy, own)
-    compiled = jax.jit(lambda *arrays: _passes(*arrays, 1, 1)).lower(*arrays).compile()
-    assert "all-gather" not in compiled.as_text()
-    for found, right in zip(compiled(*arrays), expected, strict=True):
-        np.testing.assert_array_equal(found, right)
-    # Likewise where a program sees one device's part.
-    alone = jax.shard_map(
-        lambda x, kernel, dy: _passes(x, kernel, dy, 1, 1)[:2],
-        mesh=mesh,
-        in_specs=(PartitionSpec("data"), PartitionSpec(), PartitionSpec("data")),
-        out_specs=PartitionSpec("data"),
-        check_vma=False,
+    x = jax.device_put(x, jax.sharding.NamedSharding(mesh, PartitionSpec("data")))
+    run = jax.jit(
+        lambda x, k: _gradients(lambda x, k: convolution.convolve(x[:images], k, 1), x, k)
     )
-    for found, right in zip(jax.jit(alone)(*arrays), expected, strict=False):
-        np.testing.assert_array_equal(found, right)
+    assert library.TARGET not in run.lower(x, kernel).as_text()
+    found, expected = run(x, kernel), _gradients(lambda x, k: _lax(x, k, 1, 1), x[:images], kernel)
+    np.testing.assert_array_equal(found[0][:images], expected[0])
+    np.testing.assert_array_equal(found[1], expected[1])
 
 
 @needs_onednn
@@ -112,7 +141,7 @@ def test_many_at_once_end_and_are_right():
 def test_other_dtypes_are_refused():
     x, kernel = jnp.ones((1, 3, 3, 1), jnp.float16), jnp.ones((1, 1, 1, 1), jnp.float16)
     with pytest.raises(jax.errors.JaxRuntimeError, match="float32 and bfloat16"):
-        onednn.forward(x, kernel, 1, 0)
+        onednn.forward(x, kernel, 0, 1)
 
 
 @needs_onednn
@@ -122,11 +151,17 @@ def test_what_does_not_fit_together_is_refused_before_it_is_read():
         lambda: onednn.forward(x[..., :2], kernel, 1, 1),
         lambda: onednn.forward(x.astype(jnp.bfloat16), kernel, 1, 1),
         lambda: onednn.forward(x[0], kernel, 1, 1),
+        lambda: onednn.forward(x, kernel[:1], 1, 1),
+        lambda: onednn.forward(x, kernel, 1, 0),
         lambda: onednn.to_images(dy[..., :1], kernel, (4, 4), 1, 1),
+        lambda: onednn.to_images(dy, kernel, (4, 5), 1, 1),
         lambda: onednn.to_kernel(x[:1], dy, 3, 1, 1),
+        lambda: onednn.to_kernel(x, dy, 5, 1, 1),
     ):
-        with pytest.raises(ValueError, match=r"images \[n, h, w, c\].* are not two of them"):
+        with pytest.raises(ValueError, match=r"images \[n, h, w, c\].* don't fit together"):
             call()
+    with pytest.raises(ValueError, match=r"should be square; this one is \(3, 1, 3, 2\)"):
+        convolution.convolve(x, kernel[:, :1])
 
 
 @needs_onednn
@@ -135,65 +170,113 @@ def test_of_no_images_there_are_no_results():
     y, dx, dkernel = jax.jit(lambda x, dy: _passes(x, kernel, dy, 1, 1))(x[:0], dy[:0])
     assert (y.shape, dx.shape) == ((0, 4, 4, 2), (0, 4, 4, 3))
     np.testing.assert_array_equal(dkernel, jnp.zeros((3, 3, 3, 2)))
+    np.testing.assert_array_equal(
+        onednn.forward(x[..., :0], kernel[:, :, :0], 1, 1), jnp.zeros((2, 4, 4, 2))
+    )
 
 
 @needs_onednn
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-def test_convolutions_are_onednns_but_where_one_counts_them(dtype):
-    x, kernel = jnp.ones((2, 4, 4, 3), dtype), jnp.ones((3, 3, 3, 2), dtype)
+@pytest.mark.parametrize("dtypes", [("float32",) * 2, ("bfloat16",) * 2, ("bfloat16", "float32")])
+def test_convolutions_are_onednns_but_where_one_counts_them(monkeypatch, dtypes):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    x, kernel = jnp.ones((2, 4, 4, 3), dtypes[0]), jnp.full((3, 3, 3, 2), 1.001, dtypes[1])
     traced = str(jax.make_jaxpr(lambda x, k: convolution.convolve(x, k, 1))(x, kernel))
     assert library.TARGET in traced
+    # In the wider of two dtypes.
+    assert ("bf16[2,4,4,2] = ffi_call" in traced) == (dtypes[1] == "bfloat16")
     with convolution.whole():
-        traced = str(jax.make_jaxpr(lambda x, k: convolution.convolve(x, k, 1))(x, kernel))
-    assert library.TARGET not in traced
+        whole = jax.make_jaxpr(lambda x, k: convolution.convolve(x, k, 1))(
+            x, kernel.astype(x.dtype)
+        )
+    assert library.TARGET not in str(whole)
 
 
 def test_the_switch_turns_it_off(monkeypatch):
     monkeypatch.setenv(library.SWITCH, "0")
-    assert not library.load.__wrapped__()
+    assert library._loaded.__wrapped__() is None
 
 
 def test_without_the_extra_it_is_off(monkeypatch):
     monkeypatch.setitem(library._PACKAGES, "libdnnl.so.3", "no-such-package")
-    assert not library.load.__wrapped__()
+    assert library._loaded.__wrapped__() is None
+    monkeypatch.setattr(library, "_loaded", lambda: None)
+    with pytest.raises(RuntimeError, match=r"pip install 'sire_jax\[onednn\]'"):
+        onednn.forward(jnp.ones((1, 3, 3, 1)), jnp.ones((1, 1, 1, 1)), 0, 1)
+
+
+@pytest.fixture
+def nothing_kept(monkeypatch, tmp_path):
+    """A cache without a library."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "sire_jax" / "onednn"
 
 
 @needs_onednn
-def test_without_a_compiler_it_is_off_and_says_how_to_mend_it(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(library, "_shipped", lambda: None)
-    monkeypatch.setenv("CXX", str(tmp_path / "none"))
-    with pytest.warns(UserWarning, match=rf"C\+\+ compiler.*{library.SWITCH}=0.*none"):
-        assert not library.load.__wrapped__()
-    assert not list(tmp_path.rglob("*.so"))
+@pytest.mark.parametrize("compiler", ["no-compiler", "env no-compiler"])
+def test_without_a_compiler_it_is_off_and_says_how_to_mend_it(monkeypatch, nothing_kept, compiler):
+    monkeypatch.setenv("CXX", compiler)
+    with pytest.warns(UserWarning, match=rf"(?s)C\+\+ compiler.*{library.SWITCH}=0.*no-compiler"):
+        assert library._loaded.__wrapped__() is None
+    assert not list(nothing_kept.iterdir())
 
 
 @needs_onednn
-def test_what_does_not_compile_says_what_the_compiler_says(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(library, "_shipped", lambda: None)
+def test_what_does_not_compile_says_what_the_compiler_says(monkeypatch, nothing_kept, tmp_path):
     source = tmp_path / "convolution.cc"
     source.write_text("int broken(")
     monkeypatch.setattr(library, "SOURCE", source)
     with pytest.warns(UserWarning, match="(?s)can't be built.*broken"):
-        assert not library.load.__wrapped__()
+        assert library._loaded.__wrapped__() is None
+
+
+@needs_onednn
+def test_where_others_can_write_no_library_is_loaded(nothing_kept):
+    nothing_kept.mkdir(parents=True)
+    nothing_kept.chmod(0o777)
+    with pytest.warns(UserWarning, match="Others can write to"):
+        assert library._loaded.__wrapped__() is None
+
+
+@needs_onednn
+@pytest.mark.slow  # It compiles twice.
+def test_a_damaged_library_is_built_anew(nothing_kept):
+    nothing_kept.mkdir(parents=True)
+    (nothing_kept / library.name()).write_bytes(b"damaged")
+    library._library(library._installed("libdnnl.so.3"))
+    assert (nothing_kept / library.name()).stat().st_size > 10_000
 
 
 @needs_onednn
 @pytest.mark.slow  # pip, and a compiler.
-def test_a_wheel_built_beside_onednn_needs_no_compiler(tmp_path):
+def test_a_wheel_of_a_built_library_needs_no_compiler(tmp_path):
     root, source, made = Path(library.__file__).parents[3], tmp_path / "source", tmp_path / "made"
     # A copy, as pip leaves files in the directory that it builds.
     for name in ("sire_jax", "configs"):
         shutil.copytree(root / name, source / name)
     for name in ("setup.py", "setup.cfg", "requirements.txt", "README.md", "LICENSE"):
         shutil.copy(root / name, source)
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    module = [sys.executable, "-m", "sire_jax.layers.onednn.library"]
+    subprocess.run(module, check=True, env=environment, cwd=source)
     pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps"]
     subprocess.run([*pip, "-w", made, source], check=True)
     (wheel,) = made.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(made)
     load = "from sire_jax.layers import onednn; assert onednn.load()"
-    nowhere = {"CXX": "no-compiler", "PYTHONPATH": str(made), "XDG_CACHE_HOME": str(tmp_path)}
-    environment = {**os.environ, **nowhere}
+    environment |= {"CXX": "no-compiler", "PYTHONPATH": str(made)}
     subprocess.run([sys.executable, "-c", load], check=True, env=environment, cwd=made)
-    assert not (tmp_path / "sire_jax").exists()
+
+
+@needs_onednn
+@pytest.mark.slow  # It starts a program.
+def test_processors_without_bfloat16_convolve_it_in_single_precision():
+    program = """
+import jax.numpy as jnp
+from sire_jax.layers import onednn
+from sire_jax.layers.convolution import convolve
+assert onednn.load() and not onednn.library.has_bfloat16()
+x, kernel = jnp.ones((1, 3, 3, 2), jnp.bfloat16), jnp.ones((3, 3, 2, 1), jnp.bfloat16)
+assert convolve(x, kernel, 1)[0, 1, 1, 0] == 18
+"""
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment)

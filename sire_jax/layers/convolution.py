@@ -1,9 +1,9 @@
 """Convolutions whose gradients are fast on a CPU, inside loops over training steps as outside.
 
-XLA's CPU convolution is fast in one arrangement of its arguments only; the gradients that JAX
-derives are in others, and take up to hundreds of times as long inside a loop. Here the gradient to
-the images is the fast arrangement again and that to the kernel is matrix products. On accelerators
-all is XLA's.
+They are oneDNN's where that is installed (``layers.onednn``). XLA's own CPU convolution is fast in
+one arrangement of its arguments only; the gradients that JAX derives are in others, and take up to
+hundreds of times as long inside a loop. Here the gradient to the images is the fast arrangement
+again and that to the kernel is matrix products. On accelerators all is XLA's.
 
 Two layouts: ``[b, h, w, c]``, the usual one, and ``[c, h, w, b]``, images last, in which all that a
 *small* network does between matrix products runs along contiguous memory: it takes half the time.
@@ -188,8 +188,8 @@ def _images_gradient(
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 @_one_by_one
 def _forward(x: Array, kernel: Array, padding: int, stride: int) -> Array:
-    if _has_onednn(x):
-        return onednn.forward(x, kernel, stride, padding)
+    if onednn.takes(x, kernel):
+        return onednn.forward(x, kernel, padding, stride)
     return _correlate(x, kernel, ((padding, padding),) * 2, stride)
 
 
@@ -198,22 +198,22 @@ def _forward(x: Array, kernel: Array, padding: int, stride: int) -> Array:
 def _to_images(
     dy: Array, kernel: Array, shape: tuple[int, int], padding: int, stride: int
 ) -> Array:
-    if _has_onednn(dy):
-        return onednn.to_images(dy, kernel, shape, stride, padding)
+    if onednn.takes(dy, kernel):
+        return onednn.to_images(dy, kernel, shape, padding, stride)
     return _images_gradient(dy, kernel, shape, padding, stride)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 @_one_by_one
 def _to_kernel(x: Array, dy: Array, size: int, padding: int, stride: int) -> Array:
-    if _has_onednn(x) and size * size * x.shape[3] * dy.shape[3] <= 2 * max(x.size, dy.size):
-        return onednn.to_kernel(x, dy, size, stride, padding).astype(x.dtype)
-    return _kernel_gradient(x, dy, size, padding, stride)
-
-
-def _has_onednn(x: Array) -> bool:
-    # Other shapes are refused by XLA, with its reasons.
-    return x.ndim == 4 and x.dtype in (jnp.float32, jnp.bfloat16) and onednn.load()
+    weights = size * size * x.shape[3] * dy.shape[3]
+    # A part of the images for each thread, and a sum of kernels that are larger than they.
+    few_images = weights > 2 * max(x.size, dy.size)
+    if onednn.takes(x, dy) and not few_images:
+        return onednn.to_kernel(x, dy, size, padding, stride).astype(x.dtype)
+    wide = at_least_float32(x.dtype)
+    found = _kernel_gradient(x.astype(wide), dy.astype(wide), size, padding, stride)
+    return found.astype(x.dtype)
 
 
 def _keep(function: Callable[..., Array]) -> Callable[..., tuple[Array, tuple[Array, Array]]]:
@@ -316,11 +316,17 @@ def convolve(
 
     Returns:
         ``[b, h', w', o]`` with ``h' = (h + 2 padding - k) // stride + 1``, or ``[o, h', w', b]``.
+
+    Raises:
+        ValueError: If the kernel is not square.
     """
+    if kernel.ndim == 4 and kernel.shape[0] != kernel.shape[1]:
+        raise ValueError(f"A kernel [k, k, c, o] should be square; this one is {kernel.shape}.")
     if jax.default_backend() == "cpu" and not _WHOLE.get():
         method = _images_last if images_last else _forward
         # Sums are float32 where the inputs are less; oneDNN's are.
-        wide = x.dtype if not images_last and _has_onednn(x) else at_least_float32(x.dtype)
+        takes = not images_last and onednn.takes(x, kernel)
+        wide = x.dtype if takes else at_least_float32(x.dtype)
         y = method(x.astype(wide), kernel.astype(wide), padding, stride)
         return y.astype(x.dtype)
     layout = ("CHWN", "HWIO", "CHWN") if images_last else ("NHWC", "HWIO", "NHWC")

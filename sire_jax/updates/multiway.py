@@ -11,7 +11,7 @@ from sire_jax.updates import gradients
 from sire_jax.updates.aggregators import SUM, Aggregator
 from sire_jax.updates.gradients import check_aggregator, factors
 from sire_jax.updates.reached import Reached, scale
-from sire_jax.updates.rule import LEAST_MEMORY, Losses, Updated, UpdateRule
+from sire_jax.updates.rule import Losses, Updated, UpdateRule, least_memory
 from sire_jax.updates.steps import Steps
 
 PyTree = Any
@@ -95,4 +95,4 @@ def multiway(
             params, state = steps.take(name, gradient, weights[name], divisors[name], params, state)
         return Updated(params, state, new_model_state, named, outputs)
 
-    return UpdateRule(steps.init, update, LEAST_MEMORY)
+    return UpdateRule(steps.init, update, least_memory())

@@ -12,7 +12,7 @@ from sire_jax.updates import gradients
 from sire_jax.updates.aggregators import SUM, Aggregator, Sum
 from sire_jax.updates.gradients import check_aggregator, factors
 from sire_jax.updates.reached import Reached, scale
-from sire_jax.updates.rule import LEAST_MEMORY, Losses, Updated, UpdateRule
+from sire_jax.updates.rule import Losses, Updated, UpdateRule, least_memory
 from sire_jax.updates.steps import Steps
 
 PyTree = Any
@@ -104,7 +104,7 @@ def pairwise(
         new_model_state = jax.tree.map(lambda i, *leaves: leaves[i], last, *states)
         return Updated(params, state, new_model_state, named, outputs)
 
-    return UpdateRule(steps.init, update, LEAST_MEMORY)
+    return UpdateRule(steps.init, update, least_memory())
 
 
 def _last_to_see(

@@ -3,15 +3,22 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 from jax import Array
 
 PyTree = Any
 
-# A CPU's compiler orders work so that as much as can be runs at once, and keeps what all backward
-# passes remember until the last of them. In the order of least memory they take turns.
-LEAST_MEMORY: dict[str, str | bool | int | float] = {
-    "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
-}
+
+def least_memory() -> dict[str, str | bool | int | float] | None:
+    """Returns the compiler options by which backward passes take turns in memory.
+
+    A CPU's compiler orders work so that as much as can be runs at once, and keeps what all backward
+    passes remember until the last of them. Others have no such option, and no need of one.
+    """
+    if jax.default_backend() != "cpu":
+        return None
+    return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+
 
 # (params, model state) -> ({name: scalar}, (outputs, new model state))
 Losses = Callable[[PyTree, PyTree], tuple[dict[str, Array], tuple[Mapping[str, Array], PyTree]]]
@@ -63,7 +70,7 @@ class UpdateRule(NamedTuple):
             ``losses`` is a function of type ``Losses``; ``weights`` has a scalar for each loss;
             ``key`` is the step's random key, for rules that draw.
         compiler_options: What a program with the rule should be compiled with, as ``jax.jit`` takes
-            it; the numbers are the same without.
+            it (``jax.pmap`` does not). It computes the same.
     """
 
     init: Callable[[PyTree], PyTree]

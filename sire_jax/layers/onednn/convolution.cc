@@ -8,11 +8,16 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
 #include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <string>
+#include <vector>
 
 #include "dnnl.hpp"
 #include "xla/ffi/api/ffi.h"
@@ -113,22 +118,48 @@ const Primitive& Prepared(const Problem& problem) {
   return *primitive;
 }
 
-// Memory of one thread that is used again by its next call; fresh pages would cost more.
+// Memory that a call has for itself. It is kept for the next calls, as fresh pages would cost more:
+// as many pieces as there have been calls at once.
 class Workspace {
  public:
-  char* Get(size_t bytes) {
-    if (bytes > size_) {
-      const memory::desc desc({static_cast<int64_t>(bytes)}, memory::data_type::u8,
-                              memory::format_tag::a);
-      memory_ = memory(desc, Engine());
-      size_ = bytes;
+  explicit Workspace(size_t bytes) {
+    {
+      std::lock_guard<std::mutex> lock(Mutex());
+      if (!Free().empty()) {
+        std::swap(piece_, Free().back());
+        Free().pop_back();
+      }
     }
-    return static_cast<char*>(size_ == 0 ? nullptr : memory_.get_data_handle());
+    if (piece_.bytes >= bytes) return;
+    std::free(piece_.data);
+    // Whole cache lines, as vector instructions want them.
+    piece_.bytes = (bytes + 63) / 64 * 64;
+    piece_.data = static_cast<char*>(std::aligned_alloc(64, piece_.bytes));
+    if (piece_.data == nullptr) throw std::bad_alloc();
   }
+  ~Workspace() {
+    std::lock_guard<std::mutex> lock(Mutex());
+    Free().push_back(piece_);
+  }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+
+  char* data() const { return piece_.data; }
 
  private:
-  memory memory_;
-  size_t size_ = 0;
+  struct Piece {
+    char* data = nullptr;
+    size_t bytes = 0;
+  };
+  static std::mutex& Mutex() {
+    static auto* mutex = new std::mutex;
+    return *mutex;
+  }
+  static std::vector<Piece>& Free() {
+    static auto* free = new std::vector<Piece>;
+    return *free;
+  }
+  Piece piece_;
 };
 
 // Runs parts on this thread and on those of the pool that are free.
@@ -159,7 +190,11 @@ void ForEach(ffi::ThreadPool& pool, int64_t parts, const std::function<void(int6
       if (++state->done == state->parts) state->all_done.notify_all();
     }
   };
-  for (int64_t part = 1; part < parts; ++part) pool.Schedule(std::function<void()>(work));
+  try {
+    for (int64_t part = 1; part < parts; ++part) pool.Schedule(std::function<void()>(work));
+  } catch (...) {
+    // This thread takes what no other one was told of.
+  }
   work();
   // Parts that are not done yet have been begun, so that waiting for them ends.
   std::unique_lock<std::mutex> lock(state->mutex);
@@ -175,11 +210,11 @@ void Reorder(const memory::desc& from, void* source, const memory::desc& to, voi
 }
 
 void Run(const Primitive& primitive, int64_t pass, void* images, void* kernel, void* results) {
-  thread_local Workspace scratch;
+  const Workspace scratch(primitive.scratchpad.get_size());
   dnnl::stream stream(Engine());
   const memory x(primitive.images, Engine(), images), k(primitive.kernel, Engine(), kernel),
       y(primitive.results, Engine(), results),
-      s(primitive.scratchpad, Engine(), scratch.Get(primitive.scratchpad.get_size()));
+      s(primitive.scratchpad, Engine(), scratch.data());
   const int x_name = pass == kToImages ? DNNL_ARG_DIFF_SRC : DNNL_ARG_SRC;
   const int k_name = pass == kToKernel ? DNNL_ARG_DIFF_WEIGHTS : DNNL_ARG_WEIGHTS;
   const int y_name = pass == kForward ? DNNL_ARG_DST : DNNL_ARG_DIFF_DST;
@@ -195,23 +230,27 @@ int64_t Parts(int64_t images, int64_t threads) {
   return parts;
 }
 
+// Returns into how many parts to split a problem: for each thread one, but no more than that the
+// kernels of all parts, where they are summed, take as much memory as images and results.
+int64_t MostParts(const Problem& p, int64_t threads) {
+  if (p.pass != kToKernel) return threads;
+  const int64_t arrays = p.n * (p.h * p.w * p.c + p.rows * p.columns * p.o);
+  return std::min(threads, std::max<int64_t>(2, arrays / (p.k * p.k * p.c * p.o)));
+}
+
 void Convolve(ffi::ThreadPool& pool, Problem problem, char* images, char* kernel, char* results) {
-  thread_local Workspace workspace;
   const Alone alone;
-  const int64_t parts = Parts(problem.n, pool.num_threads());
+  const int64_t parts = Parts(problem.n, MostParts(problem, pool.num_threads()));
   problem.n /= parts;
   const Primitive& primitive = Prepared(problem);
   const size_t image_bytes = primitive.images.get_size(), bytes = primitive.kernel.get_size();
   const size_t result_bytes = primitive.results.get_size();
   const bool to_kernel = problem.pass == kToKernel;
   const bool plain = primitive.kernel == primitive.plain_kernel;
-  char* own = kernel;
-  if (to_kernel) {
-    own = workspace.Get(parts * bytes);
-  } else if (!plain) {
-    own = workspace.Get(bytes);
-    Reorder(primitive.plain_kernel, kernel, primitive.kernel, own);
-  }
+  // A kernel in oneDNN's arrangement: the one that is given, or one for each part to be summed.
+  const Workspace workspace(to_kernel ? parts * bytes : plain ? 0 : bytes);
+  char* own = to_kernel || !plain ? workspace.data() : kernel;
+  if (!to_kernel && !plain) Reorder(primitive.plain_kernel, kernel, primitive.kernel, own);
   ForEach(pool, parts, [&](int64_t part) {
     Run(primitive, problem.pass, images + part * image_bytes, own + (to_kernel ? part * bytes : 0),
         results + part * result_bytes);
@@ -234,11 +273,19 @@ ffi::Error Call(ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::AnyBuffer b,
   const ffi::AnyBuffer& images = pass == kToImages ? *result : a;
   const ffi::AnyBuffer& kernel = pass == kToKernel ? *result : b;
   const ffi::AnyBuffer& results = pass == kForward ? *result : pass == kToImages ? a : b;
-  const bool narrow = images.element_type() == ffi::BF16;
-  if (!narrow && images.element_type() != ffi::F32) {
+  const auto x = images.dimensions(), k = kernel.dimensions(), y = results.dimensions();
+  const bool narrow = a.element_type() == ffi::BF16;
+  if ((!narrow && a.element_type() != ffi::F32) || a.element_type() != b.element_type()) {
     return ffi::Error::InvalidArgument("oneDNN convolves float32 and bfloat16 here");
   }
-  const auto x = images.dimensions(), k = kernel.dimensions(), y = results.dimensions();
+  if (x.size() != 4 || k.size() != 4 || y.size() != 4 || k[0] != k[1] || x[3] != k[2] ||
+      y[3] != k[3] || x[0] != y[0]) {
+    return ffi::Error::InvalidArgument("images, kernel and results don't fit together");
+  }
+  if (a.element_count() == 0 || b.element_count() == 0) {
+    std::memset(result->untyped_data(), 0, result->size_bytes());
+    return ffi::Error::Success();
+  }
   const auto type = narrow ? memory::data_type::bf16 : memory::data_type::f32;
   const Problem problem = {pass, static_cast<int64_t>(type), x[0], x[1], x[2], x[3], k[0], k[3],
                            y[1], y[2], stride, padding};
@@ -247,11 +294,25 @@ ffi::Error Call(ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::AnyBuffer b,
              static_cast<char*>(kernel.untyped_data()), static_cast<char*>(results.untyped_data()));
   } catch (const std::exception& error) {
     return ffi::Error::Internal(std::string("oneDNN: ") + error.what());
+  } catch (...) {
+    return ffi::Error::Internal("oneDNN: unknown error");
   }
   return ffi::Error::Success();
 }
 
 }  // namespace
+
+// Whether this processor has instructions for bfloat16, or some that do as well.
+extern "C" bool SireJaxHasBfloat16() {
+  try {
+    for (int64_t pass : {kForward, kToImages, kToKernel}) {
+      Make({pass, static_cast<int64_t>(memory::data_type::bf16), 1, 4, 4, 16, 3, 16, 4, 4, 1, 1});
+    }
+    return true;
+  } catch (const dnnl::error&) {
+    return false;
+  }
+}
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(SireJaxConvolution, Call,
                               ffi::Ffi::Bind()
