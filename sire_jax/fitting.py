@@ -161,6 +161,10 @@ def make_fit(
         evaluate_batch_size: int = 500,
     ) -> tuple[TrainState, History]:
         examples = _check_numbers(train, test, epochs, batch_size, evaluate_batch_size)
+        # Python's: narrow ones of NumPy would overflow.
+        epochs, batch_size, evaluate_batch_size = map(
+            int, (epochs, batch_size, evaluate_batch_size)
+        )
         train, test = jax.device_put((dict(train), dict(test or {})))
         key = jax.random.key(seed)
         variables = init(jax.random.fold_in(key, INITIAL), train["image"][:1])
@@ -205,7 +209,7 @@ def _check_numbers(
     numbers = {"epochs": epochs, "evaluate_batch_size": evaluate_batch_size}
     for name, value in {**numbers, "batch_size": batch_size}.items():
         # NumPy's whole numbers, too.
-        if not isinstance(value, Integral):
+        if not isinstance(value, Integral) or isinstance(value, bool):
             raise ValueError(f"{name} is {value!r}; it should be a whole number.")
     for name, value in numbers.items():
         if value < 1:

@@ -126,7 +126,7 @@ def test_several_seeds_share_what_is_compiled():
     # Of examples of another shape it is another program.
     smaller = _examples(20)
     smaller["image"] = smaller["image"][:, :1]
-    assert fit(smaller, epochs=np.int64(1), batch_size=np.int32(10))[0].step == 2
+    assert fit(smaller, epochs=np.int64(1), batch_size=np.int8(10))[0].step == 2
 
 
 def test_a_run_that_diverges_says_which_loss_and_when():
@@ -178,6 +178,7 @@ def test_an_optimizer_may_hold_the_parameters_themselves():
         ({"predictions": {"p": "main"}}, "'p' is 'main'; it should be a rule such as sj.Output"),
         ({"rule": sj.joint}, "The rule is <function joint.*functools.partial"),
         ({"batch_size": 10.0}, "batch_size is 10.0; it should be a whole number"),
+        ({"epochs": True}, "epochs is True; it should be a whole number"),
         (
             {"test": {"image": _examples(3)["image"], "lable": np.zeros(3)}},
             "test: .*'label', which",

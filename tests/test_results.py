@@ -174,10 +174,17 @@ def test_effective_weights_are_those_of_the_rule():
 
 def test_what_is_said_of_exits_by_rule_is_what_was_measured():
     probes, *rules = _recorded("auxnet_exits-reduced.json")["rows"]
-    last = [row["output_56"]["ours"][0] for row in (probes, *rules)]
-    assert max(last) - min(last) <= 0.25
+    last = {row["variant"]: row["output_56"]["ours"][0] for row in (probes, *rules)}
+    assert max(last.values()) - min(last.values()) <= 1.5
+    assert max(last, key=last.get) == "multiway"
+    assert min(last, key=last.get) == "effective_joint"
     first = [row["output_15"]["ours"][0] - probes["output_15"]["ours"][0] for row in rules]
     assert min(first) > 1
+    # What the picture draws ends where the table does.
+    for name, curve in _recorded("auxnet_exits-curves.json")["curves"].items():
+        assert curve["epoch"] == list(range(1, 21))
+        assert round(last[name], 2) == curve["test"][-1]
+        assert max(curve["test"][0], curve["train"][0]) > 98
 
 
 def test_how_rules_differ_in_each_seed_is_what_was_recorded():

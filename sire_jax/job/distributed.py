@@ -28,6 +28,7 @@ from ml_collections import ConfigDict
 from sire_jax import __version__, files, registry
 from sire_jax.job import command, coordination, signals
 from sire_jax.job.watch import SECONDS_BETWEEN_SIGNS, Watch, explain_abort
+from sire_jax.layers import onednn
 
 # Exchanged values wait for the slowest process, which may decode a data set meanwhile.
 _PATIENCE = 3600
@@ -195,7 +196,13 @@ def identity(config: ConfigDict) -> dict[str, str]:
         **{f"config.{k}": repr(v) for k, v in registry.flat(config).items() if k not in _OWN},
         "code of sire_jax": f"{__version__} ({_code()})",
         **{package: importlib.metadata.version(package) for package in packages},
+        "oneDNN": _onednn(),
     }
+
+
+def _onednn() -> str:
+    """Returns which oneDNN convolves, ``"none"`` if none does."""
+    return onednn.version() or "none" if jax.default_backend() == "cpu" else "none"
 
 
 # Settings that say where things are on a host, and how it reads them.
@@ -207,7 +214,7 @@ def _code() -> str:
     digest = hashlib.sha256()
     root = files.PACKAGE
     installed = set(root.glob("configs/*.py"))
-    for path in sorted({*root.rglob("*.py")} - installed):
+    for path in sorted({*root.rglob("*.py"), *root.rglob("*.cc")} - installed):
         digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 
@@ -291,6 +298,7 @@ def describe(mesh: jax.sharding.Mesh) -> Mapping[str, Any]:
     return {
         "jax": jax.__version__,
         "jaxlib": importlib.metadata.version("jaxlib"),
+        "oneDNN": _onednn(),
         "hardware": f"{device.platform} ({kind})",
         "devices": mesh.size,
         "processes": jax.process_count(),
