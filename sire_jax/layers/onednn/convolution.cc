@@ -17,6 +17,7 @@
 #include <mutex>
 #include <new>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "dnnl.hpp"
@@ -31,6 +32,11 @@ namespace {
 
 namespace ffi = xla::ffi;
 using dnnl::memory;
+
+// Weights that one thread sums sooner than another would wake.
+constexpr int64_t kFew = 1 << 17;
+// Some tens of microseconds.
+constexpr int kPatience = 100;
 
 enum Pass : int64_t { kForward, kToImages, kToKernel };
 
@@ -48,8 +54,9 @@ struct Problem {
 struct Primitive {
   dnnl::primitive run;
   memory::desc images, results;
-  // The kernel as it is given or returned, and as oneDNN wants it.
+  // The kernel as it is given or returned, and as oneDNN wants it; from the one to the other.
   memory::desc plain_kernel, kernel;
+  dnnl::primitive reorder;
   memory::desc scratchpad;
 };
 
@@ -105,6 +112,10 @@ Primitive Make(const Problem& p) {
     made.kernel = backward.diff_weights_desc();
     made.scratchpad = backward.scratchpad_desc();
   }
+  const bool back = p.pass == kToKernel;
+  made.reorder = dnnl::reorder(dnnl::reorder::primitive_desc(
+      Engine(), back ? made.kernel : made.plain_kernel, Engine(),
+      back ? made.plain_kernel : made.kernel));
   return made;
 }
 
@@ -166,12 +177,13 @@ class Workspace {
 void ForEach(ffi::ThreadPool& pool, int64_t parts, const std::function<void(int64_t)>& run) {
   struct State {
     std::function<void(int64_t)> run;
-    int64_t parts, done = 0;
-    std::atomic<int64_t> next{0};
+    int64_t parts;
+    std::atomic<int64_t> next{0}, done{0};
     std::mutex mutex;
     std::condition_variable all_done;
     std::exception_ptr error;
   };
+  if (parts == 1) return run(0);
   // Shared, as the pool may come to a task when all parts are done and this call has returned.
   auto state = std::make_shared<State>();
   state->run = run;
@@ -196,31 +208,38 @@ void ForEach(ffi::ThreadPool& pool, int64_t parts, const std::function<void(int6
     // This thread takes what no other one was told of.
   }
   work();
-  // Parts that are not done yet have been begun, so that waiting for them ends.
+  // Parts that are not done yet have been begun, so that waiting for them ends; mostly they are done
+  // sooner than a sleeping thread would wake.
+  for (int turn = 0; turn < kPatience && state->done != parts; ++turn) std::this_thread::yield();
   std::unique_lock<std::mutex> lock(state->mutex);
   state->all_done.wait(lock, [&] { return state->done == state->parts; });
   if (state->error) std::rethrow_exception(state->error);
 }
 
-void Reorder(const memory::desc& from, void* source, const memory::desc& to, void* target) {
-  dnnl::stream stream(Engine());
-  memory a(from, Engine(), source), b(to, Engine(), target);
-  dnnl::reorder(a, b).execute(stream, a, b);
-  stream.wait();
+dnnl::stream& Stream() {
+  thread_local dnnl::stream stream(Engine());
+  return stream;
+}
+
+// Puts a kernel into oneDNN's arrangement, or, a gradient, out of it.
+void Reorder(const Primitive& primitive, bool back, void* source, void* target) {
+  const memory a(back ? primitive.kernel : primitive.plain_kernel, Engine(), source);
+  const memory b(back ? primitive.plain_kernel : primitive.kernel, Engine(), target);
+  primitive.reorder.execute(Stream(), {{DNNL_ARG_FROM, a}, {DNNL_ARG_TO, b}});
+  Stream().wait();
 }
 
 void Run(const Primitive& primitive, int64_t pass, void* images, void* kernel, void* results) {
   const Workspace scratch(primitive.scratchpad.get_size());
-  dnnl::stream stream(Engine());
   const memory x(primitive.images, Engine(), images), k(primitive.kernel, Engine(), kernel),
       y(primitive.results, Engine(), results),
       s(primitive.scratchpad, Engine(), scratch.data());
   const int x_name = pass == kToImages ? DNNL_ARG_DIFF_SRC : DNNL_ARG_SRC;
   const int k_name = pass == kToKernel ? DNNL_ARG_DIFF_WEIGHTS : DNNL_ARG_WEIGHTS;
   const int y_name = pass == kForward ? DNNL_ARG_DST : DNNL_ARG_DIFF_DST;
-  primitive.run.execute(stream,
+  primitive.run.execute(Stream(),
                         {{x_name, x}, {k_name, k}, {y_name, y}, {DNNL_ARG_SCRATCHPAD, s}});
-  stream.wait();
+  Stream().wait();
 }
 
 // How many parts, each of as many images, are the most that threads can take.
@@ -250,13 +269,14 @@ void Convolve(ffi::ThreadPool& pool, Problem problem, char* images, char* kernel
   // A kernel in oneDNN's arrangement: the one that is given, or one for each part to be summed.
   const Workspace workspace(to_kernel ? parts * bytes : plain ? 0 : bytes);
   char* own = to_kernel || !plain ? workspace.data() : kernel;
-  if (!to_kernel && !plain) Reorder(primitive.plain_kernel, kernel, primitive.kernel, own);
+  if (!to_kernel && !plain) Reorder(primitive, false, kernel, own);
   ForEach(pool, parts, [&](int64_t part) {
     Run(primitive, problem.pass, images + part * image_bytes, own + (to_kernel ? part * bytes : 0),
         results + part * result_bytes);
   });
   if (!to_kernel) return;
-  const int64_t weights = bytes / sizeof(float), threads = Parts(weights, parts);
+  const int64_t weights = bytes / sizeof(float);
+  const int64_t threads = weights < kFew ? 1 : Parts(weights, parts);
   auto* total = reinterpret_cast<float*>(own);
   ForEach(pool, threads, [&](int64_t thread) {
     const int64_t first = thread * (weights / threads), last = first + weights / threads;
@@ -264,7 +284,7 @@ void Convolve(ffi::ThreadPool& pool, Problem problem, char* images, char* kernel
       for (int64_t i = first; i < last; ++i) total[i] += total[part * weights + i];
     }
   });
-  Reorder(primitive.kernel, own, primitive.plain_kernel, kernel);
+  Reorder(primitive, true, own, kernel);
 }
 
 ffi::Error Call(ffi::ThreadPool pool, ffi::AnyBuffer a, ffi::AnyBuffer b,
