@@ -9,12 +9,13 @@ changes one thing:
 * ``width``: 20 layers, two outputs, half to four times the paper's channels; ``joint``.
 * ``seeds``: 1 to 32 runs of 20 layers at a quarter of the width in one program; a step of all.
 * ``devices``: 1 to 8 devices that share a batch; on a CPU they are virtual, have the same cores,
-  and can gain nothing.
+  and can gain nothing; where several share a batch convolutions are XLA's.
 
 PyTorch, eager and in ``channels_last``, has a process of its own and takes turns with ours at each
 point: joint backpropagation beside ``joint``, a backward pass for each loss beside ``multiway``,
-and runs one after another beside ``seeds``. Milliseconds are medians over ``--rounds`` rounds of
-``--steps`` steps, of which a first does not count. Prints a table, draws a picture and writes JSON.
+and the time of one run as often as there are runs beside ``seeds``. Milliseconds are medians over
+``--rounds`` rounds of ``--steps`` steps, of which a first does not count. Prints a table, draws a
+picture and writes JSON.
 """
 
 import argparse
@@ -34,11 +35,12 @@ import numpy as np
 from matplotlib.figure import Figure
 from updates import LEARNING_RATE, Peer
 
-from sire_jax import configuration
+from sire_jax import configuration, traced
 from sire_jax.configuration import experiment
 from sire_jax.metrics import Average
 from sire_jax.reproduce import machine
 from sire_jax.runs import parallel
+from sire_jax.step import make_step
 from sire_jax.text import align
 
 CURVES: dict[str, tuple[float, ...]] = {
@@ -88,7 +90,7 @@ def config_of(settings: dict[str, Any], rule: str, batch_size: int) -> Any:
 
 
 class Ours:
-    """A compiled loop over steps.
+    """A compiled loop over steps, without augmentation, as PyTorch's are.
 
     Args:
         settings: The network.
@@ -104,6 +106,11 @@ class Ours:
         config.devices = jax.device_count()
         parts = experiment.build(config)
         mesh = parallel.device_mesh(config.devices, "batch", options.batch_size, seeds)
+        self.facts = {
+            "classes": config.backbone.classes,
+            "parameters": traced.size(parts.variables["params"]),
+        }
+        step = make_step(parts.network.apply, parts.objectives, parts.rule)
         generator, count = np.random.default_rng(0), options.batch_size * options.steps
         arrays = {"image": generator.integers(0, 256, (count, *config.data.shape), np.uint8)}
         for name, classes in config.data.classes.items():
@@ -114,7 +121,7 @@ class Ours:
             return parallel.split_batch(parts.lookup(arrays, rows), mesh)
 
         loop = parallel.over_seeds(
-            parallel.over_steps(parts.step(), lookup), (2, 4, 5), config.seeds_at_once
+            parallel.over_steps(step, lookup), (2, 4, 5), config.seeds_at_once
         )
         started = jax.jit(parallel.over_seeds(parts.initial_state, (), config.seeds_at_once))
         everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -136,13 +143,17 @@ class Ours:
         return (time.perf_counter() - began) / self._steps
 
 
-def peer(settings: dict[str, Any], candidate: str, options: argparse.Namespace) -> Peer:
-    """Starts PyTorch's process."""
+def peer(settings: dict[str, Any], ours: Ours, candidate: str, options: argparse.Namespace) -> Peer:
+    """Starts PyTorch's process.
+
+    Raises:
+        ValueError: If its network is another one.
+    """
     weights = [0.3] * len(settings["layers"]) + [1.0]
-    return Peer(
+    started = Peer(
         {
             **settings,
-            "classes": 100,
+            "classes": ours.facts["classes"],
             "weights": weights,
             "learning_rate": LEARNING_RATE,
             "momentum": 0.9,
@@ -154,6 +165,9 @@ def peer(settings: dict[str, Any], candidate: str, options: argparse.Namespace) 
         },
         sys.executable,
     )
+    if started.facts["parameters"] != ours.facts["parameters"]:
+        raise ValueError(f"PyTorch has {started.facts['parameters']}, ours {ours.facts}.")
+    return started
 
 
 def point(curve: str, x: float, options: argparse.Namespace) -> dict[str, list[float]]:
@@ -163,7 +177,7 @@ def point(curve: str, x: float, options: argparse.Namespace) -> dict[str, list[f
     for rule, candidate in RULES[curve].items():
         ours = Ours(settings, rule, seeds, options)
         # Sharing a batch is not what its users would do on one machine's cores.
-        beside = peer(settings, candidate, options) if curve != "devices" else None
+        beside = peer(settings, ours, candidate, options) if curve != "devices" else None
         own, others = measured.setdefault(rule, []), measured.setdefault(f"PyTorch {candidate}", [])
         if beside:
             beside.round(candidate)
@@ -179,8 +193,10 @@ def point(curve: str, x: float, options: argparse.Namespace) -> dict[str, list[f
 
 def on_devices(count: int, options: argparse.Namespace) -> dict[str, list[float]]:
     """Returns ``point`` of a process with so many devices, virtual ones on a CPU."""
-    # More threads than cores: devices wait for each other.
-    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": str(count), "NPROC": "16"}
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": str(count)}
+    if count > 1:
+        # More threads than cores: devices wait for each other.
+        environment["NPROC"] = "16"
     command = [sys.executable, __file__, f"--worker={count}", f"--batch-size={options.batch_size}"]
     command += [f"--rounds={options.rounds}", f"--steps={options.steps}"]
     done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)

@@ -2,7 +2,8 @@
 
 For each ``--networks``, a config with its variant, ``--steps`` steps on random images in the
 compiled loop of ``sire_jax.train``, under JAX's profiler. Every operation of the compiled program
-is one of a kind: the three passes of convolutions, where they are oneDNN's; matrix products;
+is one of a kind: the three passes of convolutions, where they are oneDNN's (XLA's are all
+"forward"); matrix products, as which gradients to large kernels of few images are computed, too;
 fusions that sum, such as batch norm's statistics; other fusions, element by element; the rest, such
 as copies. Operations that run at the same time count each, and one that several threads share
 counts once, so that all of them are not what the step lasts. Prints a table and writes JSON.
@@ -30,7 +31,13 @@ from sire_jax.reproduce import machine
 from sire_jax.runs import parallel
 from sire_jax.text import align
 
-NETWORKS = ("sire.py:cnn_base", "sire.py:cnn", "auxnet.py:56-5", "ssal.py:resnet18")
+NETWORKS = (
+    "sire.py:cnn_base",
+    "sire.py:cnn",
+    "auxnet.py:56-5,joint",
+    "auxnet.py:56-5,multiway",
+    "ssal.py:resnet18",
+)
 PASSES = ("convolutions, forward", "convolutions, to images", "convolutions, to kernels")
 KINDS = (*PASSES, "matrix products", "fusions that sum", "other fusions", "the rest")
 FUSED = {" dot(": "matrix products", " reduce(": "fusions that sum"}
@@ -44,7 +51,9 @@ def kinds(program: str) -> dict[str, str]:
     Args:
         program: Its text.
     """
-    bodies = {body.split(" ", 1)[0]: body for body in re.split(r"\n(?=%\S+ \()", program)}
+    bodies = {
+        body.split(" ", 1)[0]: body for body in re.split(r"\n(?=(?:ENTRY )?%\S+ \()", program)
+    }
     found = {}
     for name, operation, rest in re.findall(
         r"^\s+(?:ROOT )?%(\S+) = .*? ([a-z][\w-]*)\((.*)$", program, re.MULTILINE
@@ -94,11 +103,12 @@ def measure(path: str, options: argparse.Namespace) -> dict[str, float]:
     program, arguments = prepare(path, options.batch_size, options.steps, options.dtype)
     named = kinds(program.as_text())
     jax.block_until_ready(program(*arguments))
+    started = time.perf_counter()
+    jax.block_until_ready(program(*arguments))
+    lasted = time.perf_counter() - started
     with tempfile.TemporaryDirectory() as directory:
         with jax.profiler.trace(directory):
-            started = time.perf_counter()
             jax.block_until_ready(program(*arguments))
-            lasted = time.perf_counter() - started
         (trace,) = Path(directory).rglob("*.xplane.pb")
         planes = ProfileData.from_file(str(trace)).planes
         events = [event for plane in planes for line in plane.lines for event in line.events]

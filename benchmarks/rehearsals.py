@@ -154,9 +154,10 @@ python benchmarks/rehearsals.py --data=DIR
 losses of so few steps fall by chance. Images that were not at hand are made up, and so are groups
 of labels that have no file yet. Memory is what the compiler plans for a step with all arrays: a
 process takes some more. Hours are those of all epochs and of the seeds that the config says, one,
-without measurements: of ten seeds, as in the tables of pairs, ten times as many. Of a row that
-stands in several tables the first is shown in all. `sire_readings`, of one network by readings, is
-[on its own page](sire.md#what-trains).
+without measurements: of ten seeds, as in the tables of pairs, ten times as many. All is without
+oneDNN, and from before multi-way and pair-wise programs were compiled for least memory. Of a row
+that stands in several tables the first is shown in all. `sire_readings`, of one network by
+readings, is [on its own page](sire.md#what-trains).
 
 Machine: {machines}. Raw figures: [rehearsal.json](rehearsal.json)."""
 

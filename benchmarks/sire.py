@@ -51,6 +51,7 @@ from torch.nn import functional
 from sire_jax import configuration, traced
 from sire_jax.configuration import experiment
 from sire_jax.inspect import inspect
+from sire_jax.layers import onednn
 from sire_jax.layers.onednn.library import SWITCH
 from sire_jax.metrics import Average
 from sire_jax.runs import parallel
@@ -613,7 +614,8 @@ def figures(
     libraries = (jax, flax, optax, torch, np)
     return {
         "machine": machine(),
-        "versions": {library.__name__: library.__version__ for library in libraries},
+        "versions": {library.__name__: library.__version__ for library in libraries}
+        | {"oneDNN": onednn.version() or "none"},
         "threads": torch.get_num_threads(),
         "options": {key: str(value) for key, value in vars(options).items() if key != "worker"},
         "multiply_adds": multiply_adds,

@@ -3,7 +3,6 @@
 import argparse
 import math
 import os
-import platform
 from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
@@ -13,6 +12,7 @@ import jax
 import numpy as np
 import optax
 
+from sire_jax.reproduce import machine
 from sire_jax.text import align
 
 EFFECTIVE_MOST, AGGREGATOR_MOST = 1.05, 1.10
@@ -118,9 +118,9 @@ def figures(measured: Mapping[str, Any], options: argparse.Namespace) -> dict[st
     """Returns what is written as JSON."""
     libraries = (jax, flax, optax, np)
     return {
-        "machine": f"{platform.processor() or platform.machine()}, {jax.devices()}",
+        **machine(),
         "cores": os.cpu_count(),
-        "versions": {library.__name__: library.__version__ for library in libraries},
+        "libraries": {library.__name__: library.__version__ for library in libraries},
         "options": {key: str(value) for key, value in vars(options).items()},
         "networks": measured,
     }

@@ -119,6 +119,7 @@ def test_the_wheel_has_all_modules_configs_tables_and_groups(wheel):
     modules = [path.relative_to(ROOT) for path in files]
     configs = [path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.*")]
     data = ["sire_jax/data/digits.npz", "sire_jax/py.typed"]
+    data += ["sire_jax/layers/onednn/convolution.cc"]
     data += [f"sire_jax/{path}" for path in configs if path.suffix != ".pyc"]
     assert _files(wheel) == sorted([*map(str, modules), *data])
 

@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import jax
@@ -36,6 +35,9 @@ CONVOLUTIONS = [
     (1, 3, 4, 2, 3, 1, 0, 1),
     (4, 8, 9, 16, 3, 3, 1, 3),
     (2, 4, 4, 48, 48, 3, 1, 1),
+    # More padding than a kernel reaches.
+    (2, 4, 5, 3, 2, 1, 2, 1),
+    (2, 4, 5, 3, 2, 3, 4, 2),
 ]
 
 
@@ -193,13 +195,13 @@ def test_convolutions_are_onednns_but_where_one_counts_them(monkeypatch, dtypes)
 
 def test_the_switch_turns_it_off(monkeypatch):
     monkeypatch.setenv(library.SWITCH, "0")
-    assert library._loaded.__wrapped__() is None
+    assert library._registered.__wrapped__() is None
 
 
 def test_without_the_extra_it_is_off(monkeypatch):
     monkeypatch.setitem(library._PACKAGES, "libdnnl.so.3", "no-such-package")
-    assert library._loaded.__wrapped__() is None
-    monkeypatch.setattr(library, "_loaded", lambda: None)
+    assert library._registered.__wrapped__() is None
+    monkeypatch.setattr(library, "_registered", lambda: None)
     with pytest.raises(RuntimeError, match=r"pip install 'sire_jax\[onednn\]'"):
         onednn.forward(jnp.ones((1, 3, 3, 1)), jnp.ones((1, 1, 1, 1)), 0, 1)
 
@@ -216,7 +218,7 @@ def nothing_kept(monkeypatch, tmp_path):
 def test_without_a_compiler_it_is_off_and_says_how_to_mend_it(monkeypatch, nothing_kept, compiler):
     monkeypatch.setenv("CXX", compiler)
     with pytest.warns(UserWarning, match=rf"(?s)C\+\+ compiler.*{library.SWITCH}=0.*no-compiler"):
-        assert library._loaded.__wrapped__() is None
+        assert library._registered.__wrapped__() is None
     assert not list(nothing_kept.iterdir())
 
 
@@ -226,7 +228,7 @@ def test_what_does_not_compile_says_what_the_compiler_says(monkeypatch, nothing_
     source.write_text("int broken(")
     monkeypatch.setattr(library, "SOURCE", source)
     with pytest.warns(UserWarning, match="(?s)can't be built.*broken"):
-        assert library._loaded.__wrapped__() is None
+        assert library._registered.__wrapped__() is None
 
 
 @needs_onednn
@@ -234,37 +236,30 @@ def test_where_others_can_write_no_library_is_loaded(nothing_kept):
     nothing_kept.mkdir(parents=True)
     nothing_kept.chmod(0o777)
     with pytest.warns(UserWarning, match="Others can write to"):
-        assert library._loaded.__wrapped__() is None
+        assert library._registered.__wrapped__() is None
 
 
 @needs_onednn
 @pytest.mark.slow  # It compiles twice.
 def test_a_damaged_library_is_built_anew(nothing_kept):
     nothing_kept.mkdir(parents=True)
-    (nothing_kept / library.name()).write_bytes(b"damaged")
-    library._library(library._installed("libdnnl.so.3"))
-    assert (nothing_kept / library.name()).stat().st_size > 10_000
+    (nothing_kept / library.file_name()).write_bytes(b"damaged")
+    library._found_or_built(library._installed("libdnnl.so.3"))
+    assert (nothing_kept / library.file_name()).stat().st_size > 10_000
 
 
 @needs_onednn
-@pytest.mark.slow  # pip, and a compiler.
-def test_a_wheel_of_a_built_library_needs_no_compiler(tmp_path):
-    root, source, made = Path(library.__file__).parents[3], tmp_path / "source", tmp_path / "made"
-    # A copy, as pip leaves files in the directory that it builds.
-    for name in ("sire_jax", "configs"):
-        shutil.copytree(root / name, source / name)
-    for name in ("setup.py", "setup.cfg", "requirements.txt", "README.md", "LICENSE"):
-        shutil.copy(root / name, source)
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
-    module = [sys.executable, "-m", "sire_jax.layers.onednn.library"]
-    subprocess.run(module, check=True, env=environment, cwd=source)
-    pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps"]
-    subprocess.run([*pip, "-w", made, source], check=True)
-    (wheel,) = made.glob("*.whl")
-    zipfile.ZipFile(wheel).extractall(made)
+@pytest.mark.slow  # It compiles, and starts programs.
+def test_a_package_with_a_built_library_needs_no_compiler(tmp_path):
+    root = Path(library.__file__).parents[3]
+    shutil.copytree(root / "sire_jax", tmp_path / "sire_jax")
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(tmp_path)}
+    module = [sys.executable, "-m", "sire_jax.layers.onednn"]
+    subprocess.run(module, check=True, env=environment, cwd=tmp_path)
     load = "from sire_jax.layers import onednn; assert onednn.load()"
-    environment |= {"CXX": "no-compiler", "PYTHONPATH": str(made)}
-    subprocess.run([sys.executable, "-c", load], check=True, env=environment, cwd=made)
+    environment["CXX"] = "no-compiler"
+    subprocess.run([sys.executable, "-c", load], check=True, env=environment, cwd=tmp_path)
+    assert not list((tmp_path / "sire_jax" / "onednn").glob("*"))
 
 
 @needs_onednn

@@ -1,9 +1,10 @@
 """Convolutions whose gradients are fast on a CPU, inside loops over training steps as outside.
 
-They are oneDNN's where that is installed (``layers.onednn``). XLA's own CPU convolution is fast in
-one arrangement of its arguments only; the gradients that JAX derives are in others, and take up to
-hundreds of times as long inside a loop. Here the gradient to the images is the fast arrangement
-again and that to the kernel is matrix products. On accelerators all is XLA's.
+Those of ``[b, h, w, c]`` are oneDNN's where that is installed and a program is one device's
+(``layers.onednn``). XLA's own CPU convolution is fast in one arrangement of its arguments only; the
+gradients that JAX derives are in others, and take up to hundreds of times as long inside a loop.
+Here the gradient to the images is the fast arrangement again and that to the kernel is matrix
+products. On accelerators all is XLA's.
 
 Two layouts: ``[b, h, w, c]``, the usual one, and ``[c, h, w, b]``, images last, in which all that a
 *small* network does between matrix products runs along contiguous memory: it takes half the time.
@@ -207,7 +208,8 @@ def _to_images(
 @_one_by_one
 def _to_kernel(x: Array, dy: Array, size: int, padding: int, stride: int) -> Array:
     weights = size * size * x.shape[3] * dy.shape[3]
-    # A part of the images for each thread, and a sum of kernels that are larger than they.
+    # oneDNN sums a kernel for each thread: of few images and many weights that takes longer than
+    # matrix products do.
     few_images = weights > 2 * max(x.size, dy.size)
     if onednn.takes(x, dy) and not few_images:
         return onednn.to_kernel(x, dy, size, padding, stride).astype(x.dtype)
@@ -305,7 +307,8 @@ def convolve(
 ) -> Array:
     """Convolves images with a square kernel (a cross-correlation, as in all libraries).
 
-    ``y[n, i, j, o] = sum_{u, v, c} kernel[u, v, c, o] x[n, s i + u, s j + v, c]`` at stride s.
+    ``y[n, i, j, o] = sum_{u, v, c} kernel[u, v, c, o] x[n, s i + u - p, s j + v - p, c]`` at stride
+    s and padding p.
 
     Args:
         x: Images ``[b, h, w, c]``, or ``[c, h, w, b]`` where ``images_last``.

@@ -9,7 +9,7 @@ import pytest
 from flax import linen as nn
 from planned import normal, random_like, shape, shapes_of
 
-from sire_jax.backbones import preactivation_resnet
+from sire_jax.backbones import plan, preactivation_resnet
 from sire_jax.backbones.blocks import Block
 from sire_jax.backbones.plan import Plan, Planned
 from sire_jax.backbones.preactivation import Activation, PreActivation, Stem
@@ -20,6 +20,19 @@ LOOPED = Plan(
     ((Stem(2), *[BLOCK] * 4), (PreActivation((3, 3)), *[PreActivation((3, 3))] * 2)),
     tail=(Activation(),),
 )
+
+
+@pytest.fixture(autouse=True)
+def _short_loops(monkeypatch, request):
+    """Has as few as two equal blocks be a loop, as small networks of tests have."""
+    if request.node.originalname != "test_a_loop_is_of_many_blocks":
+        monkeypatch.setattr(plan, "LONG", 2)
+
+
+@pytest.mark.parametrize(("blocks", "lengths"), [(plan.LONG, [plan.LONG]), (plan.LONG - 1, [])])
+def test_a_loop_is_of_many_blocks(blocks, lengths):
+    network = Planned(Plan(((Stem(2), *[BLOCK] * blocks),), tail=(Activation(),)), 2, endpoints=())
+    assert _loops(network) == lengths
 
 
 def _loops(network, image=None):

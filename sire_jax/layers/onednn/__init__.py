@@ -66,18 +66,19 @@ def _check(
     *arrays: Array,
 ) -> None:
     """Checks shapes, on which oneDNN relies, and dtypes."""
-    dtypes = " and ".join(dict.fromkeys(str(array.dtype) for array in arrays))
-    fit = len(x) == len(kernel) == len(y) == 4 and kernel == (kernel[0], kernel[0], x[3], y[3])
-    if (
-        not fit
-        or y[:3] != (x[0], *_sides(x[1:3], kernel[0], padding, stride))
-        or stride < 1
-        or " " in dtypes
+    dtypes = [str(array.dtype) for array in arrays]
+    square = len(x) == len(kernel) == len(y) == 4 and kernel == (kernel[0], kernel[0], x[3], y[3])
+    if not (
+        square
+        and min(padding, stride - 1) >= 0
+        and y[:3] == (x[0], *_sides(x[1:3], kernel[0], padding, stride))
+        and len(set(dtypes)) == 1
     ):
         raise ValueError(
             "oneDNN convolves images [n, h, w, c] with kernels [k, k, c, o] to results"
             f" [n, h', w', o], all of one dtype; images {x}, a kernel {kernel} and results {y}, of"
-            f" {dtypes}, with padding {padding} and stride {stride}, don't fit together."
+            f" {' and '.join(dtypes)}, with padding {padding} and stride {stride}, don't fit"
+            " together."
         )
 
 
@@ -92,7 +93,7 @@ def forward(x: Array, kernel: Array, padding: int, stride: int) -> Array:
     Args:
         x: Images ``[n, h, w, c]``.
         kernel: Weights ``[k, k, c, o]`` of the same dtype.
-        padding: Zeros put around the image, in pixels, less than k.
+        padding: Zeros put around the image, in pixels, at least 0.
         stride: Pixels from one result to the next, at least 1.
 
     Returns:

@@ -41,7 +41,7 @@ def _installed(name: str) -> Path | None:
     return min(found, key=lambda path: len(path.parts)).resolve() if found else None
 
 
-def name() -> str:
+def file_name() -> str:
     """Returns the name of the library's file, another for all that it depends on."""
     about = (
         *_OPTIONS,
@@ -88,7 +88,7 @@ def _kept() -> Path:
     return path
 
 
-def _load(onednn: Path, path: Path) -> Any:
+def _open(onednn: Path, path: Path) -> Any:
     # Ours finds oneDNN by its name, as it is loaded then. Each looks for functions in its own
     # first: PyTorch, in the same process, has a oneDNN of another version.
     mode = os.RTLD_LOCAL | os.RTLD_DEEPBIND
@@ -96,35 +96,37 @@ def _load(onednn: Path, path: Path) -> Any:
     return ctypes.CDLL(str(path), mode)
 
 
-def _library(onednn: Path) -> Any:
+def _found_or_built(onednn: Path) -> Any:
     """Returns the library: of the wheel, kept from before, or built."""
-    shipped = SOURCE.with_name(name())
+    shipped = SOURCE.with_name(file_name())
     if shipped.exists():
-        return _load(onednn, shipped)
-    path = _kept() / name()
+        return _open(onednn, shipped)
+    path = _kept() / file_name()
     if path.exists():
         # One that can't be loaded, such as by a full disk, is built anew.
         with contextlib.suppress(OSError):
-            return _load(onednn, path)
+            return _open(onednn, path)
     build(path)
-    return _load(onednn, path)
+    return _open(onednn, path)
 
 
 @functools.cache
-def _loaded() -> Any:
+def _registered() -> Any:
+    """Returns the library, once XLA knows its function; ``None`` without one."""
     if os.environ.get(SWITCH) == "0":
         return None
     onednn = _installed("libdnnl.so.3")
     if onednn is None:
         return None
     try:
-        library = _library(onednn)
+        library = _found_or_built(onednn)
         library.SireJaxHasBfloat16.restype = ctypes.c_bool
-        # A backend that begins with a function that it can't use would not begin at all.
+        # A backend that has not begun yet would not begin with a function of an interface that it
+        # doesn't know.
         jax.local_devices(backend="cpu")
         call = jax.ffi.pycapsule(library.SireJaxConvolution)
         jax.ffi.register_ffi_target(TARGET, call, platform="cpu")
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
         said = error.stderr if isinstance(error, subprocess.CalledProcessError) else error
         warnings.warn(
             "oneDNN is installed, but convolutions are XLA's: the library that calls it can't be"
@@ -143,19 +145,14 @@ def load() -> bool:
         Whether it does: the extra is installed, and its library can be built. If it can't be, a
         warning says why.
     """
-    return _loaded() is not None
+    return _registered() is not None
 
 
 def has_bfloat16() -> bool:
     """Returns whether oneDNN convolves bfloat16 on this processor."""
-    return load() and bool(_loaded().SireJaxHasBfloat16())
+    return load() and bool(_registered().SireJaxHasBfloat16())
 
 
 def version() -> str | None:
     """Returns which oneDNN convolves, as its package says; ``None`` where none does."""
     return importlib.metadata.version(_PACKAGES["libdnnl.so.3"]) if load() else None
-
-
-if __name__ == "__main__":
-    # For a wheel of this platform: the library beside its source.
-    build(SOURCE.with_name(name()))
