@@ -36,6 +36,7 @@ THROUGH_OTHERS = {
     "slices.programs": "test_slices.py",
     "slices.reach": "test_slices.py",
     "updates.steps": "updates/test_rules.py",
+    "layers.onednn.__main__": "test_onednn.py",
 }
 # Tests that are as if they were marked as slow.
 LISTED = [line for line in (TESTS / "slow.txt").read_text().splitlines() if line[0] != "#"]
