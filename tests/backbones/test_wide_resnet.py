@@ -162,7 +162,8 @@ def test_a_block_scales_its_residual_branch_alone(train):
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_squeezed_blocks_in_a_loop_compute_what_they_do_one_by_one():
+def test_squeezed_blocks_in_a_loop_compute_what_they_do_one_by_one(monkeypatch):
+    monkeypatch.setattr("sire_jax.backbones.plan.LONG", 2)
     image = normal(6, 2, 4, 4, 4)
     plan = Plan(((PreActivation((4, 4), squeeze=2),) * 3,))
     variables = None
