@@ -148,6 +148,7 @@ def load() -> bool:
     return _registered() is not None
 
 
+@functools.cache
 def has_bfloat16() -> bool:
     """Returns whether oneDNN convolves bfloat16 on this processor."""
     return load() and bool(_registered().SireJaxHasBfloat16())
