@@ -35,7 +35,7 @@ def piecewise(init_value: float, boundaries: tuple[float, ...], scale: float) ->
     Raises:
         ValueError: If a value is out of range.
     """
-    if not (0 <= init_value < math.inf and 0 < scale < math.inf):
+    if not (_is_rate(init_value) and 0 < scale < math.inf):
         raise ValueError(
             f"A piecewise schedule has init_value {init_value} and scale {scale}; they should be at"
             " least 0 and above 0, and finite."
@@ -74,7 +74,7 @@ def triangular(
     Raises:
         ValueError: If a value or a time is out of range.
     """
-    if not all(0 <= value < math.inf for value in (init_value, peak_value, end_value)):
+    if not all(map(_is_rate, (init_value, peak_value, end_value))):
         raise ValueError(
             f"A triangular schedule has the values {init_value}, {peak_value} and {end_value}; they"
             " should be at least 0 and finite."
@@ -89,6 +89,11 @@ def triangular(
     return lambda count: jnp.interp(jnp.asarray(count, jnp.float32), times, values)
 
 
+def _is_rate(value: Any) -> bool:
+    """Tells whether a value is finite and at least 0; what is traced was checked before."""
+    return isinstance(value, jax.core.Tracer) or 0 <= value < math.inf
+
+
 SCHEDULES = {
     "constant": optax.schedules.constant_schedule,
     "piecewise": piecewise,
@@ -98,6 +103,42 @@ SCHEDULES = {
     "exponential": optax.schedules.exponential_decay,
     "warmup_cosine": optax.schedules.warmup_cosine_decay_schedule,
 }
+# The values of schedules that may be traced; "warmup_cosine" asks whether its own are 0.
+_TRACED = {
+    "constant": ("value",),
+    "piecewise": ("init_value",),
+    "triangular": ("init_value", "peak_value", "end_value"),
+    "linear": ("init_value", "end_value"),
+    "cosine": ("init_value",),
+    "exponential": ("init_value",),
+}
+
+
+def traceable(value: Any) -> Any:
+    """Returns the numbers of a setting that a compiled program can take as arguments.
+
+    >>> traceable(0.1), traceable({"name": "cosine", "init_value": 0.1, "decay_steps": 9})
+    (0.1, {'init_value': 0.1})
+
+    Args:
+        value: What ``number_or_schedule`` reads.
+
+    Returns:
+        The number; of a section those that may be traced, by their keys, ``{}`` if none may.
+    """
+    if registry.is_section(value):
+        keys = _TRACED.get(value.get("name"), ())
+        return {key: float(value[key]) for key in keys if key in value}
+    return {} if callable(value) else float(value)
+
+
+def with_traced(value: Any, traced: Any) -> Any:
+    """Puts what ``traceable`` returned back into its setting, or arrays in place of the numbers.
+
+    >>> with_traced({"name": "cosine", "init_value": 0.1, "decay_steps": 9}, {"init_value": 0.2})
+    {'name': 'cosine', 'init_value': 0.2, 'decay_steps': 9}
+    """
+    return {**value, **traced} if isinstance(traced, Mapping) else traced
 
 
 def number_or_schedule(value: Any, what: str, units: Units | None = None) -> float | optax.Schedule:
@@ -108,11 +149,12 @@ def number_or_schedule(value: Any, what: str, units: Units | None = None) -> flo
     [0.025, 0.075, 0.1]
 
     Args:
-        value: A number; a function from steps to one; or ``{"name": "linear", "init_value": …, …}``
-            with the arguments of the ``optax`` schedule; a ``"unit"`` in which it counts:
-            ``"step"`` (if there is none), ``"epoch"`` or ``"run"``, the whole of it; and a
-            ``"warmup"`` in that unit, over which it is multiplied by what rises in a line to 1
-            (Goyal et al., *Accurate, Large Minibatch SGD*, 2017, Section 2.2).
+        value: A number, which may be traced; a function from steps to one; or
+            ``{"name": "linear", "init_value": …, …}`` with the arguments of the ``optax`` schedule;
+            a ``"unit"`` in which it counts: ``"step"`` (if there is none), ``"epoch"`` or
+            ``"run"``, the whole of it; and a ``"warmup"`` in that unit, over which it is multiplied
+            by what rises in a line to 1 (Goyal et al., *Accurate, Large Minibatch SGD*, 2017,
+            Section 2.2).
         what: What it is, for messages.
         units: The length of each unit in steps, ``None`` where it is not known.
 
@@ -123,7 +165,7 @@ def number_or_schedule(value: Any, what: str, units: Units | None = None) -> flo
         ValueError: If it is neither, negative or not finite, or the schedule does not exist, lacks
             an argument, or counts in a unit of unknown length.
     """
-    if callable(value):
+    if callable(value) or isinstance(value, jax.core.Tracer):
         return value
     if registry.is_section(value):
         section = dict(value)
@@ -142,12 +184,19 @@ def number_or_schedule(value: Any, what: str, units: Units | None = None) -> flo
                 f"The warmup of the {what} is {warmup:g} runs, as the schedule counts; it should be"
                 f" at most 1{epochs}."
             )
-        schedule = registry.create(SCHEDULES, section, f"schedule of the {what}")
+        schedule = _schedule(section, what)
         counted = schedule if length == 1 else lambda step: schedule(step / length)
         return _warmed_up(counted, warmup * length) if warmup else counted
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"The {what} is {value!r}; it should be a number or a schedule.")
     return _check_least(what, value)
+
+
+def _schedule(section: dict[str, Any], what: str) -> optax.Schedule:
+    if not any(isinstance(value, jax.core.Tracer) for value in section.values()):
+        return registry.create(SCHEDULES, section, f"schedule of the {what}")
+    # Checked before, with numbers in the place of what is traced.
+    return SCHEDULES[section.pop("name")](**section)
 
 
 def _check_least(setting: str, value: Any) -> float:

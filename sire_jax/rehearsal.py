@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sire_jax import text, traced
-from sire_jax.configuration import experiment
+from sire_jax.configuration import experiment, optimizers
 from sire_jax.configuration.groups import is_dealt
 from sire_jax.data.dataset import Source
 from sire_jax.data.tasks import Pairs
@@ -181,7 +181,7 @@ def _open(parts: experiment.Experiment) -> tuple[Runs, int, str]:
     """Opens a run; returns it, the steps of the whole of it, and what images it has."""
     config = parts.config
     gradient_flow.check(config.gradient_flow_every, parts.variables["params"])
-    steps = experiment.steps_per_epoch(parts.task, config)
+    steps = optimizers.steps_per_epoch(parts.task, config)
     dealt = [groups.file for groups in config.data.groups.values() if is_dealt(groups)]
     if dealt and steps is None:
         raise FileNotFoundError(

@@ -14,6 +14,7 @@ from sire_jax import configuration, optimizers, registry, traced
 from sire_jax.backbones import BACKBONES
 from sire_jax.configuration import experiment, validation
 from sire_jax.configuration import objectives as objective_sections
+from sire_jax.configuration import optimizers as optimizer_section
 from sire_jax.data.tasks import Images
 from sire_jax.networks import Network
 from sire_jax.optimizers import LinearOptimizer, WeightDecay
@@ -150,7 +151,7 @@ def test_settings_of_the_data_sets():
 )
 def test_the_learning_rate_is_divided_by_ten_at_40_and_60_percent(variant, first, epochs):
     config = _load(variant)
-    units = experiment._units(Images(), config)
+    units = optimizer_section.units(Images(), config)
     per_epoch = config.data.images // config.batch_size
     assert units == {"epoch": per_epoch, "run": per_epoch * epochs}
     rate = optimizers.number_or_schedule(config.optimizer.learning_rate, "rate", units)
@@ -379,8 +380,8 @@ def test_a_step_has_finite_losses_and_changes_every_parameter(variant, depth, la
 
 def test_the_optimizer_of_the_configs_is_linear():
     config = _shrunk()
-    units = experiment._units(Images(), config)
-    optimizer = experiment._optimizer(config, units)
+    units = optimizer_section.units(Images(), config)
+    optimizer = optimizer_section.create(config, units, {})
     assert isinstance(optimizer, LinearOptimizer)
     assert optimizer.weight_decay == WeightDecay(1e-4, 1e-4)
 

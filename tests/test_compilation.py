@@ -8,7 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sire_jax import configuration
+from sire_jax.configuration import experiment
 from sire_jax.job import compilation
+from sire_jax.runs.runs import Runs
 
 
 @pytest.fixture
@@ -123,3 +126,61 @@ def test_one_program_is_singular():
     assert counts.since(compilation.Counts(compiled=2, loaded=1, seconds=1.0, loading=0.25)) == (
         "1 program compiled in 2.5 s, 4 loaded in 1.0 s"
     )
+
+
+# ---- Programs of steps, which take weights and learning rates as arguments.
+
+SCHEDULES = {
+    "number": lambda rate: rate,
+    "constant": lambda rate: {"name": "constant", "value": rate, "warmup": 3},
+    "piecewise": lambda rate: {
+        "name": "piecewise",
+        "init_value": rate,
+        "boundaries": (1, 2),
+        "scale": 0.5,
+        "unit": "epoch",
+    },
+    "triangular": lambda rate: {
+        "name": "triangular",
+        "peak_value": rate,
+        "peak": 0.5,
+        "end": 1,
+        "unit": "run",
+    },
+    "cosine": lambda rate: {"name": "cosine", "init_value": rate, "decay_steps": 9},
+}
+
+
+def _lowered(rule="joint", schedule="number", rate=0.1, weight=0.5, seed=0):
+    """Returns the program of the steps of a run on the digits, as the compiler sees it."""
+    config = configuration.default()
+    config.seed, config.data.images = seed, 1198
+    config.backbone = configuration.backbone("small_cnn", classes=10, channels=(4, 8))
+    config.heads.exit = configuration.head("classifier", endpoints=("block_1",), classes=10)
+    config.objectives.main = configuration.objective("main", "label", "cross_entropy")
+    config.objectives.exit = configuration.objective("exit", "label", "cross_entropy", weight)
+    config.optimizer = configuration.optimizer("sgd", learning_rate=SCHEDULES[schedule](rate))
+    config.update_rule = configuration.update_rule(rule)
+    runs = Runs(experiment.build(config))
+    start, feed = runs.start(), runs.feed
+    span = np.int32(0), np.int32(1)
+    order = feed.order(start.state, 0)
+    arguments = feed._numbers, start.state, start.sums, feed.arrays, order, *span
+    return feed._steps._function.lower(*arguments).as_text()
+
+
+@pytest.mark.optax_dtypes
+@pytest.mark.parametrize(
+    ("rule", "schedule"),
+    [
+        ("joint", "number"),
+        ("joint", "constant"),
+        ("multiway", "piecewise"),
+        ("pairwise", "triangular"),
+        ("effective_joint", "cosine"),
+    ],
+)
+def test_steps_are_one_program_whatever_weight_rate_and_seed(rule, schedule):
+    program = _lowered(rule, schedule)
+    assert program == _lowered(rule, schedule, rate=0.02, weight=3, seed=7)
+    assert program != _lowered("multiway" if rule == "joint" else "joint", schedule)

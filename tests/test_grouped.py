@@ -21,6 +21,7 @@ from sire_jax.configuration import (
 )
 from sire_jax.configuration import groups as group_sections
 from sire_jax.groups import Groups, partition
+from sire_jax.job import compilation
 from sire_jax.predictions import FittedJointProbability, JointProbability, LinearCombination
 from sire_jax.runs.loading import ignored, load_data
 from sire_jax.runs.trained import kept_weights, open_run
@@ -393,6 +394,18 @@ def test_a_run_is_measured_by_all_its_rules(trained):
     measured = {key for line in lines if line["split"] == "test" for key in line}
     assert "joint/top_1" in measured
     assert not {"fitted/top_1", "linear/top_1"} & measured
+
+
+def test_what_is_fitted_is_measured_by_the_program_of_all_other_measurements(opened):
+    runs, _, fitted, kept = opened
+    bare = runs.measure(kept.params, kept.model_state, "test")
+    before = compilation.counts().compiled
+    whole = runs.measure(kept.params, kept.model_state, "test", fitted)
+    assert compilation.counts().compiled == before
+    added = {f"{name}/{of}" for name in fitted for of in ("top_1", "top_5", "loss")}
+    assert set(whole) - set(bare) == added
+    for name, values in bare.items():
+        np.testing.assert_array_equal(values, whole[name])
 
 
 def test_a_run_whose_file_is_gone_evaluates_to_the_same_figures(trained):

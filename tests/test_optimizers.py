@@ -12,6 +12,7 @@ from planned import normal, shape, shapes_of
 from sire_jax import configuration, optimizers, traced
 from sire_jax.backbones import SmallCNN
 from sire_jax.configuration import experiment
+from sire_jax.configuration import optimizers as optimizer_section
 from sire_jax.heads import Classifier
 from sire_jax.networks import Network
 from sire_jax.optimizers import WeightDecay, number_or_schedule, sgd, triangular
@@ -253,7 +254,7 @@ def test_a_config_may_decay_heads_by_themselves():
     changed = configuration.override(config, ["--config.optimizer.weight_decay.heads=0.75"])
     again = configuration.from_json(configuration.to_json(changed))
     assert again.optimizer.weight_decay.to_dict() == {"backbone": 0.25, "heads": 0.75}
-    made = experiment._optimizer(again, {"epoch": 10, "run": 30})
+    made = optimizer_section.create(again, {"epoch": 10, "run": 30}, {})
     assert made.weight_decay == WeightDecay(0.25, 0.75)
     assert experiment.build(again).config.optimizer.weight_decay.heads == 0.75
     again.optimizer.weight_decay.heads = -1.0

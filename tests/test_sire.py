@@ -12,6 +12,8 @@ from planned import random_like
 from sire_jax import configuration, optimizers, paper_tables
 from sire_jax.configuration import experiment
 from sire_jax.configuration import objectives as objective_sections
+from sire_jax.configuration import optimizers as optimizer_section
+from sire_jax.data import tasks
 from sire_jax.data.batches import image_range
 from sire_jax.state import TrainState
 
@@ -90,8 +92,8 @@ def _thin(*overrides):
 
 def test_the_learning_rate_is_divided_by_five_after_60_120_and_160_of_200_epochs():
     config = _load()
-    task = experiment.tasks.Images(validation_per_class=50)
-    units = experiment._units(task, config)
+    task = tasks.Images(validation_per_class=50)
+    units = optimizer_section.units(task, config)
     # 45,000 examples in batches of 128, the rest dropped.
     assert units == {"epoch": 351, "run": 70_200}
     rate = jax.jit(
@@ -135,7 +137,7 @@ def test_schedules_in_epochs(steps):
 @pytest.mark.parametrize("epochs", [1, 7, 10, 30, 200])
 def test_in_a_run_of_any_length_the_rate_falls_with_the_first_step_at_its_share(epochs):
     config = _load("cnn", f"epochs={epochs}")
-    units = experiment._units(experiment.tasks.Images(50), config)
+    units = optimizer_section.units(tasks.Images(50), config)
     rate = jax.jit(optimizers.number_or_schedule(config.optimizer.learning_rate, "rate", units))
     total = 351 * epochs
     for tenths, before, after in ((3, 0.1, 0.02), (6, 0.02, 0.004), (8, 0.004, 0.0008)):

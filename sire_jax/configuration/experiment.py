@@ -1,20 +1,20 @@
 """From a config to the parts of a run: everything is made and checked here, nothing is compiled."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import Array
 from ml_collections import ConfigDict
 
-from sire_jax import objectives, optimizers, registry, traced, untrusted
+from sire_jax import objectives, registry, traced, untrusted
 from sire_jax.configuration import compatibility, validation
 from sire_jax.configuration import groups as group_sections
 from sire_jax.configuration import objectives as objective_sections
+from sire_jax.configuration import optimizers as optimizer_section
 from sire_jax.configuration.sections import NAMED, SINGLE, TASK
 from sire_jax.data import augmentation, batches, crops, tasks
 from sire_jax.data.augmentation import RandomCrop
@@ -40,6 +40,8 @@ from sire_jax.text import nearest
 from sire_jax.updates import UpdateRule, weighted
 
 PyTree = Any
+# Numbers of a config by "weights" and "optimizer".
+Numbers = Mapping[str, Mapping[str, Any]]
 _CROPS = ("none", "central", "measured")
 
 
@@ -117,6 +119,7 @@ class Experiment(Forward):
         predictions: Prediction rules by name.
         augment: The augmentations, as one, random crops first.
         reach: For each objective a tree of booleans over the parameters: those that it reaches.
+        make_rule: Makes the update rule, with ``numbers`` in place of the optimizer's.
         rule: Update rule.
     """
 
@@ -124,6 +127,7 @@ class Experiment(Forward):
     predictions: Mapping[str, Any]
     augment: augmentation.Augmentation
     reach: Mapping[str, PyTree]
+    make_rule: Callable[[Mapping[str, Any]], UpdateRule]
     rule: UpdateRule
 
     def main_objective(self) -> str:
@@ -156,10 +160,30 @@ class Experiment(Forward):
             variables = {**variables, "params": as_pytorch(again, variables["params"])}
         return TrainState.start(key, variables, self.rule)
 
-    def step(self, axis: str | None = None) -> Step:
-        """Returns the training step; under ``pmap``, ``axis`` names the devices that share it."""
+    def numbers(self) -> Numbers:
+        """Returns the weights of objectives and the learning rate, as far as they are numbers.
+
+        A program that takes them as arguments is the same program whatever they are, and is found
+        where compiled ones are kept.
+        """
+        numbers = {k: o.weight for k, o in self.objectives.items() if not callable(o.weight)}
+        weights = {name: float(weight) for name, weight in numbers.items()}
+        return {"weights": weights, "optimizer": optimizer_section.numbers(self.config)}
+
+    def step(self, axis: str | None = None, numbers: Numbers | None = None) -> Step:
+        """Returns the training step.
+
+        Args:
+            axis: Under ``pmap``, the axis of the devices that share a batch.
+            numbers: What ``numbers`` returns, traced; by default they are part of the program.
+        """
         shared = Shared(axis, self.config.batch_norm == "batch") if axis else None
-        return make_step(self.network.apply, self.objectives, self.rule, self.augment, shared)
+        rule, chosen = self.rule, dict(self.objectives)
+        if numbers is not None:
+            rule = self.make_rule(numbers["optimizer"])
+            for name, weight in numbers["weights"].items():
+                chosen[name] = replace(chosen[name], weight=weight)
+        return make_step(self.network.apply, chosen, rule, self.augment, shared)
 
     def measure(self) -> Measure:
         """Returns the measurement of a batch with the crop ``"measured"``."""
@@ -211,51 +235,6 @@ def _parts(config: ConfigDict, key: str, **supplied: Any) -> dict[str, Any]:
         k: order.index(s.name) if s.name in order else len(order) for k, s in config[key].items()
     }
     return {k: made[k] for k in sorted(made, key=lambda k: place[k])}
-
-
-def steps_per_epoch(task: tasks.Task, config: ConfigDict) -> int | None:
-    """Returns the steps of an epoch as the config tells, ``None`` if it doesn't.
-
-    Args:
-        task: What an example is.
-        config: The config.
-
-    Raises:
-        ValueError: If there are too few examples for one.
-    """
-    data = config.data
-    if not data.images and isinstance(task, tasks.Images):
-        return None
-    examples = task.examples(data.images, data.classes)
-    if examples < 1:
-        raise ValueError(
-            f"config.data.images is {data.images}, and config.data.task.validation_per_class takes"
-            f" {data.images - examples} of them aside, so that none are left to train on; take"
-            " fewer."
-        )
-    if examples < config.batch_size:
-        raise ValueError(
-            f"config.batch_size is {config.batch_size}, but there are only {examples} training"
-            " examples."
-        )
-    return examples // config.batch_size
-
-
-def _units(task: tasks.Task, config: ConfigDict) -> optimizers.Units:
-    """Returns the lengths in steps of what schedules count in."""
-    steps = steps_per_epoch(task, config)
-    return {"epoch": steps, "run": None if steps is None else steps * config.epochs}
-
-
-def _optimizer(config: ConfigDict, units: optimizers.Units) -> optax.GradientTransformation:
-    """Makes the optimizer, with its schedules counting steps."""
-    section = config.optimizer
-    schedules = {
-        key: optimizers.number_or_schedule(value, key.replace("_", " "), units)
-        for key, value in section.items()
-        if isinstance(value, ConfigDict) and "name" in value
-    }
-    return SINGLE["optimizer"].create({**section, **schedules})
 
 
 def _heads(config: ConfigDict, plan: Any) -> tuple[dict[str, Any], dict[str, list[str]]]:
@@ -350,7 +329,7 @@ def build(config: ConfigDict) -> Experiment:
     parts = forward(config)
     network, batch, outputs = parts.network, parts.batch, parts.outputs
     augmentations = _parts(config, "augmentation")
-    units = _units(parts.task, config)
+    units = optimizer_section.units(parts.task, config)
     depths = objective_sections.depths(network.heads, getattr(network.backbone, "plan", None))
     chosen = objective_sections.create(config.objectives, parts.families, depths, units)
     chosen = objective_sections.with_ignored_groups(chosen, parts.groups)
@@ -371,24 +350,28 @@ def build(config: ConfigDict) -> Experiment:
         compatibility.averages(outputs, batch)
     if "validation" in config.evaluate_splits:
         compatibility.selection(chosen, outputs, batch)
-    optimizer = _optimizer(config, units)
     reach = find_reach(network.apply, chosen, parts.variables, batch)
-    rule = SINGLE["update_rule"].create(
-        config.update_rule,
-        optimizer=optimizer,
-        reach=reach,
-        main=main_objective(chosen),
-        aggregator=SINGLE["aggregator"].create(config.aggregator),
-    )
     # A weighting by averages takes them over an epoch, if the config doesn't say otherwise.
     chosen_period = "period" in config.weighting or not units.get("epoch")
     period = {} if chosen_period else {"period": units["epoch"]}
-    weighting = SINGLE["weighting"].create(config.weighting, **period)
+
+    def make_rule(numbers: Mapping[str, Any]) -> UpdateRule:
+        rule = SINGLE["update_rule"].create(
+            config.update_rule,
+            optimizer=optimizer_section.create(config, units, numbers),
+            reach=reach,
+            main=main_objective(chosen),
+            aggregator=SINGLE["aggregator"].create(config.aggregator),
+        )
+        weighting = SINGLE["weighting"].create(config.weighting, **period)
+        return weighted(rule, weighting, reach)
+
     return Experiment(
         **vars(parts),
         objectives=chosen,
         predictions=predictions,
         augment=augmentation.chain(augmentations),
         reach=reach,
-        rule=weighted(rule, weighting, reach),
+        make_rule=make_rule,
+        rule=make_rule({}),
     )

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sire_jax.configuration.experiment import Experiment
+from sire_jax.configuration.experiment import Experiment, Numbers
 from sire_jax.data import contents, tasks
 from sire_jax.data.augmentation import Batch
 from sire_jax.job import distributed
@@ -55,6 +55,7 @@ class DeviceFeed:
         shuffle = parallel.over_seeds(shuffle, (1,), self._config.seeds)
         shuffle = parallel.over_runs(shuffle, (1,), placement.mesh)
         self._shuffle = Program(jax.jit(shuffle, out_shardings=placement.of_runs))
+        self._numbers = parts.numbers()
         self._steps: Any = self._step_program()
 
     @classmethod
@@ -94,16 +95,24 @@ class DeviceFeed:
             def lookup_part(arrays: tasks.Arrays, examples: jax.Array) -> Batch:
                 return self._parts.lookup(arrays, parallel.own_part(examples, "data"))
 
-            steps = parallel.over_steps(self._parts.step("data"), lookup_part)
-            runs = parallel.over_seeds(steps, (2, 4, 5), self._config.seeds_at_once)
-            return Program(parallel.pmapped(runs, placement.mesh, 6, donated=(0, 1)))
-        steps = parallel.over_steps(self._parts.step(), self._lookup())
+            steps = self._over_steps(lookup_part, "data")
+            runs = parallel.over_seeds(steps, (0, 3, 5, 6), self._config.seeds_at_once)
+            return Program(parallel.pmapped(runs, placement.mesh, 7, donated=(1, 2)))
         # Every process reads at which steps losses broke.
         places = (placement.of_runs, placement.of_runs, placement.everywhere)
         options = self._parts.rule.compiler_options
+        steps, shared = self._over_steps(self._lookup()), (0, 3, 5, 6)
         return placement.program(
-            steps, (2, 4, 5), places, donate_argnums=(0, 1), compiler_options=options
+            steps, shared, places, donate_argnums=(1, 2), compiler_options=options
         )
+
+    def _over_steps(
+        self, lookup: Callable[[PyTree, jax.Array], Batch], axis: str | None = None
+    ) -> Callable[..., Any]:
+        def steps(numbers: Numbers, *arrays: Any) -> Any:
+            return parallel.over_steps(self._parts.step(axis, numbers), lookup)(*arrays)
+
+        return steps
 
     def order(self, state: TrainState, epoch: int) -> jax.Array:
         """Returns the examples of an epoch in their order, ``[runs, steps, batch, …]``."""
@@ -114,12 +123,13 @@ class DeviceFeed:
     ) -> Taken:
         """Takes steps in all runs; see ``parallel.over_steps``."""
         span = np.int32(first), np.int32(count)
-        return self._steps(state, sums, self.arrays, order, *span)
+        return self._steps(self._numbers, state, sums, self.arrays, order, *span)
 
     def planned_memory(self, state: TrainState, sums: Metrics) -> int | None:
         """Returns the bytes that a step takes with all arrays; see ``Feed``."""
         span = np.int32(0), np.int32(1)
-        return self._steps.memory(state, sums, self.arrays, self.order(state, 0), *span)
+        arrays, order = self.arrays, self.order(state, 0)
+        return self._steps.memory(self._numbers, state, sums, arrays, order, *span)
 
     def totals(self, measure: Measure, crop: str) -> Totals:
         """Makes the program that measures a split; see ``Feed``."""

@@ -156,11 +156,31 @@ class Runs:
 
         Fitted predictions need what ``fit`` returned; none is measured on what it was fitted to.
         """
-        rules = self.parts.predictions
+        rules = self._fitted_rules()
         usable = {
             name: values for name, values in (fitted or {}).items() if rules[name].split != split
         }
-        return self.averages(self._measure(params, model_state, usable, split))
+        # One program, whatever has been fitted: what has not is measured, too, and dropped.
+        measured = self._measure(params, model_state, {**self._unfitted, **usable}, split)
+        dropped = rules.keys() - usable
+        return self.averages(
+            {k: v for k, v in measured.items() if k.rpartition("/")[0] not in dropped}
+        )
+
+    def _fitted_rules(self) -> dict[str, Any]:
+        """Returns the prediction rules that have parameters."""
+        return {name: rule for name, rule in self.parts.predictions.items() if is_fitted(rule)}
+
+    @cached_property
+    def _unfitted(self) -> dict[str, PyTree]:
+        """Parameters of rules that are not fitted, in the place of those of rules that are."""
+        outputs, label = dict(self.parts.outputs), jax.ShapeDtypeStruct((2,), jnp.int32)
+        shapes = {
+            name: jax.eval_shape(rule.fit, {k: outputs[k] for k in rule.needs()}, label)
+            for name, rule in self._fitted_rules().items()
+        }
+        zeros = jax.tree.map(lambda x: np.zeros((self.config.seeds, *x.shape), x.dtype), shapes)
+        return jax.device_put(zeros, self.placement.of_runs)
 
     def averages(self, metrics: Metrics) -> dict[str, np.ndarray]:
         """Divides metrics; a value for each run."""
@@ -172,8 +192,7 @@ class Runs:
 
     def fit(self, params: PyTree, model_state: PyTree) -> dict[str, PyTree]:
         """Fits the prediction rules that have parameters; a value for each run."""
-        rules = {name: rule for name, rule in self.parts.predictions.items() if is_fitted(rule)}
-        predicted = {}
+        rules, predicted = self._fitted_rules(), {}
         for split in sorted({rule.split for rule in rules.values()}):
             # Rounded up: at most that many examples.
             every = -(-self.feed.examples[split].shape[1] // MOST)
@@ -181,7 +200,10 @@ class Runs:
         # One by one: a rule searches for as long as its own run needs.
         return {
             name: Program(
-                jax.jit(lambda examples, rule=rule: jax.lax.map(lambda x: rule.fit(*x), examples))
+                jax.jit(
+                    lambda examples, rule=rule: jax.lax.map(lambda x: rule.fit(*x), examples),
+                    out_shardings=self.placement.of_runs,
+                )
             )(predicted[rule.split])
             for name, rule in rules.items()
         }

@@ -18,7 +18,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sire_jax.configuration.experiment import Experiment
+from sire_jax.configuration.experiment import Experiment, Numbers
 from sire_jax.data import contents, stream
 from sire_jax.data.augmentation import Batch
 from sire_jax.job import distributed
@@ -87,6 +87,7 @@ class StreamFeed:
         self._open: tuple[int, int, Iterator[Batch]] | None = None
         shuffle = partial(parallel.shuffle, batch_size=self._config.batch_size)
         self._shuffle = Program(jax.jit(shuffle))
+        self._numbers = parts.numbers()
         self._steps: Any = self._step_program()
 
     @property
@@ -153,18 +154,21 @@ class StreamFeed:
 
     def _step_program(self) -> Callable[..., Any]:
         pmap = self._config.parallel == "pmap"
-        step = parallel.one_step(self._parts.step("data" if pmap else None))
+        axis = "data" if pmap else None
 
-        def run(state: TrainState, sums: Metrics, broken: Any, batch: Batch) -> Any:
+        def run(
+            numbers: Numbers, state: TrainState, sums: Metrics, broken: Any, batch: Batch
+        ) -> Any:
+            step = parallel.one_step(self._parts.step(axis, numbers))
             return step(state, sums, broken, self._parts.ready(batch))
 
         at_once = self._config.seeds_at_once
         if pmap:
-            runs = parallel.over_seeds(run, (3,), at_once)
+            runs = parallel.over_seeds(run, (0, 4), at_once)
             mesh = self._placement.mesh
-            return Program(parallel.pmapped(runs, mesh, 4, split=(3,), donated=(0, 1)))
+            return Program(parallel.pmapped(runs, mesh, 5, split=(4,), donated=(1, 2)))
         options = self._parts.rule.compiler_options
-        return self._placement.program(run, (3,), donate_argnums=(0, 1), compiler_options=options)
+        return self._placement.program(run, (0, 4), donate_argnums=(1, 2), compiler_options=options)
 
     def order(self, state: TrainState, epoch: int) -> Order:
         """Returns the examples of an epoch in their order, for ``take_steps``."""
@@ -180,7 +184,7 @@ class StreamFeed:
         broken = self._placement.place(jax.tree.map(np.asarray, parallel.never_broken(sums)))
         under_way: deque[dict[str, Array]] = deque()
         for _ in range(count):
-            state, sums, broken = self._steps(state, sums, broken, next(batches))
+            state, sums, broken = self._steps(self._numbers, state, sums, broken, next(batches))
             under_way.append(broken)
             if len(under_way) > _AHEAD:
                 # Batches would pile up on the devices.
@@ -195,7 +199,7 @@ class StreamFeed:
         batch = next(batches)
         self._open = order.epoch, 0, itertools.chain([batch], batches)
         broken = self._placement.place(jax.tree.map(np.asarray, parallel.never_broken(sums)))
-        return self._steps.memory(state, sums, broken, batch)
+        return self._steps.memory(self._numbers, state, sums, broken, batch)
 
     def totals(self, measure: Measure, crop: str) -> Totals:
         """Makes the program that measures a split; see ``Feed``."""
