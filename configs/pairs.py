@@ -69,7 +69,7 @@ def get_config(variant: str = "aux_10") -> ConfigDict:
     config = configuration.default()
     config.name = f"pairs/{variant}"
     config.epochs = chosen["epochs"]
-    config.evaluate_batch_size = 100  # small batches stay in a CPU's caches
+    config.evaluate_batch_size = 200  # small batches stay in a CPU's caches
     config.data.update(name="tfds:mnist", shape=(28, 28, 1))
     config.data.task = configuration.task("pairs", downscale=2)
     config.backbone = chosen["backbone"].copy_and_resolve_references()

@@ -9,7 +9,7 @@ from flax import linen as nn
 from jax import lax
 from jax.test_util import check_grads
 
-from sire_jax.layers import BatchNorm, Conv, Dropout, convolution, onednn
+from sire_jax.layers import BatchNorm, Conv, Dropout, onednn, products
 from sire_jax.layers.convolution import convolve
 from sire_jax.layers.modules import random_bits
 from sire_jax.layers.normalization import normalize
@@ -156,7 +156,7 @@ def test_convolution_is_the_formula():
 @pytest.mark.parametrize(("channels", "features"), [(2, 3), (48, 56)])
 def test_splitting_images_into_chunks_changes_nothing(monkeypatch, channels, features, cached):
     x, kernel = _case(6, 5, 4, channels, features, 3)
-    monkeypatch.setattr(convolution, "_CACHED", cached)
+    monkeypatch.setattr(products, "_CACHED", cached)
     monkeypatch.setattr(onednn, "takes", lambda a, b: False)
     ours = _with_gradients(convolve, x, kernel, 1, 1, False)
     _assert_trees_equal(ours, _with_gradients(_lax, x, kernel, 1, 1, False))
@@ -164,8 +164,8 @@ def test_splitting_images_into_chunks_changes_nothing(monkeypatch, channels, fea
 
 @pytest.mark.parametrize(("cached", "chunks"), [(1, 6), (7, 6), (14, 3), (35, 2), (100, 1)])
 def test_chunks_are_equal_and_as_large_as_the_cache_allows(monkeypatch, cached, chunks):
-    monkeypatch.setattr(convolution, "_CACHED", cached)
-    assert convolution._chunks(6, 7) == chunks
+    monkeypatch.setattr(products, "_CACHED", cached)
+    assert products._chunks(6, 7) == chunks
 
 
 def _descend(function, images_last):
@@ -430,6 +430,14 @@ def test_dropout_keeps_its_share_and_scales_what_it_keeps(rate):
     np.testing.assert_array_equal(y[kept], (x / (1 - rate))[kept])
     assert kept.any(axis=0).all()
     assert not kept.all(axis=1).any()
+
+
+def test_dropout_drops_the_same_values_in_either_layout():
+    x, key = _normal(0, 2, 3, 4, 5), jax.random.key(0)
+    last = Dropout(0.5).apply({}, x.transpose(3, 1, 2, 0), train=True, rngs={"dropout": key})
+    counted = Dropout(0.5, (3, 1, 2, 0)).apply({}, x, train=True, rngs={"dropout": key})
+    np.testing.assert_array_equal(counted, last.transpose(3, 1, 2, 0))
+    assert not np.array_equal(counted, _drop(0.5, x, key))
 
 
 def test_dropout_passes_the_gradient_of_what_it_keeps_only():

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +14,9 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
+from sire_jax.backbones import PairBranches
 from sire_jax.layers import convolution, onednn
+from sire_jax.layers.convolution import prefers_images_last
 from sire_jax.layers.onednn import library
 
 
@@ -191,6 +194,31 @@ def test_convolutions_are_onednns_but_where_one_counts_them(monkeypatch, dtypes)
             x, kernel.astype(x.dtype)
         )
     assert library.TARGET not in str(whole)
+
+
+@needs_onednn
+@pytest.mark.slow  # It compiles a network in either layout.
+def test_a_network_of_pairs_is_the_same_with_images_last_and_in_onednns_layout(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    network, pairs = PairBranches(), _integers(1, (6, 2, 14, 14, 1))
+    variables = network.init(jax.random.key(0), pairs)
+
+    def loss(params):
+        key = {"dropout": jax.random.key(1)}
+        (logits, endpoints), state = network.apply(
+            {**variables, "params": params}, pairs, train=True, rngs=key, mutable=["batch_stats"]
+        )
+        return (logits**2).sum() + (endpoints["digits"] ** 2).sum(), (logits, state)
+
+    def values_and_gradients():
+        # A function of its own, so that it is traced anew.
+        return jax.jit(lambda p: jax.value_and_grad(loss, has_aux=True)(p))(variables["params"])
+
+    assert not prefers_images_last(pairs[:, 0])
+    with_extra = values_and_gradients()
+    monkeypatch.setattr(onednn, "load", lambda: False)
+    assert prefers_images_last(pairs[:, 0])
+    chex.assert_trees_all_close(values_and_gradients(), with_extra, rtol=1e-4, atol=1e-4)
 
 
 def test_the_switch_turns_it_off(monkeypatch):

@@ -15,9 +15,12 @@ from jax import Array
 
 from sire_jax.backbones.settings import check_widths
 from sire_jax.layers import BatchNorm, Conv, Dropout, uniform_fan_in
+from sire_jax.layers.convolution import prefers_images_last
 from sire_jax.layers.pooling import max_pool
 
 Endpoints = dict[str, Array]
+# From [b, h, w, c] to [c, h, w, b].
+_IMAGES_LAST = (3, 1, 2, 0)
 
 
 def _dense(features: int, name: str) -> nn.Dense:
@@ -85,15 +88,21 @@ class ConvolutionalFeatures(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
-        """Maps ``[c, h, w, b]`` to ``[b, outputs]``."""
+        """Maps ``[b, h, w, c]`` to ``[b, outputs]``."""
+        last = prefers_images_last(x)
+        x = jnp.transpose(x, _IMAGES_LAST) if last else x
         for i, width in enumerate(self.channels, start=1):
-            x = Conv(width, padding=self.padding, images_last=True, name=f"conv_{i}")(x)
+            x = Conv(width, padding=self.padding, images_last=last, name=f"conv_{i}")(x)
             if self.batch_norm:
-                x = BatchNorm(axis=0, name=f"conv_{i}_norm")(x, train=train)
+                x = BatchNorm(axis=0 if last else -1, name=f"conv_{i}_norm")(x, train=train)
             # Ahead of max pooling or behind, it is the same.
             x = max_pool(nn.relu(x) if self.relu else x)
-            x = Dropout(self.convolution_dropout)(x, train=train)
-        x = _dense(self.hidden, "hidden")(x.reshape(-1, x.shape[-1]).T)
+            # The same values are dropped in either layout.
+            counted = () if last else _IMAGES_LAST
+            x = Dropout(self.convolution_dropout, counted)(x, train=train)
+        # A channel after the other, in either layout.
+        x = x.reshape(-1, x.shape[-1]).T if last else x.transpose(0, 3, 1, 2).reshape(len(x), -1)
+        x = _dense(self.hidden, "hidden")(x)
         if self.batch_norm:
             x = BatchNorm(name="hidden_norm")(x, train=train)
         x = Dropout(self.dropout)(nn.relu(x), train=train)
@@ -119,9 +128,8 @@ class ResidualFeatures(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
-        """Maps ``[c, h, w, b]`` to ``[b, outputs]``."""
+        """Maps ``[b, h, w, c]`` to ``[b, outputs]``."""
         # Its maps are too large for the layout with images last to pay off.
-        x = jnp.transpose(x, (3, 1, 2, 0))
         x = nn.relu(Conv(self.channels, padding=1, name="stem")(x))
         for i in (1, 2, 3, 4):
             x = self._block(x, f"block_{i}", train)
@@ -173,8 +181,7 @@ class PairConvolutional(nn.Module):
             relu=self.relu,
             name="features",
         )
-        # Images last: a network this small takes half the time so (``layers.convolution``).
-        return features(jnp.transpose(image[..., 0], (1, 2, 3, 0)), train=train), {}
+        return features(jnp.moveaxis(image[..., 0], 1, -1), train=train), {}
 
 
 class PairBranches(nn.Module):
@@ -227,12 +234,11 @@ class PairBranches(nn.Module):
         pairs, _, height, width, channels = image.shape
         if self.shared:
             # One call for both images: batch norm sees twice as many of them.
-            images = jnp.moveaxis(image.reshape(2 * pairs, height, width, channels), 0, -1)
-            digits = self._branch("branch")(jnp.moveaxis(images, -2, 0), train=train)
+            images = image.reshape(2 * pairs, height, width, channels)
+            digits = self._branch("branch")(images, train=train)
             digits = digits.reshape(pairs, 2, self.outputs)
         else:
-            image = jnp.transpose(image, (1, 4, 2, 3, 0))
-            logits = [self._branch(f"branch_{i + 1}")(image[i], train=train) for i in (0, 1)]
+            logits = [self._branch(f"branch_{i + 1}")(image[:, i], train=train) for i in (0, 1)]
             digits = jnp.stack(logits, axis=1)
         x = jax.nn.softmax(digits).reshape(pairs, -1)
         x = nn.relu(_dense(self.hidden, "hidden")(x))

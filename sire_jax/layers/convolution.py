@@ -1,93 +1,27 @@
 """Convolutions whose gradients are fast on a CPU, inside loops over training steps as outside.
 
-Those of ``[b, h, w, c]`` are oneDNN's where that is installed and a program is one device's
-(``layers.onednn``). XLA's own CPU convolution is fast in one arrangement of its arguments only; the
-gradients that JAX derives are in others, and take up to hundreds of times as long inside a loop.
-Here the gradient to the images is the fast arrangement again and that to the kernel is matrix
-products. On accelerators all is XLA's.
+On a CPU those of ``[b, h, w, c]`` are oneDNN's where that is installed and a program is one
+device's (``layers.onednn``), and else matrix products (``layers.products``); on accelerators all is
+XLA's.
 
 Two layouts: ``[b, h, w, c]``, the usual one, and ``[c, h, w, b]``, images last, in which all that a
-*small* network does between matrix products runs along contiguous memory: it takes half the time.
+*small* network does between matrix products runs along contiguous memory: without oneDNN it takes
+half the time.
 """
 
 import contextlib
 import contextvars
-import math
 from collections.abc import Callable, Iterator
-from functools import partial, reduce, wraps
+from functools import partial, wraps
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_batching import sequential_vmap
 
-from sire_jax.layers import onednn
+from sire_jax.layers import onednn, products
 
 _WHOLE: contextvars.ContextVar[bool] = contextvars.ContextVar("whole", default=False)
-
-# Zeros before and after the rows, and before and after the columns.
-Pads = tuple[tuple[int, int], tuple[int, int]]
-
-# Values of the shifted views that are made at once: 8 MiB, which caches hold, and enough pixels for
-# an efficient matrix product.
-_CACHED = 2**21
-
-# XLA gives each core its own part of a kernel's features, of at least this many weights: one core
-# does all of a convolution with a smaller kernel.
-_ONE_CORE = 9 * 64 * 128
-
-# Channels and features from which a matrix product with few of them is still efficient.
-_WIDE = 48
-
-
-def _shifts(x: Array, size: int, stride: int, first: int) -> list[Array]:
-    """Returns the size x size shifted views of images, whose rows and columns are two axes."""
-
-    def view(x: Array, start: int, axis: int) -> Array:
-        stop = x.shape[axis] - size + 1 + start
-        return lax.slice_in_dim(x, start, stop, stride, axis)
-
-    return [view(view(x, i, first), j, first + 1) for i in range(size) for j in range(size)]
-
-
-def _pad(x: Array, pads: Pads, first: int) -> Array:
-    widths = [(0, 0)] * x.ndim
-    widths[first : first + 2] = pads
-    return jnp.pad(x, widths)
-
-
-@jax.custom_vjp
-def _product(a: Array, b: Array) -> Array:
-    """Multiplies ``[k, m]``, transposed, and ``[k, n]``."""
-    return a.T @ b
-
-
-def _product_backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
-    # The derived gradient is (dy @ b.T).T, which takes up to 1.7 times as long on a CPU.
-    a, b = saved
-    return b @ dy.T, a @ dy
-
-
-_product.defvjp(lambda a, b: (_product(a, b), (a, b)), _product_backward)
-
-
-def _images_last(x: Array, kernel: Array, padding: int, stride: int) -> Array:
-    """Convolves ``[c, h, w, b]`` by one matrix product."""
-    x = _pad(x, ((padding, padding),) * 2, 1)
-    views = jnp.concatenate(_shifts(x, len(kernel), stride, 1), axis=0)
-    depth, *spatial = views.shape
-    product = _product(kernel.reshape(depth, -1), views.reshape(depth, -1))
-    return product.reshape(-1, *spatial)
-
-
-def _chunks(images: int, values: int) -> int:
-    """Returns into how many equal parts to split images, each of which needs so many values."""
-    most = max(1, _CACHED // values)
-    return images // max(n for n in range(1, images + 1) if images % n == 0 and n <= most)
-
-
-def _split(x: Array, parts: int) -> Array:
-    return x.reshape(parts, -1, *x.shape[1:])
 
 
 def _one_by_one(function: Callable[..., Array]) -> Callable[..., Array]:
@@ -104,84 +38,6 @@ def _one_by_one(function: Callable[..., Array]) -> Callable[..., Array]:
     return wrapped
 
 
-def _sum_of_shifts(x: Array, kernel: Array, pads: Pads) -> Array:
-    """Multiplies every pixel with all weights, then sums each pixel's share of its neighbours."""
-    size, _, channels, features = kernel.shape
-    matrix = kernel.transpose(2, 0, 1, 3).reshape(channels, -1)
-
-    def convolve_chunk(x: Array) -> Array:
-        x = _pad(x, pads, 1)
-        products = (x.reshape(-1, channels) @ matrix).reshape(*x.shape[:3], -1, features)
-        rows, columns = x.shape[1] - size + 1, x.shape[2] - size + 1
-        # One pass over the products: XLA fuses the sum.
-        shifts = [
-            products[:, i : i + rows, j : j + columns, i * size + j]
-            for i in range(size)
-            for j in range(size)
-        ]
-        return reduce(jnp.add, shifts)
-
-    pixels = math.prod(n + sum(pad) for n, pad in zip(x.shape[1:3], pads, strict=True))
-    y = lax.map(convolve_chunk, _split(x, _chunks(len(x), pixels * matrix.shape[1])))
-    return y.reshape(-1, *y.shape[2:])
-
-
-def _correlate(x: Array, kernel: Array, pads: Pads, stride: int = 1) -> Array:
-    """Convolves ``[b, h, w, c]`` in the arrangement for which XLA has fast code."""
-    size, _, channels, features = kernel.shape
-    if stride == 1 and size > 1 and kernel.size <= _ONE_CORE and min(channels, features) >= _WIDE:
-        return _sum_of_shifts(x, kernel, pads)
-    layout = ("NHWC", "HWIO", "NHWC")
-    return lax.conv_general_dilated(x, kernel, (stride,) * 2, pads, dimension_numbers=layout)
-
-
-def _kernel_gradient(x: Array, dy: Array, size: int, padding: int, stride: int) -> Array:
-    """Returns the gradient to the kernel, by matrix products, a few images at a time."""
-    images, *_, channels = x.shape
-    features = dy.shape[-1]
-    if stride == 1 and features < channels:
-        # Shifting dy against x is shifting x against dy the other way: make the smaller views.
-        mirrored = _kernel_gradient(dy, x, size, size - 1 - padding, 1)
-        return jnp.swapaxes(mirrored[::-1, ::-1], 2, 3)
-    x = _pad(x, ((padding, padding),) * 2, 1)
-    depth = size * size * channels
-    parts = _chunks(images, math.prod(dy.shape[1:3]) * depth)
-    dys = dy.reshape(parts, -1, features)
-    # Unless it is narrow, a first matrix that is read by columns makes a product take twice as
-    # long: transpose it before, behind a barrier, as XLA would put the two together again.
-    narrow = depth <= features
-    if not narrow:
-        dys = lax.optimization_barrier(dys.swapaxes(1, 2))
-
-    def add(total: Array, chunk: tuple[Array, Array]) -> tuple[Array, None]:
-        x, dy = chunk
-        views = jnp.concatenate(_shifts(x, size, stride, 1), axis=-1).reshape(-1, depth)
-        return total + (views.T @ dy if narrow else dy @ views), None
-
-    start = jnp.zeros((depth, features) if narrow else (features, depth), dy.dtype)
-    total, _ = lax.scan(add, start, (_split(x, parts), dys))
-    return (total if narrow else total.T).reshape(size, size, channels, features)
-
-
-def _images_gradient(
-    dy: Array, kernel: Array, shape: tuple[int, int], padding: int, stride: int
-) -> Array:
-    """Returns the gradient to images of so many rows and columns.
-
-    It is a convolution of dy, with zeros where the stride left out a result, with the kernel
-    flipped; pixels at the end may have taken part in no result.
-    """
-    size = len(kernel)
-    if stride > 1:
-        between = (0, 0, stride - 1)
-        dy = lax.pad(dy, jnp.zeros((), dy.dtype), ((0, 0, 0), between, between, (0, 0, 0)))
-    before = size - 1 - padding
-    rows, columns = (
-        (before, n + size - 1 - m - before) for n, m in zip(shape, dy.shape[1:3], strict=True)
-    )
-    return _correlate(dy, jnp.swapaxes(kernel[::-1, ::-1], 2, 3), (rows, columns))
-
-
 # ---- The three passes of a convolution of [b, h, w, c]. Each is linear in both of its arrays, and
 # its gradients are the other two.
 
@@ -191,7 +47,7 @@ def _images_gradient(
 def _forward(x: Array, kernel: Array, padding: int, stride: int) -> Array:
     if onednn.takes(x, kernel):
         return onednn.forward(x, kernel, padding, stride)
-    return _correlate(x, kernel, ((padding, padding),) * 2, stride)
+    return products.forward(x, kernel, padding, stride)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
@@ -201,7 +57,7 @@ def _to_images(
 ) -> Array:
     if onednn.takes(dy, kernel):
         return onednn.to_images(dy, kernel, shape, padding, stride)
-    return _images_gradient(dy, kernel, shape, padding, stride)
+    return products.to_images(dy, kernel, shape, padding, stride)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
@@ -214,7 +70,7 @@ def _to_kernel(x: Array, dy: Array, size: int, padding: int, stride: int) -> Arr
     if onednn.takes(x, dy) and not few_images:
         return onednn.to_kernel(x, dy, size, padding, stride).astype(x.dtype)
     wide = at_least_float32(x.dtype)
-    found = _kernel_gradient(x.astype(wide), dy.astype(wide), size, padding, stride)
+    found = products.to_kernel(x.astype(wide), dy.astype(wide), size, padding, stride)
     return found.astype(x.dtype)
 
 
@@ -302,6 +158,15 @@ def convolve_line(x: Array, kernel: Array, axis: int) -> Array:
     )
 
 
+def prefers_images_last(x: Array) -> bool:
+    """Tells whether a small network is faster on images ``[c, h, w, b]``: on a CPU, by itself.
+
+    Args:
+        x: Images ``[b, h, w, c]``.
+    """
+    return jax.default_backend() == "cpu" and not onednn.takes(x, x)
+
+
 def convolve(
     x: Array, kernel: Array, padding: int = 0, stride: int = 1, images_last: bool = False
 ) -> Array:
@@ -326,7 +191,7 @@ def convolve(
     if kernel.ndim == 4 and kernel.shape[0] != kernel.shape[1]:
         raise ValueError(f"A kernel [k, k, c, o] should be square; this one is {kernel.shape}.")
     if jax.default_backend() == "cpu" and not _WHOLE.get():
-        method = _images_last if images_last else _forward
+        method = products.images_last if images_last else _forward
         # Sums are float32 where the inputs are less; oneDNN's are.
         takes = not images_last and onednn.takes(x, kernel)
         wide = x.dtype if takes else at_least_float32(x.dtype)

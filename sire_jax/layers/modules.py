@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax import Array, lax
 
@@ -151,9 +152,12 @@ class Dropout(nn.Module):
 
     Attributes:
         rate: The share, in [0, 1).
+        counted: The order of the axes in which values have numbers, from which is drawn what to
+            drop; as they are if it is empty.
     """
 
     rate: float
+    counted: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.rate < 1:
@@ -165,7 +169,9 @@ class Dropout(nn.Module):
         """Drops values of ``x`` when training, under the random key ``dropout``."""
         if not train or self.rate == 0:
             return x
-        bits = random_bits(self.make_rng("dropout"), x.shape)
+        order = self.counted or tuple(range(x.ndim))
+        bits = random_bits(self.make_rng("dropout"), tuple(x.shape[axis] for axis in order))
+        bits = bits.transpose(np.argsort(order))
         # A rate just below 1 rounds to 2^32, which is no uint32.
         mask = bits >= jnp.uint32(min(round(self.rate * 2**32), 2**32 - 1))
         return jnp.where(mask, x / (1 - self.rate), 0.0)
