@@ -10,6 +10,7 @@ from . import metrics as metrics
 from . import optimizers as optimizers
 from . import traced as traced
 from . import updates as updates
+from .attribution.in_memory import attribute as attribute
 from .fitting import fit as fit
 from .fitting import make_fit as make_fit
 from .losses import SmoothedCrossEntropy as SmoothedCrossEntropy
@@ -21,7 +22,6 @@ from .losses import negative_probability as negative_probability
 from .metrics import means as means
 from .networks import Network as Network
 from .objectives import Objective as Objective
-from .objectives import depth_weights as depth_weights
 from .predictions import DigitOrder as DigitOrder
 from .predictions import FittedJointProbability as FittedJointProbability
 from .predictions import JointProbability as JointProbability
@@ -38,5 +38,6 @@ from .updates import effective_joint as effective_joint
 from .updates import joint as joint
 from .updates import multiway as multiway
 from .updates import pairwise as pairwise
+from .weights import depth_weights as depth_weights
 
 __version__: str

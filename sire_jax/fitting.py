@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import math
 import sys
 from collections.abc import Callable, Mapping
 from numbers import Integral
@@ -23,7 +24,9 @@ from sire_jax.runs.divergence import NonFiniteLossError, first_broken, what_brok
 from sire_jax.runs.parallel import NEVER, never_broken, one_step, shuffle
 from sire_jax.state import INITIAL, TrainState, parted
 from sire_jax.step import find_reach, make_measure, make_step
+from sire_jax.text import nearest
 from sire_jax.updates import UpdateRule
+from sire_jax.weights import scaled
 
 PyTree = Any
 Batch = Mapping[str, Any]
@@ -126,7 +129,9 @@ def make_fit(
         predictions: Prediction rules by name.
 
     Returns:
-        A function of the other arguments of ``fit``, which returns and raises what that does.
+        A function of the other arguments of ``fit``, which returns and raises what that does, and
+        of ``factors``: what the weights of objectives are multiplied by in this run, by name; 0
+        leaves one out.
 
     Raises:
         ValueError: If a prediction has to be fitted.
@@ -143,12 +148,15 @@ def make_fit(
         made = rule
         if not isinstance(made, UpdateRule):
             made = _made(rule, find_reach(network.apply, objectives, variables, example))
-        step = one_step(make_step(network.apply, objectives, made, augment))
 
-        def take(state: TrainState, sums: Metrics, broken: Any, arrays: Batch, rows: Array) -> Any:
+        def take(
+            factors: Any, state: TrainState, sums: Metrics, broken: Any, arrays: Batch, rows: Array
+        ) -> Any:
+            weighted = scaled(objectives, factors)
+            step = one_step(make_step(network.apply, weighted, made, augment))
             return step(state, sums, broken, _some(arrays, rows))
 
-        program = jax.jit(take, donate_argnums=(0, 1, 2), compiler_options=made.compiler_options)
+        program = jax.jit(take, donate_argnums=(1, 2, 3), compiler_options=made.compiler_options)
         return made, program
 
     def fit(
@@ -159,7 +167,9 @@ def make_fit(
         batch_size: int,
         seed: int = 0,
         evaluate_batch_size: int = 500,
+        factors: Mapping[str, float] | None = None,
     ) -> tuple[TrainState, History]:
+        multiplied = dict.fromkeys(objectives, 1.0) | _check_factors(factors or {}, objectives)
         examples = _check_numbers(train, test, epochs, batch_size, evaluate_batch_size)
         # Python's: narrow ones of NumPy would overflow.
         epochs, batch_size, evaluate_batch_size = map(
@@ -186,7 +196,8 @@ def make_fit(
                 sums = _nothing(objectives)
                 broken = never_broken(sums)
                 for chosen in order(state.key, epoch, jnp.arange(examples), batch_size):
-                    state, sums, broken = program(state, sums, broken, train, chosen)
+                    books = state, sums, broken
+                    state, sums, broken = program(multiplied, *books, train, chosen)
                     bar.update()
                 _check_finite(broken, state, seed)
                 rows["train"].append(means(sums))
@@ -219,6 +230,18 @@ def _check_numbers(
             f"batch_size is {batch_size}; it should be in 1..{examples}, the number of examples."
         )
     return examples
+
+
+def _check_factors(factors: Mapping[str, float], objectives: Objectives) -> dict[str, float]:
+    for name, factor in factors.items():
+        if name not in objectives:
+            raise ValueError(f"There is no objective '{name}'.{nearest(name, objectives)}")
+        if not 0 <= factor < math.inf:
+            raise ValueError(
+                f"The factor of the objective '{name}' is {factor}; it should be finite and at"
+                " least 0."
+            )
+    return {name: float(factor) for name, factor in factors.items()}
 
 
 def _examples(what: str, batch: Batch) -> int:

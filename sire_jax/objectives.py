@@ -6,7 +6,7 @@ as wrong. What has no label is left out of all means where its objective says so
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -271,32 +271,6 @@ def weights(objectives: Objectives, step: Array | int) -> dict[str, Array]:
 def weighted_sum(losses: Mapping[str, Array], weights: Mapping[str, Array]) -> Array:
     """Returns the total loss, ``sum_k w_k L_k``, a scalar."""
     return sum((weights[name] * loss for name, loss in losses.items()), jnp.float32(0))
-
-
-def depth_weights(layers: Sequence[int], nu: float) -> list[float]:
-    """Returns weights that fall with the distance from the deepest auxiliary output.
-
-    ``gamma_k = max(0.01, (L_k / L_K)^nu)`` (Guo et al., *The Shallow End*, Section 3.1)
-
-    >>> [round(weight, 3) for weight in depth_weights(layers=(15, 25, 35, 45), nu=2.0)]
-    [0.111, 0.309, 0.605, 1.0]
-
-    Args:
-        layers: The layers ``L_k`` of the auxiliary outputs.
-        nu: How fast they fall, at least 0; 1 to 2 is advised, 0 weighs all alike.
-
-    Returns:
-        A weight in [0.01, 1] for each.
-
-    Raises:
-        ValueError: If nu is negative or not finite.
-    """
-    if not 0 <= nu < math.inf:
-        raise ValueError(
-            f"nu is {nu}; it should be at least 0 and finite: the weights of shallow outputs are"
-            " (L_k / L_K)^nu."
-        )
-    return [max(0.01, (layer / max(layers)) ** nu) for layer in layers]
 
 
 def check(objectives: Objectives, outputs: Mapping[str, Any], batch: Mapping[str, Any]) -> None:

@@ -165,7 +165,7 @@ def _lowered(rule="joint", schedule="number", rate=0.1, weight=0.5, seed=0):
     start, feed = runs.start(), runs.feed
     span = np.int32(0), np.int32(1)
     order = feed.order(start.state, 0)
-    arguments = feed._numbers, start.state, start.sums, feed.arrays, order, *span
+    arguments = *feed._numbers, start.state, start.sums, feed.arrays, order, *span
     return feed._steps._function.lower(*arguments).as_text()
 
 

@@ -11,14 +11,15 @@ ORDER = """
 text files metrics
 registry
 job untrusted layers
-traced slices jaxprs networks losses objectives predictions optimizers
+traced slices jaxprs networks losses objectives weights predictions optimizers
 backbones heads groups updates data
 state step
 configuration
 storage
 runs
 fitting inference diagnostics
-train evaluate inspect paper_tables reproduce rehearsal export explain grouping early_exit
+attribution
+train evaluate inspect paper_tables reproduce rehearsal export explain grouping early_exit attribute
 """
 FLOORS = {name: i for i, line in enumerate(ORDER.split("\n")) for name in line.split()}
 

@@ -5,13 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sire_jax import configuration, objectives, traced
+from sire_jax import configuration, traced
 from sire_jax.configuration import experiment
 from sire_jax.diagnostics import conflict, supervision
 from sire_jax.diagnostics.supervision import Norms, ratios
 from sire_jax.runs.loading import load_data
 from sire_jax.runs.trained import Trained
 from sire_jax.step import make_losses
+from sire_jax.weights import depth_weights
 
 CONFIGS = configuration.repository_configs()
 DIGITS = {
@@ -74,7 +75,7 @@ def test_norms_are_those_of_gradients_to_features(trained):
     # Nothing of an exit behind it; the nearest output's ratio at its own layer is 1.
     assert norms.by_loss["exit_5"].astype(bool).tolist() == [True] * 3 + [False] * 4
     np.testing.assert_allclose(ratios(norms)["multiway"][[2, 4, 6]], 1, rtol=1e-6)
-    gammas = objectives.depth_weights([5, 9], 2.0)
+    gammas = depth_weights([5, 9], 2.0)
     np.testing.assert_allclose([norms.weights["exit_5"], norms.weights["exit_9"]], gammas)
     np.testing.assert_allclose(norms.divisors["exit_5"], sum(gammas), rtol=1e-6)
     # Behind the last exit there is the main loss alone.

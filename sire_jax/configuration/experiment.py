@@ -1,8 +1,8 @@
 """From a config to the parts of a run: everything is made and checked here, nothing is compiled."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,7 @@ from sire_jax.step import (
 )
 from sire_jax.text import nearest
 from sire_jax.updates import UpdateRule, weighted
+from sire_jax.weights import scaled
 
 PyTree = Any
 # Numbers of a config by "weights" and "optimizer".
@@ -110,6 +111,18 @@ class Forward:
         return outputs
 
 
+class Members(NamedTuple):
+    """Runs that differ in more than their seed.
+
+    Attributes:
+        seeds: The seed of each.
+        factors: What the weights of objectives are multiplied by, ``[runs]``; others by 1.
+    """
+
+    seeds: tuple[int, ...]
+    factors: Mapping[str, np.ndarray]
+
+
 @dataclass(frozen=True)
 class Experiment(Forward):
     """The parts of a run, without its data.
@@ -121,6 +134,7 @@ class Experiment(Forward):
         reach: For each objective a tree of booleans over the parameters: those that it reaches.
         make_rule: Makes the update rule, with ``numbers`` in place of the optimizer's.
         rule: Update rule.
+        members: The runs, if they differ in more than their seed.
     """
 
     objectives: objectives.Objectives
@@ -129,10 +143,18 @@ class Experiment(Forward):
     reach: Mapping[str, PyTree]
     make_rule: Callable[[Mapping[str, Any]], UpdateRule]
     rule: UpdateRule
+    members: Members | None = None
+
+    @property
+    def seeds(self) -> Sequence[int]:
+        """The seed of each run."""
+        config = self.config
+        own = self.members.seeds if self.members else None
+        return own or range(config.seed, config.seed + config.seeds)
 
     def main_objective(self) -> str:
         """Returns the name of the main output's objective, the first if there are several."""
-        return main_objective(self.objectives)
+        return objective_sections.main_objective(self.objectives)
 
     def size(self) -> int:
         """Returns the number of parameters that some objective reaches; others are not trained."""
@@ -147,7 +169,7 @@ class Experiment(Forward):
 
     def branches(self) -> dict[str, Groups]:
         """Returns the groups that outputs classify, by output."""
-        return branches(self.objectives, self.groups)
+        return objective_sections.branches(self.objectives, self.groups)
 
     def initial_state(self, seed: Array) -> TrainState:
         """Returns the state of a run before its first step; ``seed`` is an int32."""
@@ -170,12 +192,18 @@ class Experiment(Forward):
         weights = {name: float(weight) for name, weight in numbers.items()}
         return {"weights": weights, "optimizer": optimizer_section.numbers(self.config)}
 
-    def step(self, axis: str | None = None, numbers: Numbers | None = None) -> Step:
+    def step(
+        self,
+        axis: str | None = None,
+        numbers: Numbers | None = None,
+        factors: Mapping[str, Array] | None = None,
+    ) -> Step:
         """Returns the training step.
 
         Args:
             axis: Under ``pmap``, the axis of the devices that share a batch.
             numbers: What ``numbers`` returns, traced; by default they are part of the program.
+            factors: What the weights of objectives are multiplied by.
         """
         shared = Shared(axis, self.config.batch_norm == "batch") if axis else None
         rule, chosen = self.rule, dict(self.objectives)
@@ -183,6 +211,7 @@ class Experiment(Forward):
             rule = self.make_rule(numbers["optimizer"])
             for name, weight in numbers["weights"].items():
                 chosen[name] = replace(chosen[name], weight=weight)
+        chosen = scaled(chosen, factors or {})
         return make_step(self.network.apply, chosen, rule, self.augment, shared)
 
     def measure(self) -> Measure:
@@ -252,34 +281,6 @@ def _heads(config: ConfigDict, plan: Any) -> tuple[dict[str, Any], dict[str, lis
     return heads, families
 
 
-def branches(chosen: objectives.Objectives, groups: Mapping[str, Groups]) -> dict[str, Groups]:
-    """Returns the groups that outputs classify, by output.
-
-    Args:
-        chosen: Objectives by name.
-        groups: Groups of the labels, by the target that they are.
-
-    Raises:
-        ValueError: If an output has several groupings as targets.
-    """
-    grouped: dict[str, Groups] = {}
-    for name, objective in chosen.items():
-        if objective.target not in groups:
-            continue
-        if objective.output in grouped:
-            raise ValueError(
-                f"The objective '{name}' gives the output '{objective.output}' a second grouping as"
-                " target; a branch has one. Add another branch."
-            )
-        grouped[objective.output] = groups[objective.target]
-    return grouped
-
-
-def main_objective(chosen: objectives.Objectives) -> str:
-    """Returns the name of the first objective on the main output, ``"main"`` if there is none."""
-    return next((name for name, o in chosen.items() if o.output == MAIN), MAIN)
-
-
 def forward(config: ConfigDict) -> Forward:
     """Makes and checks a network, without what trains it.
 
@@ -335,7 +336,7 @@ def build(config: ConfigDict) -> Experiment:
     chosen = objective_sections.with_ignored_groups(chosen, parts.groups)
     jax.eval_shape(lambda o, b: objectives.evaluate(chosen, o, b), dict(outputs), batch)
     compatibility.ignored(chosen, isinstance(parts.task, tasks.Pairs))
-    of_outputs = branches(chosen, parts.groups)
+    of_outputs = objective_sections.branches(chosen, parts.groups)
     assignments = {name: partition.assignment for name, partition in of_outputs.items()}
     predictions = _parts(config, "predictions", groups=assignments)
     check_predictions(predictions, outputs, chosen)
@@ -360,7 +361,7 @@ def build(config: ConfigDict) -> Experiment:
             config.update_rule,
             optimizer=optimizer_section.create(config, units, numbers),
             reach=reach,
-            main=main_objective(chosen),
+            main=objective_sections.main_objective(chosen),
             aggregator=SINGLE["aggregator"].create(config.aggregator),
         )
         weighting = SINGLE["weighting"].create(config.weighting, **period)

@@ -7,8 +7,10 @@ from typing import Any
 
 from sire_jax import objectives, optimizers, registry
 from sire_jax.configuration import compatibility
-from sire_jax.groups.partition import NO_GROUP
+from sire_jax.groups.partition import NO_GROUP, Groups
 from sire_jax.losses import LOSSES, LOSSES_WITH_SETTINGS, Loss
+from sire_jax.networks import MAIN
+from sire_jax.weights import depth_weights
 
 
 def depths(heads: Mapping[str, Any], plan: Any) -> dict[str, int]:
@@ -49,7 +51,7 @@ def check(name: str, section: Any) -> None:
     else:
         registry.choose_part(LOSSES, section["loss"], "loss", f"{where}.loss")
     if _is_by_depth(section.get("weight")):
-        weights = {"depth": objectives.depth_weights}
+        weights = {"depth": depth_weights}
         registry.check(weights, section["weight"], "weight", f"{where}.weight", ("layers",))
     else:
         compatibility.number_or_schedule(f"{where}.weight", section.get("weight", 1.0))
@@ -95,7 +97,7 @@ def _by_depth(
                 f"The objective '{name}' is weighted by depth, but the output '{output}' is not at"
                 " a layer of a plan; give it a number as weight."
             )
-    weigh = partial(objectives.depth_weights, [depths[output] for output in outputs])
+    weigh = partial(depth_weights, [depths[output] for output in outputs])
     return registry.make({"depth": weigh}, section, f"weight of the objective '{name}'")
 
 
@@ -166,6 +168,34 @@ def with_ignored_groups(
             )
     changed = {k: replace(o, ignore=NO_GROUP) for k, o in of_groups.items()} if ignored else {}
     return {**chosen, **changed}
+
+
+def branches(chosen: objectives.Objectives, groups: Mapping[str, Groups]) -> dict[str, Groups]:
+    """Returns the groups that outputs classify, by output.
+
+    Args:
+        chosen: Objectives by name.
+        groups: Groups of the labels, by the target that they are.
+
+    Raises:
+        ValueError: If an output has several groupings as targets.
+    """
+    grouped: dict[str, Groups] = {}
+    for name, objective in chosen.items():
+        if objective.target not in groups:
+            continue
+        if objective.output in grouped:
+            raise ValueError(
+                f"The objective '{name}' gives the output '{objective.output}' a second grouping as"
+                " target; a branch has one. Add another branch."
+            )
+        grouped[objective.output] = groups[objective.target]
+    return grouped
+
+
+def main_objective(chosen: objectives.Objectives) -> str:
+    """Returns the name of the first objective on the main output, ``"main"`` if there is none."""
+    return next((name for name, o in chosen.items() if o.output == MAIN), MAIN)
 
 
 def _loss(chosen: Any) -> Loss:

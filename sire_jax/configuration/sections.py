@@ -160,7 +160,7 @@ def objective(
         target: Key of the batch.
         loss: Name of the loss; of one with settings a section, ``loss(name, …)``.
         weight: A number; a schedule (``optimizers.number_or_schedule``); or, of a family of exits,
-            ``{"name": "depth", "nu": 2.0}`` (``objectives.depth_weights``).
+            ``{"name": "depth", "nu": 2.0}`` (``weights.depth_weights``).
         weights: Weights of a family's outputs, one by one, in place of ``weight``.
         **others: ``ignore``, ``mask`` and ``classifies``, as of ``objectives.Objective``.
 

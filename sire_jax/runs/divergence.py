@@ -56,7 +56,7 @@ class Diverged:
     def __init__(
         self,
         policy: str,
-        seeds: range,
+        seeds: Sequence[int],
         checkpoints: Path,
         steps: Sequence[int | None] | None = None,
     ):
@@ -114,7 +114,7 @@ class Diverged:
                 f" {_ADVICE.format(self._checkpoints)}"
             )
         messages = []
-        for run in np.flatnonzero(~finite):
+        for run in map(int, np.flatnonzero(~finite)):
             if self.steps[run] is None:
                 self.steps[run] = step
                 seed = self._seeds[run]

@@ -43,9 +43,8 @@ def load_data(parts: Experiment) -> tuple[Dataset[Any], list[tasks.Draw]]:
             )
     for name, groups in parts.groups.items():
         check_names(f"config.data.groups.{name}", groups, dataset.names["label"])
-    seeds = range(parts.config.seed, parts.config.seed + parts.config.seeds)
     with located("config.data.task"):
-        draws = [parts.task.draw(dataset, seed) for seed in seeds]
+        draws = [parts.task.draw(dataset, seed) for seed in parts.seeds]
     if len(draws[0].train) < parts.config.batch_size:
         raise ValueError(
             f"config.batch_size is {parts.config.batch_size}, but there are only"

@@ -55,7 +55,7 @@ class DeviceFeed:
         shuffle = parallel.over_seeds(shuffle, (1,), self._config.seeds)
         shuffle = parallel.over_runs(shuffle, (1,), placement.mesh)
         self._shuffle = Program(jax.jit(shuffle, out_shardings=placement.of_runs))
-        self._numbers = parts.numbers()
+        self._numbers = parts.numbers(), dict(parts.members.factors) if parts.members else {}
         self._steps: Any = self._step_program()
 
     @classmethod
@@ -96,21 +96,22 @@ class DeviceFeed:
                 return self._parts.lookup(arrays, parallel.own_part(examples, "data"))
 
             steps = self._over_steps(lookup_part, "data")
-            runs = parallel.over_seeds(steps, (0, 3, 5, 6), self._config.seeds_at_once)
-            return Program(parallel.pmapped(runs, placement.mesh, 7, donated=(1, 2)))
+            runs = parallel.over_seeds(steps, (0, 4, 6, 7), self._config.seeds_at_once)
+            return Program(parallel.pmapped(runs, placement.mesh, 8, donated=(2, 3)))
         # Every process reads at which steps losses broke.
         places = (placement.of_runs, placement.of_runs, placement.everywhere)
         options = self._parts.rule.compiler_options
-        steps, shared = self._over_steps(self._lookup()), (0, 3, 5, 6)
+        steps, shared = self._over_steps(self._lookup()), (0, 4, 6, 7)
         return placement.program(
-            steps, shared, places, donate_argnums=(1, 2), compiler_options=options
+            steps, shared, places, donate_argnums=(2, 3), compiler_options=options
         )
 
     def _over_steps(
         self, lookup: Callable[[PyTree, jax.Array], Batch], axis: str | None = None
     ) -> Callable[..., Any]:
-        def steps(numbers: Numbers, *arrays: Any) -> Any:
-            return parallel.over_steps(self._parts.step(axis, numbers), lookup)(*arrays)
+        def steps(numbers: Numbers, factors: Mapping[str, jax.Array], *arrays: Any) -> Any:
+            step = self._parts.step(axis, numbers, factors)
+            return parallel.over_steps(step, lookup)(*arrays)
 
         return steps
 
@@ -123,13 +124,13 @@ class DeviceFeed:
     ) -> Taken:
         """Takes steps in all runs; see ``parallel.over_steps``."""
         span = np.int32(first), np.int32(count)
-        return self._steps(self._numbers, state, sums, self.arrays, order, *span)
+        return self._steps(*self._numbers, state, sums, self.arrays, order, *span)
 
     def planned_memory(self, state: TrainState, sums: Metrics) -> int | None:
         """Returns the bytes that a step takes with all arrays; see ``Feed``."""
         span = np.int32(0), np.int32(1)
         arrays, order = self.arrays, self.order(state, 0)
-        return self._steps.memory(self._numbers, state, sums, arrays, order, *span)
+        return self._steps.memory(*self._numbers, state, sums, arrays, order, *span)
 
     def totals(self, measure: Measure, crop: str) -> Totals:
         """Makes the program that measures a split; see ``Feed``."""

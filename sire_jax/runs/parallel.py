@@ -305,7 +305,7 @@ def over_seeds(function: Callable[..., Any], shared: tuple[int, ...], at_once: i
 
     def run(*args: Any) -> Any:
         positions = [i for i in range(len(args)) if i not in shared]
-        runs = jax.tree.leaves(args[positions[0]])[0].shape[0]
+        runs = jax.tree.leaves([args[i] for i in positions])[0].shape[0]
         size = at_once or (1 if jax.default_backend() == "cpu" else runs)
 
         def single(arrays: tuple[Any, ...]) -> Any:

@@ -111,7 +111,7 @@ class Runs:
         return self._initial(self._seeds())
 
     def _seeds(self) -> np.ndarray:
-        return np.arange(self.config.seed, self.config.seed + self.config.seeds, dtype=np.int32)
+        return np.asarray(self.parts.seeds, np.int32)
 
     def start(self) -> Checkpoint:
         """Returns what a checkpoint holds, before the first step."""

@@ -53,9 +53,10 @@ class Training:
         self._compiled = compilation.counts()
         self.step, checkpoint = _open(runs, checkpoints, directory)
         self.state, self._sums, self.best = checkpoint.state, checkpoint.sums, checkpoint.best
-        seeds = range(config.seed, config.seed + config.seeds)
         diverged = checkpoints.notes().get(DIVERGED) if self.step else None
-        self.diverged = Diverged(config.on_diverged, seeds, directory.checkpoints, diverged)
+        self.diverged = Diverged(
+            config.on_diverged, runs.parts.seeds, directory.checkpoints, diverged
+        )
         steps = runs.feed.steps_per_epoch
         # Once measured there are no losses left; those of runs that all diverged tell nothing.
         between_epochs = self.step > 0 and self.step % steps == 0

@@ -16,7 +16,7 @@ from sire_jax.backbones.preactivation import Activation, PreActivation, Stem
 from sire_jax.heads.classifier import Classifier
 from sire_jax.heads.exits import exits
 from sire_jax.networks import Network
-from sire_jax.objectives import depth_weights
+from sire_jax.weights import depth_weights
 
 TINY = Plan(((Stem(2), *[PreActivation((2, 2))] * 3),), tail=(Activation(),))
 
