@@ -351,8 +351,7 @@ def test_evaluation_normalizes_with_the_running_averages_and_keeps_them():
     x = jnp.asarray([[1.0, 3.0], [5.0, -1.0]])
     y, changed = layer.apply(variables, x, train=False, mutable="batch_stats")
     np.testing.assert_allclose(y, [[0, 11], [4, 10]], rtol=1e-6, atol=1e-6)
-    for name, value in variables["batch_stats"].items():
-        assert jnp.array_equal(changed["batch_stats"][name], value)
+    chex.assert_trees_all_equal(changed["batch_stats"], variables["batch_stats"])
 
 
 @pytest.mark.parametrize("axis", [0, -1])

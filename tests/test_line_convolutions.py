@@ -1,5 +1,6 @@
 """Convolutions along one axis, and means of windows."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,8 +38,7 @@ def test_a_convolution_along_an_axis_and_its_gradients_equal_xlas(b, h, w, c, o,
     found = with_gradients(convolve_line, x, kernel, axis)
     assert found[0].shape == (b, h, w, o)
     for other in (_whole, _square):
-        for ours, theirs in zip(found, with_gradients(other, x, kernel, axis), strict=True):
-            np.testing.assert_array_equal(ours, theirs)
+        chex.assert_trees_all_equal(found, with_gradients(other, x, kernel, axis))
 
 
 @pytest.mark.parametrize("axis", [1, 2])

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import chex
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -71,8 +72,7 @@ def _assert_equal(a, b):
     for one, other in ((a.train, b.train), (a.test, b.test)):
         assert one.image.dtype == other.image.dtype
         assert np.array_equal(one.image, other.image)
-        assert one.labels.keys() == other.labels.keys()
-        assert all(np.array_equal(one.labels[k], other.labels[k]) for k in one.labels)
+        chex.assert_trees_all_equal(one.labels, other.labels)
 
 
 def test_either_part_of_the_digits_may_be_the_test(digits):
