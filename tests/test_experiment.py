@@ -4,6 +4,7 @@ import chex
 import jax
 import numpy as np
 import pytest
+from changed import changed
 from ml_collections import ConfigDict
 
 from sire_jax import configuration
@@ -17,7 +18,7 @@ CONFIGS = configuration.repository_configs()
 
 
 def _quickstart(changes=(), variant="auxiliary"):
-    return _changed(configuration.load(f"{CONFIGS}/quickstart.py:{variant}"), changes)
+    return changed(configuration.load(f"{CONFIGS}/quickstart.py:{variant}"), changes)
 
 
 def _digits(changes=()):
@@ -27,18 +28,7 @@ def _digits(changes=()):
     config.heads.exit_1 = head("classifier", endpoints=("block_1",), classes=10)
     config.objectives.main = objective("main", "label", "cross_entropy")
     config.objectives.exit_1 = objective("exit_1", "label", "cross_entropy", 0.5)
-    return _changed(config, changes)
-
-
-def _changed(config, changes):
-    plain = config.to_dict()
-    for path, value in dict(changes).items():
-        *sections, key = path.split(".")
-        section = plain
-        for each in sections:
-            section = section[each]
-        section[key] = value.to_dict() if isinstance(value, ConfigDict) else value
-    return ConfigDict(plain)
+    return changed(config, changes)
 
 
 def test_the_parts_are_those_of_the_config():
@@ -221,8 +211,8 @@ def auxiliary():
 
 
 def _load(parts, changes):
-    changed = {**vars(parts), "config": _changed(parts.config, changes)}
-    return load_data(experiment.Experiment(**changed))
+    other = {**vars(parts), "config": changed(parts.config, changes)}
+    return load_data(experiment.Experiment(**other))
 
 
 def test_the_data_of_every_run_are_drawn_from_its_seed(auxiliary):
