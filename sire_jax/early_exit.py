@@ -37,6 +37,9 @@ class Wish:
         budget: Mean multiply-adds of an image.
         fractions: The share of images that leaves at each exit.
         thresholds: A threshold for each exit but the last.
+
+    Raises:
+        ValueError: If not just one of them is given.
     """
 
     budget: float | None = None

@@ -64,6 +64,9 @@ class SmoothedCrossEntropy:
 
     Attributes:
         smoothing: The share ``s``, in [0, 1).
+
+    Raises:
+        ValueError: If the smoothing is out of its range.
     """
 
     smoothing: float = 0.1

@@ -232,6 +232,11 @@ def adam(
 ) -> optax.GradientTransformation:
     """Adam (Kingma and Ba, 2015), with the L2 penalty in the gradient, as in PyTorch.
 
+    >>> optimizer, params = adam(learning_rate=0.1), jnp.array([1.0, -2.0])
+    >>> steps, _ = optimizer.update(jnp.array([4.0, -0.5]), optimizer.init(params), params)
+    >>> [round(step, 3) for step in steps.tolist()]  # the first is as long as the learning rate
+    [-0.1, 0.1]
+
     Args:
         learning_rate: A number or a schedule.
         weight_decay: As ``WeightDecay.of`` reads it.
@@ -261,6 +266,10 @@ class WeightDecay:
     """The L2 penalty: what parameters are multiplied by and added to their gradient.
 
     In a config ``weight_decay`` is a number for all, or ``{"backbone": …, "heads": …}``.
+
+    >>> params = {"backbone": {"kernel": jnp.ones(3)}, "heads_exit": {"kernel": jnp.ones(2)}}
+    >>> WeightDecay.of({"backbone": 5e-4, "heads": 0.0}).by_leaf(params)
+    [0.0005, 0.0]
 
     Attributes:
         backbone: Of all parameters but the heads', at least 0.
@@ -324,6 +333,11 @@ class WeightDecay:
 class LinearOptimizer(optax.GradientTransformation):
     """A transformation whose step is linear in the gradients, behind weight decay that is known.
 
+    >>> optimizer, params = LinearOptimizer(optax.sgd(0.1), weight_decay=0.5), jnp.array([2.0])
+    >>> step, _ = optimizer.update(jnp.array([1.0]), optimizer.init(params), params)
+    >>> round(step.item(), 3)  # -0.1 (1 + 0.5 * 2)
+    -0.2
+
     Attributes:
         linear: The transformation without weight decay, such as ``optax.sgd``.
         weight_decay: What parameters are multiplied by and added to their gradient.
@@ -351,6 +365,12 @@ def sgd(
     clip: float = 0.0,
 ) -> optax.GradientTransformation:
     """Gradient descent with momentum, with the L2 penalty in the gradient.
+
+    >>> optimizer, gradient = sgd(learning_rate=0.1, momentum=0.5), jnp.array([1.0])
+    >>> first, state = optimizer.update(gradient, optimizer.init(gradient), gradient)
+    >>> second, _ = optimizer.update(gradient, state, gradient)
+    >>> round(first.item(), 3), round(second.item(), 3)
+    (-0.1, -0.15)
 
     Args:
         learning_rate: A number or a schedule.

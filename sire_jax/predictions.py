@@ -161,6 +161,9 @@ class JointProbability:
         eta: The power of the branches' probabilities, in (0, 1].
         normalization: ``"sum"`` or ``"softmax"``.
         branches: The branches that are used; all by default.
+
+    Raises:
+        ValueError: If eta is out of its range, there is no such normalization, or no such branch.
     """
 
     groups: Assignments
@@ -318,6 +321,9 @@ class LinearCombination:
             ``("main",)`` is the control: the main output alone, fitted in the same way.
         penalty: Of the distance from the main output alone, above 0.
         steps: Steps of L-BFGS.
+
+    Raises:
+        ValueError: If there is no such split, or penalty or steps are out of range.
     """
 
     groups: Assignments

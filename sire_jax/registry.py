@@ -223,6 +223,10 @@ def located(where: str) -> Iterator[None]:
     """Puts the path of a section ahead of the messages on what is done with it.
 
     Errors of a kind of their own, such as one on a damaged image, stay what they are.
+
+    Raises:
+        FileNotFoundError: If that is what the block raises.
+        ValueError: Likewise.
     """
     try:
         yield

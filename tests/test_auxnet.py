@@ -3,6 +3,7 @@
 import contextlib
 import runpy
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -371,11 +372,9 @@ def test_a_step_has_finite_losses_and_changes_every_parameter(variant, depth, la
         (after.params, after.model_state),
     )
     assert [p for p, each in jax.tree_util.tree_leaves_with_path(changed) if not each] == []
-    leaves = jax.tree.leaves((after.params, after.model_state))
-    assert all(bool(jnp.isfinite(leaf).all()) for leaf in leaves)
+    chex.assert_tree_all_finite((after.params, after.model_state))
     assert int(after.step) == 1
-    same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), before, after)
-    assert jax.tree.all(same)
+    chex.assert_trees_all_equal_shapes_and_dtypes(before, after)
 
 
 def test_the_optimizer_of_the_configs_is_linear():

@@ -1,4 +1,5 @@
 import pytest
+from changed import changed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
@@ -12,17 +13,6 @@ QUICKSTART = str(configuration.repository_configs() / "quickstart.py")
 def _load(*overrides, variant="auxiliary"):
     arguments = [f"--config.{each}" for each in overrides]
     return configuration.load(f"{QUICKSTART}:{variant}", arguments)
-
-
-def _set(config, path, value):
-    """Sets a key of a nested dictionary, whatever its type, and returns the config."""
-    *sections, key = path.split(".")
-    plain = config.to_dict()
-    section = plain
-    for each in sections:
-        section = section[each]
-    section[key] = value
-    return ConfigDict(plain)
 
 
 def test_a_file_is_loaded_with_its_variant():
@@ -280,24 +270,19 @@ def test_the_defaults_and_the_quickstart_are_valid():
 )
 def test_wrong_keys_types_and_ranges_are_refused(path, value, message):
     with pytest.raises(ValueError, match=message):
-        validation.validate(_set(_load(), path, value))
+        validation.validate(changed(_load(), {path: value}))
 
 
 def test_an_int_is_allowed_for_a_float_and_zero_where_it_means_something():
-    config = _load()
-    for path, value in (("data.scale", 1), ("devices", 0), ("evaluate_every", 0)):
-        config = _set(config, path, value)
-    validation.validate(config)
+    changes = {"data.scale": 1, "devices": 0, "evaluate_every": 0}
+    validation.validate(changed(_load(), changes))
 
 
 STREAMED = {"seeds": 1, "data.feed": "stream", "data.task": {"name": "images"}}
 
 
 def _streamed(changes):
-    config = _load()
-    for path, value in {**STREAMED, **changes}.items():
-        config = _set(config, path, value)
-    return config
+    return changed(_load(), {**STREAMED, **changes})
 
 
 def test_a_stream_may_resize_and_crop():
@@ -306,7 +291,7 @@ def test_a_stream_may_resize_and_crop():
     validation.validate(_streamed({**resized, "data.crop": 28, "data.random_resized_crop": True}))
     # All on the device may be resized, too.
     validation.validate(_streamed({**resized, "data.feed": "device", "seeds": 5}))
-    validation.validate(_set(_set(_load(), "parallel", "pmap"), "batch_norm", "device"))
+    validation.validate(changed(_load(), {"parallel": "pmap", "batch_norm": "device"}))
 
 
 @pytest.mark.parametrize(
@@ -323,10 +308,10 @@ def test_what_a_stream_can_not_do_is_refused(changes, message):
 
 
 def test_drawn_classes_leave_no_other_kind_of_label():
-    config = _set(_set(_load(), "data.draw_classes", 5), "data.classes.label", 5)
+    config = changed(_load(), {"data.draw_classes": 5, "data.classes.label": 5})
     validation.validate(config)
     with pytest.raises(ValueError, match=r"'coarse': 2.*as other kinds of labels are dropped"):
-        validation.validate(_set(config, "data.classes.coarse", 2))
+        validation.validate(changed(config, {"data.classes.coarse": 2}))
 
 
 @pytest.mark.parametrize(("section", "key"), [("", "epochs"), ("data", "shape"), ("", "backbone")])

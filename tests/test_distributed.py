@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import chex
 import jax
 import numpy as np
 import programs
@@ -321,8 +322,7 @@ def test_two_processes_train_the_network_of_one(settings, one_process, tmp_path)
     assert "epoch 2/2" in job[0].output
     assert "epoch" not in job[1].output
     two = programs.final(tmp_path / "two", *SMALL, *DROPLESS, *spread, **quickstart)
-    for a, b in zip(two, one_process, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=5e-6)
+    chex.assert_trees_all_close(two, one_process, rtol=1e-4, atol=5e-6)
 
 
 @slow

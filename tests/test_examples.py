@@ -25,7 +25,7 @@ LONG = {
     f"sire_jax.{name}"
     for name in (
         *("data.augmentation", "fitting", "losses", "metrics", "networks", "predictions"),
-        *("step", "updates.aggregators", "updates.weightings"),
+        *("diagnostics.activation_maps", "step", "updates.aggregators", "updates.weightings"),
     )
 }
 

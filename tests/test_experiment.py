@@ -1,8 +1,10 @@
 import json
 
+import chex
 import jax
 import numpy as np
 import pytest
+from changed import changed
 from ml_collections import ConfigDict
 
 from sire_jax import configuration
@@ -16,7 +18,7 @@ CONFIGS = configuration.repository_configs()
 
 
 def _quickstart(changes=(), variant="auxiliary"):
-    return _changed(configuration.load(f"{CONFIGS}/quickstart.py:{variant}"), changes)
+    return changed(configuration.load(f"{CONFIGS}/quickstart.py:{variant}"), changes)
 
 
 def _digits(changes=()):
@@ -26,18 +28,7 @@ def _digits(changes=()):
     config.heads.exit_1 = head("classifier", endpoints=("block_1",), classes=10)
     config.objectives.main = objective("main", "label", "cross_entropy")
     config.objectives.exit_1 = objective("exit_1", "label", "cross_entropy", 0.5)
-    return _changed(config, changes)
-
-
-def _changed(config, changes):
-    plain = config.to_dict()
-    for path, value in dict(changes).items():
-        *sections, key = path.split(".")
-        section = plain
-        for each in sections:
-            section = section[each]
-        section[key] = value.to_dict() if isinstance(value, ConfigDict) else value
-    return ConfigDict(plain)
+    return changed(config, changes)
 
 
 def test_the_parts_are_those_of_the_config():
@@ -220,8 +211,8 @@ def auxiliary():
 
 
 def _load(parts, changes):
-    changed = {**vars(parts), "config": _changed(parts.config, changes)}
-    return load_data(experiment.Experiment(**changed))
+    other = {**vars(parts), "config": changed(parts.config, changes)}
+    return load_data(experiment.Experiment(**other))
 
 
 def test_the_data_of_every_run_are_drawn_from_its_seed(auxiliary):
@@ -230,7 +221,7 @@ def test_the_data_of_every_run_are_drawn_from_its_seed(auxiliary):
     assert len(draws) == 2
     for seed, draw in zip((3, 4), draws, strict=True):
         expected = Pairs(train=500, test=250).draw(dataset, seed)
-        assert all(np.array_equal(a, b) for a, b in zip(draw, expected, strict=True))
+        chex.assert_trees_all_equal(draw, expected)
 
 
 @pytest.mark.parametrize(
@@ -301,7 +292,7 @@ def test_measuring_a_test_without_examples_is_refused():
 def test_an_initial_state_depends_on_the_seed(auxiliary):
     make = jax.jit(auxiliary.initial_state)
     first, again, other = (make(np.int32(seed)) for seed in (0, 0, 1))
-    assert jax.tree.all(jax.tree.map(np.array_equal, first.params, again.params))
+    chex.assert_trees_all_equal(first.params, again.params)
     kernels = [each.params["backbone"]["hidden"]["kernel"] for each in (first, other)]
     assert not np.array_equal(*kernels)
     assert int(first.step) == 0
@@ -389,9 +380,7 @@ def test_the_quickstart_without_its_auxiliary_output_is_the_same_network(auxilia
     parts = experiment.build(_quickstart(variant="main_only"))
     assert set(parts.objectives) == {"main"}
     assert set(parts.outputs) == {"main"}
-    assert jax.tree.map(lambda x: x.shape, parts.variables) == jax.tree.map(
-        lambda x: x.shape, auxiliary.variables
-    )
+    chex.assert_trees_all_equal_shapes(parts.variables, auxiliary.variables)
     keys = {line.split(":")[0] for line in configuration.differences(parts.config, _quickstart())}
     assert all(
         k == "name" or k.split(".")[0] in ("heads", "objectives", "predictions") for k in keys

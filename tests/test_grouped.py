@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
+from changed import changed
 
 from sire_jax import configuration, evaluate, groups, train
 from sire_jax.configuration import (
@@ -49,14 +49,7 @@ def _config(file, changes=()):
     config.objectives.main = objective("main", "label", "cross_entropy")
     config.objectives.branch = objective("branch", "coarse", "cross_entropy", 0.5)
     config.predictions.joint = prediction("joint_probability", eta=0.5)
-    plain = config.to_dict()
-    for path, value in dict(changes).items():
-        *sections, key = path.split(".")
-        section = plain
-        for each in sections:
-            section = section[each]
-        section[key] = value.to_dict() if isinstance(value, ConfigDict) else value
-    return ConfigDict(plain)
+    return changed(config, changes)
 
 
 # ---- From the file to the config.

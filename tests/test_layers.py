@@ -5,9 +5,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from convolutions import integers, plain, with_gradients
 from flax import linen as nn
 from jax import lax
 from jax.test_util import check_grads
+from planned import normal
 
 from sire_jax.layers import BatchNorm, Conv, Dropout, onednn, products
 from sire_jax.layers.convolution import convolve
@@ -26,36 +28,6 @@ def library(request, monkeypatch):
         monkeypatch.setattr(jax, "device_count", lambda: 1)
     else:
         pytest.skip("oneDNN or a C++ compiler is not here: see the extra onednn")
-
-
-def _integers(seed, *shape):
-    """Small whole numbers, whose sums of products are exact in float32 in any order."""
-    values = np.random.default_rng(seed).integers(-4, 5, shape)
-    return jnp.asarray(values, jnp.float32)
-
-
-def _normal(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
-
-
-def _lax(x, kernel, padding, stride, images_last):
-    x = jnp.transpose(x, (3, 1, 2, 0)) if images_last else x
-    pads = [(padding, padding)] * 2
-    layout = ("NHWC", "HWIO", "NHWC")
-    y = lax.conv_general_dilated(x, kernel, (stride,) * 2, pads, dimension_numbers=layout)
-    return jnp.transpose(y, (3, 1, 2, 0)) if images_last else y
-
-
-def _with_gradients(function, x, kernel, padding, stride, images_last):
-    y = jax.eval_shape(lambda x, k: function(x, k, padding, stride, images_last), x, kernel)
-    weight = _integers(7, *y.shape).astype(y.dtype)
-
-    def total(x, kernel):
-        y = function(x, kernel, padding, stride, images_last)
-        return (y * weight).sum(), y
-
-    gradients, y = jax.jit(jax.grad(total, (0, 1), has_aux=True))(x, kernel)
-    return y, gradients
 
 
 def _assert_trees_equal(a, b, tolerance=1e-3):
@@ -84,8 +56,8 @@ CONVOLUTIONS = [
 
 
 def _case(b, h, w, c, o, k, images_last=False):
-    x = _integers(1, *((c, h, w, b) if images_last else (b, h, w, c)))
-    return x, _integers(2, k, k, c, o)
+    x = integers(1, *((c, h, w, b) if images_last else (b, h, w, c)))
+    return x, integers(2, k, k, c, o)
 
 
 @pytest.mark.parametrize("images_last", [False, True])
@@ -93,8 +65,8 @@ def _case(b, h, w, c, o, k, images_last=False):
 @pytest.mark.usefixtures("library")
 def test_convolution_and_its_gradients_equal_xlas(b, h, w, c, o, k, padding, stride, images_last):
     x, kernel = _case(b, h, w, c, o, k, images_last)
-    ours = _with_gradients(convolve, x, kernel, padding, stride, images_last)
-    theirs = _with_gradients(_lax, x, kernel, padding, stride, images_last)
+    ours = with_gradients(convolve, x, kernel, padding, stride, images_last)
+    theirs = with_gradients(plain, x, kernel, padding, stride, images_last)
     _assert_trees_equal(ours, theirs)
     assert float(jnp.abs(ours[0]).max()) > 1
 
@@ -102,7 +74,7 @@ def test_convolution_and_its_gradients_equal_xlas(b, h, w, c, o, k, padding, str
 @pytest.mark.parametrize(("channels", "features", "stride"), [(3, 4, 1), (48, 48, 1), (3, 4, 2)])
 @pytest.mark.usefixtures("library")
 def test_convolution_gradients_equal_finite_differences(channels, features, stride):
-    x, kernel = _normal(1, 2, 4, 5, channels), _normal(2, 3, 3, channels, features)
+    x, kernel = normal(1, 2, 4, 5, channels), normal(2, 3, 3, channels, features)
     function = jax.jit(lambda x, k: convolve(x, k, 1, stride))
     check_grads(function, (x, kernel), 1, modes=["rev"], atol=0.05, rtol=0.05, eps=1)
 
@@ -110,7 +82,7 @@ def test_convolution_gradients_equal_finite_differences(channels, features, stri
 @pytest.mark.usefixtures("library")
 @pytest.mark.parametrize(("padding", "stride"), [(1, 1), (0, 2)])
 def test_gradients_of_gradients_equal_xlas(padding, stride):
-    x, kernel = _normal(1, 2, 5, 6, 3), _normal(2, 3, 3, 3, 2)
+    x, kernel = normal(1, 2, 5, 6, 3), normal(2, 3, 3, 3, 2)
 
     def curvature(function):
         def loss(x, kernel):
@@ -121,7 +93,7 @@ def test_gradients_of_gradients_equal_xlas(padding, stride):
 
         return jax.jit(jax.grad(squared, (0, 1)))(x, kernel)
 
-    chex.assert_trees_all_close(curvature(convolve), curvature(_lax), rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(curvature(convolve), curvature(plain), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("images_last", [False, True])
@@ -130,9 +102,9 @@ def test_gradients_of_gradients_equal_xlas(padding, stride):
 def test_convolution_of_half_precision_sums_in_single_precision(channels, features, images_last):
     x, kernel = _case(2, 5, 6, channels, features, 3, images_last)
     narrow = x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)
-    y, gradients = _with_gradients(convolve, *narrow, 1, 1, images_last)
-    expected = _with_gradients(_lax, x, kernel, 1, 1, images_last)
-    for found, right in zip((y, *gradients), (expected[0], *expected[1]), strict=True):
+    ours = with_gradients(convolve, *narrow, 1, 1, images_last)
+    expected = with_gradients(plain, x, kernel, 1, 1, images_last)
+    for found, right in zip(ours, expected, strict=True):
         assert found.dtype == jnp.bfloat16
         # The sums are exact, and rounded once.
         np.testing.assert_array_equal(found, right.astype(jnp.bfloat16))
@@ -140,7 +112,7 @@ def test_convolution_of_half_precision_sums_in_single_precision(channels, featur
 
 @pytest.mark.usefixtures("library")
 def test_convolution_is_the_formula():
-    x, kernel = np.asarray(_integers(1, 2, 5, 4, 3)), np.asarray(_integers(2, 3, 3, 3, 2))
+    x, kernel = np.asarray(integers(1, 2, 5, 4, 3)), np.asarray(integers(2, 3, 3, 3, 2))
     padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     expected = np.zeros((2, 5, 4, 2))
     for i in range(5):
@@ -158,8 +130,8 @@ def test_splitting_images_into_chunks_changes_nothing(monkeypatch, channels, fea
     x, kernel = _case(6, 5, 4, channels, features, 3)
     monkeypatch.setattr(products, "_CACHED", cached)
     monkeypatch.setattr(onednn, "takes", lambda a, b: False)
-    ours = _with_gradients(convolve, x, kernel, 1, 1, False)
-    _assert_trees_equal(ours, _with_gradients(_lax, x, kernel, 1, 1, False))
+    ours = with_gradients(convolve, x, kernel, 1, 1, False)
+    _assert_trees_equal(ours, with_gradients(plain, x, kernel, 1, 1, False))
 
 
 @pytest.mark.parametrize(("cached", "chunks"), [(1, 6), (7, 6), (14, 3), (35, 2), (100, 1)])
@@ -179,12 +151,12 @@ def _descend(function, images_last):
 @pytest.mark.parametrize("images_last", [False, True])
 @pytest.mark.usefixtures("library")
 def test_convolution_trains_the_same_in_loops(images_last):
-    x, kernel = _normal(1, 3, 4, 4, 5, 2), _normal(2, 3, 3, 2, 3)
+    x, kernel = normal(1, 3, 4, 4, 5, 2), normal(2, 3, 3, 2, 3)
     x = x.transpose(0, 4, 2, 3, 1) if images_last else x
-    step, plain = _descend(convolve, images_last), jax.jit(_descend(_lax, images_last))
+    step, plain_step = (_descend(each, images_last) for each in (convolve, plain))
     expected = kernel
     for i in range(3):
-        expected = plain(expected, x[i])
+        expected = jax.jit(plain_step)(expected, x[i])
     assert float(jnp.abs(expected - kernel).max()) > 1e-2
     in_fori = jax.jit(lambda k: lax.fori_loop(0, 3, lambda i, k: step(k, x[i]), k))(kernel)
     in_scan = jax.jit(lambda k: lax.scan(lambda k, x: (step(k, x), None), k, x)[0])(kernel)
@@ -196,12 +168,12 @@ def test_convolution_trains_the_same_in_loops(images_last):
 @pytest.mark.parametrize("axes", [(0, 0), (None, 0), (0, None)])
 @pytest.mark.usefixtures("library")
 def test_convolution_under_vmap_is_one_after_the_other(images_last, axes):
-    xs, kernels = _integers(1, 3, 4, 5, 6, 4), _integers(2, 3, 3, 3, 4, 2)
+    xs, kernels = integers(1, 3, 4, 5, 6, 4), integers(2, 3, 3, 3, 4, 2)
     xs = xs if axes[0] == 0 else xs[0]
     kernels = kernels if axes[1] == 0 else kernels[0]
     if images_last:
         xs = jnp.moveaxis(xs, (-4, -1), (-1, -4))
-    weight = _integers(3, *((2, 5, 6, 4) if images_last else (4, 5, 6, 2)))
+    weight = integers(3, *((2, 5, 6, 4) if images_last else (4, 5, 6, 2)))
 
     def total(function, x, kernel):
         y = function(x, kernel, 1, 1, images_last)
@@ -209,7 +181,7 @@ def test_convolution_under_vmap_is_one_after_the_other(images_last, axes):
 
     run = jax.grad(total, (1, 2), has_aux=True)
     together = jax.jit(jax.vmap(partial(run, convolve), in_axes=axes))(xs, kernels)
-    alone = jax.jit(partial(run, _lax))
+    alone = jax.jit(partial(run, plain))
     for i in range(3):
         expected = alone(xs[i] if axes[0] == 0 else xs, kernels[i] if axes[1] == 0 else kernels)
         _assert_trees_equal(jax.tree.map(lambda v, i=i: v[i], together), expected)
@@ -217,15 +189,15 @@ def test_convolution_under_vmap_is_one_after_the_other(images_last, axes):
 
 @pytest.mark.usefixtures("library")
 def test_a_gradient_through_vmapped_convolutions_sums_over_the_shared_kernel():
-    xs, kernel = _integers(1, 3, 2, 5, 5, 2), _integers(2, 3, 3, 2, 3)
+    xs, kernel = integers(1, 3, 2, 5, 5, 2), integers(2, 3, 3, 2, 3)
     found = jax.grad(lambda k: jax.vmap(lambda x: convolve(x, k))(xs).sum())
-    expected = jax.grad(lambda k: _lax(xs.reshape(6, 5, 5, 2), k, 0, 1, False).sum())
+    expected = jax.grad(lambda k: plain(xs.reshape(6, 5, 5, 2), k, 0, 1, False).sum())
     np.testing.assert_allclose(jax.jit(found)(kernel), jax.jit(expected)(kernel), atol=1e-3)
 
 
 @pytest.mark.parametrize("images_last", [False, True])
 def test_the_convolution_layer_adds_its_bias_to_each_channel(images_last):
-    x = _integers(1, 2, 5, 5, 3)
+    x = integers(1, 2, 5, 5, 3)
     x = x.transpose(3, 1, 2, 0) if images_last else x
     layer = Conv(4, padding=1, images_last=images_last)
     params = layer.init(jax.random.key(0), x)["params"]
@@ -234,7 +206,7 @@ def test_the_convolution_layer_adds_its_bias_to_each_channel(images_last):
     assert 0.8 * bound < float(jnp.abs(params["kernel"]).max()) <= bound
     bias = jnp.asarray([1.0, 2.0, 3.0, 4.0])
     y = layer.apply({"params": {**params, "bias": bias}}, x)
-    without = _lax(x, params["kernel"], 1, 1, images_last)
+    without = plain(x, params["kernel"], 1, 1, images_last)
     added = jnp.moveaxis(y - without, 0 if images_last else -1, -1)
     np.testing.assert_allclose(added, jnp.broadcast_to(bias, added.shape), atol=1e-4)
 
@@ -250,7 +222,7 @@ def test_pooling_and_its_gradient_equal_a_window_reduction(shape):
     x = jnp.asarray(np.random.default_rng(0).permutation(size) - size / 2, jnp.float32)
     x = x.reshape(shape)
     np.testing.assert_array_equal(max_pool(x), _reduce_window(x))
-    weight = _integers(1, *_reduce_window(x).shape)
+    weight = integers(1, *_reduce_window(x).shape)
     ours, theirs = (
         jax.jit(jax.grad(lambda x, f=f: (f(x) * weight).sum()))(x)
         for f in (max_pool, _reduce_window)
@@ -286,10 +258,10 @@ def test_pooling_what_a_compiler_may_compute_anew_has_a_finite_gradient():
 
 @pytest.mark.parametrize("factor", [1, 2, 3])
 def test_upsampling_repeats_pixels_and_sums_their_gradients(factor):
-    x = _integers(0, 2, 3, 4, 5)
+    x = integers(0, 2, 3, 4, 5)
     expected = np.repeat(np.repeat(x, factor, 1), factor, 2)
     np.testing.assert_array_equal(upsample(x, factor), expected)
-    weight = _integers(1, *expected.shape)
+    weight = integers(1, *expected.shape)
     gradient = jax.jit(jax.grad(lambda x: (upsample(x, factor) * weight).sum()))(x)
     windows = weight.reshape(2, 3, factor, 4, factor, 5)
     np.testing.assert_array_equal(gradient, windows.sum((2, 4)))
@@ -327,8 +299,8 @@ def _plain_normalize(x, scale, bias, axis, epsilon):
 @pytest.mark.parametrize("axis", [0, -1])
 @pytest.mark.parametrize("epsilon", [1e-5, 0.5])
 def test_normalizations_gradients_equal_those_of_a_plain_formula(axis, epsilon):
-    x = 2 * _normal(0, 3, 4, 5, 3) + 1.5
-    scale, bias, weight = _normal(1, 3), _normal(2, 3), _normal(3, *x.shape)
+    x = 2 * normal(0, 3, 4, 5, 3) + 1.5
+    scale, bias, weight = normal(1, 3), normal(2, 3), normal(3, *x.shape)
 
     def total(function, *arguments):
         y = function(*arguments, axis, epsilon)
@@ -343,7 +315,7 @@ def test_normalizations_gradients_equal_those_of_a_plain_formula(axis, epsilon):
 
 @pytest.mark.parametrize("axis", [0, -1])
 def test_normalizations_gradients_equal_finite_differences(axis):
-    x, scale, bias = _normal(0, 2, 5, 2), _normal(1, 2), _normal(2, 2)
+    x, scale, bias = normal(0, 2, 5, 2), normal(1, 2), normal(2, 2)
     function = jax.jit(lambda *a: normalize(*a, axis, 0.1)[0])
     check_grads(function, (x, scale, bias), 1, modes=["rev"], atol=2e-2, rtol=2e-2)
 
@@ -353,7 +325,7 @@ def test_no_gradient_flows_through_the_statistics():
         _, mean, variance = normalize(x, jnp.ones(2), jnp.zeros(2), -1, 1e-5)
         return (mean + 3 * variance).sum()
 
-    assert not jax.grad(total)(_normal(0, 6, 2)).any()
+    assert not jax.grad(total)(normal(0, 6, 2)).any()
 
 
 def test_running_averages_by_hand():
@@ -379,13 +351,12 @@ def test_evaluation_normalizes_with_the_running_averages_and_keeps_them():
     x = jnp.asarray([[1.0, 3.0], [5.0, -1.0]])
     y, changed = layer.apply(variables, x, train=False, mutable="batch_stats")
     np.testing.assert_allclose(y, [[0, 11], [4, 10]], rtol=1e-6, atol=1e-6)
-    for name, value in variables["batch_stats"].items():
-        assert jnp.array_equal(changed["batch_stats"][name], value)
+    chex.assert_trees_all_equal(changed["batch_stats"], variables["batch_stats"])
 
 
 @pytest.mark.parametrize("axis", [0, -1])
 def test_batch_norm_equals_flaxs(axis):
-    x = 2 * _normal(0, 3, 4, 4, 3) + 1
+    x = 2 * normal(0, 3, 4, 4, 3) + 1
     ours, variables = BatchNorm(axis=axis), None
     kinds = [(ours, {"train": True}, {"train": False})]
     flax = nn.BatchNorm(axis=axis, momentum=0.9, epsilon=1e-5)
@@ -393,7 +364,7 @@ def test_batch_norm_equals_flaxs(axis):
     found = []
     for layer, train, evaluate in kinds:
         variables = layer.init(jax.random.key(0), x, **train)
-        params = {"scale": _normal(1, 3), "bias": _normal(2, 3)}
+        params = {"scale": normal(1, 3), "bias": normal(2, 3)}
         assert set(variables["params"]) == set(params)
         results = []
         stats = variables["batch_stats"]
@@ -414,7 +385,7 @@ def _drop(rate, x, key, train=True):
 
 
 def test_dropout_at_rate_zero_and_in_evaluation_is_the_identity():
-    x = _normal(0, 50)
+    x = normal(0, 50)
     assert jnp.array_equal(_drop(0.0, x, jax.random.key(0)), x)
     assert jnp.array_equal(_drop(0.5, x, jax.random.key(0), train=False), x)
     assert jnp.array_equal(Dropout(0.5).apply({}, x, train=False), x)
@@ -422,7 +393,7 @@ def test_dropout_at_rate_zero_and_in_evaluation_is_the_identity():
 
 @pytest.mark.parametrize("rate", [0.1, 0.25, 0.5, 0.9])
 def test_dropout_keeps_its_share_and_scales_what_it_keeps(rate):
-    x = jnp.abs(_normal(0, 100, 400)) + 1
+    x = jnp.abs(normal(0, 100, 400)) + 1
     y = _drop(rate, x, jax.random.key(3))
     kept = y != 0
     # Five standard deviations of a binomial's share.
@@ -433,7 +404,7 @@ def test_dropout_keeps_its_share_and_scales_what_it_keeps(rate):
 
 
 def test_dropout_drops_the_same_values_in_either_layout():
-    x, key = _normal(0, 2, 3, 4, 5), jax.random.key(0)
+    x, key = normal(0, 2, 3, 4, 5), jax.random.key(0)
     last = Dropout(0.5).apply({}, x.transpose(3, 1, 2, 0), train=True, rngs={"dropout": key})
     counted = Dropout(0.5, (3, 1, 2, 0)).apply({}, x, train=True, rngs={"dropout": key})
     np.testing.assert_array_equal(counted, last.transpose(3, 1, 2, 0))
@@ -441,7 +412,7 @@ def test_dropout_drops_the_same_values_in_either_layout():
 
 
 def test_dropout_passes_the_gradient_of_what_it_keeps_only():
-    x = jnp.abs(_normal(0, 1000)) + 1
+    x = jnp.abs(normal(0, 1000)) + 1
     gradient = jax.grad(lambda x: _drop(0.75, x, jax.random.key(1)).sum())(x)
     np.testing.assert_array_equal(gradient, jnp.where(_drop(0.75, x, jax.random.key(1)) > 0, 4, 0))
 
@@ -469,7 +440,7 @@ def test_two_dropouts_of_a_network_have_different_masks():
 
 
 def test_masks_are_the_same_under_vmap_and_in_loops_as_alone():
-    x, keys = _normal(0, 3, 70), jax.random.split(jax.random.key(0), 4)
+    x, keys = normal(0, 3, 70), jax.random.split(jax.random.key(0), 4)
     alone = jnp.stack([_drop(0.3, x, key) for key in keys])
     together = jax.jit(jax.vmap(lambda key: _drop(0.3, x, key)))(keys)
     looped = jax.jit(lambda keys: lax.map(lambda key: _drop(0.3, x, key), keys))(keys)

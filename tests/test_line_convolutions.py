@@ -1,10 +1,11 @@
 """Convolutions along one axis, and means of windows."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
+from convolutions import integers, plain, with_gradients
 from planned import normal
 
 from sire_jax import traced
@@ -13,34 +14,17 @@ from sire_jax.layers.convolution import convolve_line
 from sire_jax.layers.pooling import local_mean
 
 
-def _integers(seed, *shape):
-    """Small whole numbers, whose sums of products are exact in float32 in any order."""
-    return jnp.asarray(np.random.default_rng(seed).integers(-4, 5, shape), jnp.float32)
-
-
 def _whole(x, kernel, axis):
     with convolution.whole():
         return convolve_line(x, kernel, axis)
 
 
-def _lax(x, kernel, axis):
+def _square(x, kernel, axis):
     """The same as a square convolution: the kernel in the middle row or column of zeros."""
     size, p = len(kernel), len(kernel) // 2
     square = jnp.zeros((size, size, *kernel.shape[1:]), kernel.dtype)
     square = square.at[p].set(kernel) if axis == 2 else square.at[:, p].set(kernel)
-    layout = ("NHWC", "HWIO", "NHWC")
-    return lax.conv_general_dilated(x, square, (1, 1), [(p, p)] * 2, dimension_numbers=layout)
-
-
-def _with_gradients(function, x, kernel, axis):
-    weight = _integers(3, *x.shape[:3], kernel.shape[-1]).astype(x.dtype)
-
-    def total(x, kernel):
-        y = function(x, kernel, axis)
-        return (y * weight).astype(jnp.float32).sum(), y
-
-    gradients, y = jax.jit(jax.grad(total, (0, 1), has_aux=True))(x, kernel)
-    return y, *gradients
+    return plain(x, square, p)
 
 
 # batch, height, width, channels, features, kernel; the last is longer than a side.
@@ -50,17 +34,16 @@ CASES = [(2, 4, 5, 3, 2, 3), (1, 5, 3, 2, 4, 1), (2, 2, 4, 2, 3, 7)]
 @pytest.mark.parametrize("axis", [1, 2])
 @pytest.mark.parametrize(("b", "h", "w", "c", "o", "k"), CASES)
 def test_a_convolution_along_an_axis_and_its_gradients_equal_xlas(b, h, w, c, o, k, axis):
-    x, kernel = _integers(1, b, h, w, c), _integers(2, k, c, o)
-    found = _with_gradients(convolve_line, x, kernel, axis)
+    x, kernel = integers(1, b, h, w, c), integers(2, k, c, o)
+    found = with_gradients(convolve_line, x, kernel, axis)
     assert found[0].shape == (b, h, w, o)
-    for other in (_whole, _lax):
-        for ours, theirs in zip(found, _with_gradients(other, x, kernel, axis), strict=True):
-            np.testing.assert_array_equal(ours, theirs)
+    for other in (_whole, _square):
+        chex.assert_trees_all_equal(found, with_gradients(other, x, kernel, axis))
 
 
 @pytest.mark.parametrize("axis", [1, 2])
 def test_a_convolution_along_an_axis_is_the_formula(axis):
-    x, kernel = np.asarray(_integers(1, 2, 4, 5, 3)), np.asarray(_integers(2, 3, 3, 2))
+    x, kernel = np.asarray(integers(1, 2, 4, 5, 3)), np.asarray(integers(2, 3, 3, 2))
     expected = np.zeros((2, 4, 5, 2))
     for i, j, u in np.ndindex(4, 5, 3):
         at = [i, j]
@@ -74,11 +57,11 @@ def test_a_convolution_along_an_axis_is_the_formula(axis):
 @pytest.mark.parametrize("axis", [1, 2])
 def test_along_an_axis_half_precision_sums_in_single_precision(axis):
     # Sums of many products, above 256, where bfloat16 no longer has all whole numbers.
-    x, kernel = _integers(1, 2, 8, 6, 64), _integers(2, 3, 64, 8)
-    exact = _with_gradients(convolve_line, x, kernel, axis)
+    x, kernel = integers(1, 2, 8, 6, 64), integers(2, 3, 64, 8)
+    exact = with_gradients(convolve_line, x, kernel, axis)
     assert float(jnp.abs(exact[0]).max()) > 256
     narrow = x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)
-    for found, right in zip(_with_gradients(convolve_line, *narrow, axis), exact, strict=True):
+    for found, right in zip(with_gradients(convolve_line, *narrow, axis), exact, strict=True):
         assert found.dtype == jnp.bfloat16
         # The sums are exact, and rounded once.
         np.testing.assert_array_equal(found, right.astype(jnp.bfloat16))
@@ -93,10 +76,10 @@ def test_a_whole_convolution_along_an_axis_is_one_operation():
 
 
 def test_a_convolution_along_an_axis_under_vmap_is_one_after_the_other():
-    x, kernel = _integers(1, 3, 2, 4, 5, 2), _integers(2, 3, 3, 2, 3)
+    x, kernel = integers(1, 3, 2, 4, 5, 2), integers(2, 3, 3, 2, 3)
     found = jax.jit(jax.vmap(lambda x, k: convolve_line(x, k, 2)))(x, kernel)
     for i in range(3):
-        np.testing.assert_array_equal(found[i], _lax(x[i], kernel[i], 2))
+        np.testing.assert_array_equal(found[i], _square(x[i], kernel[i], 2))
 
 
 def _mean_by_hand(x, size):

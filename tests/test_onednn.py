@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from convolutions import integers, plain
 from jax import lax
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
@@ -44,21 +45,11 @@ CONVOLUTIONS = [
 ]
 
 
-def _integers(seed, shape, dtype=np.float32):
-    """Small whole numbers, whose sums of products are exact in float32 in any order."""
-    return jnp.asarray(np.random.default_rng(seed).integers(-4, 5, shape), dtype)
-
-
-def _lax(x, kernel, padding, stride):
-    pads, layout = [(padding, padding)] * 2, ("NHWC", "HWIO", "NHWC")
-    return lax.conv_general_dilated(x, kernel, (stride,) * 2, pads, dimension_numbers=layout)
-
-
 def _case(b, h, w, c, o, k, padding, stride):
     """Returns images, kernel and gradients of results, and what XLA makes of them."""
-    x, kernel = _integers(1, (b, h, w, c)), _integers(2, (k, k, c, o))
-    y, transpose = jax.vjp(lambda x, kernel: _lax(x, kernel, padding, stride), x, kernel)
-    dy = _integers(3, y.shape)
+    x, kernel = integers(1, b, h, w, c), integers(2, k, k, c, o)
+    y, transpose = jax.vjp(lambda x, kernel: plain(x, kernel, padding, stride), x, kernel)
+    dy = integers(3, *y.shape)
     return (x, kernel, dy), (y, *transpose(dy))
 
 
@@ -110,7 +101,7 @@ def test_devices_convolve_their_own_images(wrapper):
         )
     assert library.TARGET in run.lower(x).as_text()
     dx, dkernel = run(x)
-    expected = _gradients(lambda x, k: _lax(x, k, 1, 1), x.reshape(4, 6, 6, 3), kernel)
+    expected = _gradients(lambda x, k: plain(x, k, 1, 1), x.reshape(4, 6, 6, 3), kernel)
     np.testing.assert_array_equal(dx.reshape(4, 6, 6, 3), expected[0])
     np.testing.assert_array_equal(dkernel, expected[1])
 
@@ -126,7 +117,7 @@ def test_programs_that_xla_splits_are_xlas(images):
         lambda x, k: _gradients(lambda x, k: convolution.convolve(x[:images], k, 1), x, k)
     )
     assert library.TARGET not in run.lower(x, kernel).as_text()
-    found, expected = run(x, kernel), _gradients(lambda x, k: _lax(x, k, 1, 1), x[:images], kernel)
+    found, expected = run(x, kernel), _gradients(lambda x, k: plain(x, k, 1, 1), x[:images], kernel)
     np.testing.assert_array_equal(found[0][:images], expected[0])
     np.testing.assert_array_equal(found[1], expected[1])
 
@@ -200,7 +191,7 @@ def test_convolutions_are_onednns_but_where_one_counts_them(monkeypatch, dtypes)
 @pytest.mark.slow  # It compiles a network in either layout.
 def test_a_network_of_pairs_is_the_same_with_images_last_and_in_onednns_layout(monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    network, pairs = PairBranches(), _integers(1, (6, 2, 14, 14, 1))
+    network, pairs = PairBranches(), integers(1, 6, 2, 14, 14, 1)
     variables = network.init(jax.random.key(0), pairs)
 
     def loss(params):

@@ -1,5 +1,6 @@
 """The SIRe configs: schedules, settings that do not fit, a training step, and their tables."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -388,7 +389,7 @@ def test_a_step_of_a_sire_config_has_finite_losses_and_changes_every_parameter(v
     changed = jax.tree.map(lambda a, b: not np.array_equal(a, b), before.params, after.params)
     same = [path for path, each in jax.tree_util.tree_leaves_with_path(changed) if not each]
     assert same == []
-    assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(after.params))
+    chex.assert_tree_all_finite(after.params)
 
 
 # ---- The tables' columns.

@@ -112,7 +112,7 @@ def test_a_mask_of_the_batch_weighs_examples_and_hides_impossible_targets():
     expected = (np.asarray(weight) * (output - 1) ** 2).sum() / 3.5
     state, step = _start(network, objectives, batch)
     new, metrics = step(state, batch)
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(new.params))
+    chex.assert_tree_all_finite(new.params)
     np.testing.assert_allclose(means(metrics)["exit/loss"], expected, rtol=1e-5)
     found = _measured(network, objectives, batch)
     assert found == {"exit/loss": pytest.approx(expected, rel=1e-5)}
@@ -156,12 +156,7 @@ def test_an_objective_without_examples_in_a_batch_is_absent_from_it():
     alone, _ = _start(network, {"main": MAIN}, batch)[1](state, batch)
     before, after = (s.params["heads_exit"]["output"]["kernel"] for s in (state, new))
     np.testing.assert_array_equal(before, after)
-    for a, b in zip(
-        jax.tree.leaves(new.params["backbone"]),
-        jax.tree.leaves(alone.params["backbone"]),
-        strict=True,
-    ):
-        np.testing.assert_allclose(a, b, rtol=1e-6)
+    chex.assert_trees_all_close(new.params["backbone"], alone.params["backbone"], rtol=1e-6)
     assert float(metrics["exit/loss"].count) == float(metrics["exit/loss"].total) == 0
     assert float(means(metrics)["total/loss"]) == float(means(metrics)["main/loss"])
     assert np.isnan(_measured(network, objectives, batch)["exit/loss"])

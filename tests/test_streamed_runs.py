@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import chex
 import jax
 import numpy as np
 import programs
@@ -96,9 +97,7 @@ def test_both_feeds_train_the_same_network(parallel, devices, directory, tmp_pat
         results[feed] = train.train(config, str(tmp_path / feed))
     for split in ("train", "validation", "test"):
         found, expected = (results[feed]["splits"][split] for feed in ("stream", "device"))
-        assert found.keys() == expected.keys()
-        for metric, values in expected.items():
-            np.testing.assert_allclose(found[metric], values, rtol=1e-4, atol=1e-6)
+        chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-6)
     # What a step computes, too: the same augmentation under the same key.
     lines = {feed: read_metrics(tmp_path / feed) for feed in results}
     for a, b in zip(lines["device"], lines["stream"], strict=True):
@@ -150,9 +149,7 @@ def test_two_processes_read_a_part_each_and_train_the_same_network(directory, tm
         with programs.started(*job):
             assert [each.wait() for each in job] == [0] * processes, job[-1].output
         results[processes] = read_results(workdir)["splits"]
-    for split, expected in results[1].items():
-        for metric, values in expected.items():
-            np.testing.assert_allclose(results[2][split][metric], values, rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(results[2], results[1], rtol=1e-4, atol=1e-6)
 
 
 def test_a_damaged_image_is_skipped_and_counted_or_ends_the_run(directory, tmp_path, capsys):

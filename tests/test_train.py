@@ -57,15 +57,6 @@ def _final(directory, config):
     return restore(runs, Path(directory) / "checkpoints")[0]
 
 
-def _same(a, b):
-    plain = [jax.tree.map(_raw, each) for each in (a, b)]
-    return jax.tree.all(jax.tree.map(lambda x, y: bool(np.array_equal(x, y)), *plain))
-
-
-def _raw(x):
-    return jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     directory = tmp_path_factory.mktemp("trained")
@@ -120,7 +111,7 @@ def test_a_run_interrupted_and_resumed_is_bitwise_the_same(trained, tmp_path, mo
     resumed = train.train(interrupted, str(tmp_path))
     assert resumed["splits"] == results["splits"]
     assert resumed["seconds"] > 0
-    assert _same(_final(tmp_path, config), _final(whole, config))
+    chex.assert_trees_all_equal(_final(tmp_path, config), _final(whole, config))
     assert workdir.read_metrics(tmp_path) == workdir.read_metrics(whole)
 
 
@@ -169,7 +160,7 @@ def test_a_run_stopped_while_it_measures_measures_again_and_is_bitwise_the_same(
     assert measured == ["train", "test", "train"]
     resumed = train.train(config, str(tmp_path))
     assert resumed["splits"] == results["splits"]
-    assert _same(_final(tmp_path, config), _final(whole, config))
+    chex.assert_trees_all_equal(_final(tmp_path, config), _final(whole, config))
     assert workdir.read_metrics(tmp_path) == workdir.read_metrics(whole)
 
 

@@ -202,6 +202,9 @@ class MaxPool(Block):
         size: Side of the windows, in pixels.
         stride: By how much it divides height and width.
         padding: Rows and columns added before and after the image.
+
+    Raises:
+        ValueError: If size or stride is below 1, or the padding negative or as large as the size.
     """
 
     size: int = 2

@@ -42,6 +42,9 @@ class DenseLayers(Block):
         number: n, how many layers.
         growth: How many channels each adds.
         dropout: Share of the values that training drops after each convolution, in [0, 1).
+
+    Raises:
+        ValueError: If number or growth is below 1.
     """
 
     number: int
@@ -98,6 +101,9 @@ class Transition(Block):
     Attributes:
         reduction: Share of the channels that it keeps, in (0, 1].
         dropout: Share of the values that training drops after the convolution, in [0, 1).
+
+    Raises:
+        ValueError: If the reduction is out of its range.
     """
 
     reduction: float = 0.5

@@ -207,6 +207,9 @@ class PairBranches(nn.Module):
         residual_hidden: Width of the hidden dense layer of the residual branch.
         batch_norm: Whether the convolutional branch has batch norm.
         relu: Whether the convolutions of the convolutional branch have ReLU.
+
+    Raises:
+        ValueError: If there is no such branch, or a width is below 1.
     """
 
     shared: bool = True

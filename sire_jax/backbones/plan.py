@@ -39,6 +39,9 @@ class Plan:
         tail: Blocks that follow and that no decoder mirrors.
         positions: Names of the endpoints between macro-blocks, shallow to deep: positions 1, 2, …
             where a branch may be attached (Palacio et al., *Contextual Classification*, Fig. 4).
+
+    Raises:
+        ValueError: If a stage is no tuple of at least one block, or something in one is no block.
     """
 
     stages: tuple[tuple[Block, ...], ...]
@@ -188,6 +191,9 @@ class Planned(nn.Module):
             that its heads are attached to. Many equal blocks between them (``LONG``) become one
             loop, which compiles in the time of one block. Parameters have the same names and
             initial values either way.
+
+    Raises:
+        ValueError: If there is no such dtype, or a width is below 1.
     """
 
     plan: Plan

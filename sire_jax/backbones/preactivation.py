@@ -94,6 +94,9 @@ class PreActivation(Block):
             (Zagoruyko and Komodakis, 2016, Section 2.4).
         squeeze: Reduction ratio of a squeeze-and-excitation (``SqueezeExcitation``) at the end of
             ``F``, 0 for none.
+
+    Raises:
+        ValueError: If widths, kernels, stride, shortcut, its scale or squeeze are out of range.
     """
 
     widths: tuple[int, ...]

@@ -21,7 +21,11 @@ _UNITS = ("step", "epoch", "run")
 def widths(
     classes: Mapping[str, int], chosen: objectives.Objectives, outputs: Mapping[str, Any]
 ) -> None:
-    """Checks that an output has as many logits as its target has classes."""
+    """Checks that an output has as many logits as its target has classes.
+
+    Raises:
+        ValueError: If an output that classifies has another number of logits.
+    """
     for name, objective in chosen.items():
         width = outputs[objective.output].shape[-1]
         number = classes.get(objective.target, width)
@@ -33,7 +37,11 @@ def widths(
 
 
 def groups(groups: Mapping[str, Groups], classes: int, batch: Mapping[str, Any]) -> None:
-    """Checks that groups are of all labels, and have names of their own."""
+    """Checks that groups are of all labels, and have names of their own.
+
+    Raises:
+        ValueError: If they are of other labels, or have the name of something in a batch.
+    """
     for name, partition in groups.items():
         if len(partition.classes) != classes:
             raise ValueError(
@@ -47,7 +55,11 @@ def groups(groups: Mapping[str, Groups], classes: int, batch: Mapping[str, Any])
 
 
 def ignored(chosen: objectives.Objectives, pairs: bool) -> None:
-    """Checks that what objectives ignore can't be taken for a label: of pairs, their order."""
+    """Checks that what objectives ignore can't be taken for a label: of pairs, their order.
+
+    Raises:
+        ValueError: If, of pairs, an objective ignores a number that is not negative.
+    """
     for name, objective in chosen.items():
         if pairs and objective.ignore is not None and objective.ignore >= 0:
             raise ValueError(
@@ -57,7 +69,11 @@ def ignored(chosen: objectives.Objectives, pairs: bool) -> None:
 
 
 def labels(predictions: Mapping[str, Any], chosen: objectives.Objectives) -> None:
-    """Checks that the main output predicts the label where a rule over groups needs it to."""
+    """Checks that the main output predicts the label where a rule over groups needs it to.
+
+    Raises:
+        ValueError: If a rule over groups has no main output that is trained on ``"label"``.
+    """
     targets = {objective.target for objective in chosen.values() if objective.output == MAIN}
     for name, prediction in predictions.items():
         if hasattr(prediction, "groups") and "label" not in targets:
@@ -70,7 +86,11 @@ def labels(predictions: Mapping[str, Any], chosen: objectives.Objectives) -> Non
 def ranges(
     heads: Mapping[str, Any], chosen: objectives.Objectives, low: float, high: float
 ) -> None:
-    """Checks that what predicts images says that it predicts the values that images have."""
+    """Checks that what predicts images says that it predicts the values that images have.
+
+    Raises:
+        ValueError: If a head that predicts images states another range.
+    """
     for name, objective in chosen.items():
         stated = getattr(heads.get(objective.output), "value_range", None)
         if stated is None or objective.target != "image":
@@ -87,7 +107,11 @@ def ranges(
 def selection(
     chosen: objectives.Objectives, outputs: Mapping[str, Any], batch: Mapping[str, Any]
 ) -> None:
-    """Checks that the accuracy of the main output, which chooses the best weights, is measured."""
+    """Checks that the accuracy of the main output, which chooses the best weights, is measured.
+
+    Raises:
+        ValueError: If no objective on the main output has an accuracy.
+    """
     accurate = objectives.accurate(chosen, outputs, batch)
     if not any(chosen[name].output == MAIN for name in accurate):
         raise ValueError(
@@ -97,7 +121,11 @@ def selection(
 
 
 def augmentations(augmentations: Mapping[str, Any], batch: Mapping[str, Any]) -> None:
-    """Checks that a batch has what each augmentation changes, and that it can be changed."""
+    """Checks that a batch has what each augmentation changes, and that it can be changed.
+
+    Raises:
+        ValueError: If a batch lacks what an augmentation needs.
+    """
     for name, augment in augmentations.items():
         for key in getattr(augment, "needs", ("image",)):
             if key not in batch:
@@ -109,7 +137,11 @@ def augmentations(augmentations: Mapping[str, Any], batch: Mapping[str, Any]) ->
 
 
 def crop(side: int, ten: bool, image: Sequence[int]) -> None:
-    """Checks the side of crops against images ``[…, h, w, c]``; 0 stands for no crops."""
+    """Checks the side of crops against images ``[…, h, w, c]``; 0 stands for no crops.
+
+    Raises:
+        ValueError: If crops are larger than the images, or ten crops not smaller.
+    """
     height, width = image[-3:-1]
     smallest = min(height, width)
     if side > smallest:
@@ -125,7 +157,11 @@ def crop(side: int, ten: bool, image: Sequence[int]) -> None:
 
 
 def averages(outputs: Mapping[str, Any], batch: Mapping[str, Any]) -> None:
-    """Checks that all outputs are logits, which can be averaged over crops."""
+    """Checks that all outputs are logits, which can be averaged over crops.
+
+    Raises:
+        ValueError: If an output does not classify.
+    """
     for name, output in outputs.items():
         if not any(is_classification(output, target) for target in batch.values()):
             raise ValueError(
@@ -135,7 +171,11 @@ def averages(outputs: Mapping[str, Any], batch: Mapping[str, Any]) -> None:
 
 
 def number_or_schedule(where: str, value: Any) -> None:
-    """Checks a setting of a config that is a number or the section of a schedule."""
+    """Checks a setting of a config that is a number or the section of a schedule.
+
+    Raises:
+        ValueError: If it is neither, or a setting of the schedule is wrong.
+    """
     if not registry.is_section(value):
         optimizers.number_or_schedule(value, f"value of {where}")
         return
@@ -149,7 +189,11 @@ def number_or_schedule(where: str, value: Any) -> None:
 
 
 def schedule(name: str, weight: optax.Schedule, steps: int) -> None:
-    """Checks a weight at the beginning, in the middle and at the end of the run."""
+    """Checks a weight at the beginning, in the middle and at the end of the run.
+
+    Raises:
+        ValueError: If it is negative or not finite there.
+    """
     for step in (0, steps // 2, steps):
         value = float(weight(jnp.asarray(step, jnp.int32)))
         if not 0 <= value < np.inf:

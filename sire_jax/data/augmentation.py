@@ -102,6 +102,9 @@ class Crop:
         padding: The largest shift in each direction, in pixels.
         border: What comes in from outside: ``"zeros"``, or ``"reflection"``, the image mirrored at
             its outermost pixels.
+
+    Raises:
+        ValueError: If the padding is negative or there is no such border.
     """
 
     padding: int = 4

@@ -137,6 +137,9 @@ class Selection:
         test_split: The split that makes the test images, or a share of one.
         draw_classes: How many classes are drawn at random (see ``draw_classes``); 0: all are used.
         draw_seed: Seed of that draw, at least 0.
+
+    Raises:
+        ValueError: If a split stands twice or is not written as one, or a number is out of range.
     """
 
     train_splits: tuple[str, ...] = ("train",)

@@ -91,7 +91,11 @@ class FolderSplit:
         return printable(str(self.path(index)))
 
     def record(self, index: int) -> tuple[bytes, dict[str, int]]:
-        """Reads an encoded image and its label."""
+        """Reads an encoded image and its label.
+
+        Raises:
+            ValueError: If the file can't be read.
+        """
         path = self.path(index)
         try:
             return path.read_bytes(), {"label": int(self.label[index])}

@@ -70,6 +70,9 @@ class Transform:
         crop: Side of the squares that are made at random.
         random: Whether, in place of all that, a random part is scaled to ``crop``
             (``images.random_square``).
+
+    Raises:
+        ValueError: If random squares have no side, or what is scaled is not a square of that side.
     """
 
     shape: tuple[int, int, int]

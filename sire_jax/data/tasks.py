@@ -163,7 +163,11 @@ class Pairs:
         return generator.permutation(images)[: 2 * pairs].reshape(-1, 2).astype(np.int32)
 
     def prepare(self, source: Source) -> dict[str, np.ndarray]:
-        """Returns the arrays that go to the device, images averaged over squares of pixels."""
+        """Returns the arrays that go to the device, images averaged over squares of pixels.
+
+        Raises:
+            ValueError: If squares of pixels do not divide the images.
+        """
         image, side = source.image, self.downscale
         images, height, width, channels = image.shape
         if height % side or width % side:

@@ -42,6 +42,17 @@ Layer = tuple[str, str]
 def layer_of(parts: Experiment, output: str) -> Layer:
     """Finds the last layer with images that an output is computed from.
 
+    >>> from sire_jax import configuration
+    >>> from sire_jax.configuration import experiment
+    >>> config = configuration.default()
+    >>> config.backbone = configuration.backbone(
+    ...     "preactivation_resnet", depth=8, width=0.25, classes=10
+    ... )
+    >>> config.objectives.main = configuration.objective("main", "label", "cross_entropy")
+    >>> parts = experiment.build(config)
+    >>> layer_of(parts, "main")
+    ('backbone', 'tail_block_1')
+
     Args:
         parts: The parts of the run.
         output: Name of the output.
@@ -77,6 +88,23 @@ def activation_maps(
     function of the mean features this is the class activation map (Zhou et al., *Learning Deep
     Features for Discriminative Localization*, 2016, Eq. 2), else one with gradients for weights
     (Selvaraju et al., *Grad-CAM*, 2017, Eq. 1).
+
+    >>> from sire_jax import configuration
+    >>> from sire_jax.configuration import experiment
+    >>> config = configuration.default()
+    >>> config.backbone = configuration.backbone(
+    ...     "preactivation_resnet", depth=8, width=0.25, classes=10
+    ... )
+    >>> config.objectives.main = configuration.objective("main", "label", "cross_entropy")
+    >>> parts = experiment.build(config)
+    >>> chosen = {"main": jnp.array([3, 7])}
+    >>> maps = jax.eval_shape(
+    ...     lambda variables, image: activation_maps(parts, variables, image, chosen),
+    ...     parts.variables,
+    ...     jnp.zeros((2, 8, 8, 1)),
+    ... )
+    >>> maps["main"].shape
+    (2, 2, 2)
 
     Args:
         parts: The parts of the run.
@@ -125,6 +153,10 @@ def _features(parts: Experiment, variables: PyTree, image: Array, layer: Layer) 
 class Explained:
     """What a network says of one image, and why.
 
+    >>> seen = Explained(2, 0.75, "main", groups={}, group_probability={}, maps={})
+    >>> f"label {seen.label} with a probability of {seen.probability:.0%}"
+    'label 2 with a probability of 75%'
+
     Attributes:
         label: The predicted class, an integer.
         probability: Its probability.
@@ -154,6 +186,19 @@ def _mapped(parts: Experiment, outputs: Sequence[str]) -> list[str]:
 
 def explain(parts: Experiment, variables: PyTree, image: Array) -> list[Explained]:
     """Explains predictions: by the first joint probability of the run, else by the main output.
+
+    >>> from sire_jax import configuration
+    >>> from sire_jax.configuration import experiment
+    >>> config = configuration.default()
+    >>> config.backbone = configuration.backbone(
+    ...     "preactivation_resnet", depth=8, width=0.25, classes=10
+    ... )
+    >>> config.objectives.main = configuration.objective("main", "label", "cross_entropy")
+    >>> parts = experiment.build(config)
+    >>> untrained = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), parts.variables)
+    >>> (explained,) = explain(parts, untrained, jnp.zeros((1, 8, 8, 1)))
+    >>> explained.rule, round(explained.probability, 3), explained.maps["main"].shape
+    ('main', 0.1, (2, 2))
 
     Args:
         parts: The parts of the run.
@@ -197,7 +242,14 @@ def explain(parts: Experiment, variables: PyTree, image: Array) -> list[Explaine
 def titles(
     explained: Explained, groups: Mapping[str, Groups], names: Sequence[str]
 ) -> dict[str, str]:
-    """Writes what each output found: the class, or the labels of the group that a branch chose."""
+    """Writes what each output found: the class, or the labels of the group that a branch chose.
+
+    >>> names = ("apple", "oak", "pear")
+    >>> seen = Explained(2, 0.75, "joint", {"branch": 0}, {"branch": 0.9}, maps={})
+    >>> found = titles(seen, {"branch": Groups(names, (0, 1, 0))}, names)
+    >>> found["branch"].splitlines(), found["main"].splitlines()
+    (['90%', 'apple, pear'], ["75% by 'joint'", 'pear'])
+    """
     texts = {}
     for name, group in explained.groups.items():
         labels = groups[name].labels()[group]
@@ -218,6 +270,12 @@ def draw(
     data: ConfigDict,
 ) -> Figure:
     """Draws images with their maps, and what each output found underneath.
+
+    >>> image, found = np.zeros((1, 4, 4, 3)), (np.eye(2), "cat, dog")
+    >>> data = ConfigDict({"mean": (), "std": (), "scale": 1 / 255})
+    >>> figure = draw(image, [{"branch": found, "main": found}], ["cat"], data)
+    >>> [panel.get_title() for panel in figure.axes]
+    ['image', 'branch', 'main']
 
     Args:
         images: ``[n, h, w, c]``, as the network sees them.

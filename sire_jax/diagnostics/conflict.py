@@ -41,6 +41,16 @@ def cosines_of(
 
     ``cos_ij = g_i . g_j / (|g_i| |g_j|)``
 
+    >>> import jax.numpy as jnp
+    >>> def losses(params, model_state):
+    ...     x = params["shared"]
+    ...     named = {"exit": x[0] + x[1], "main": x[0] * params["own"]}
+    ...     return named, ({}, model_state)
+    >>> params = {"shared": jnp.array([1.0, 2.0]), "own": jnp.array(3.0)}
+    >>> reach = {"exit": {"shared": True, "own": False}, "main": {"shared": True, "own": True}}
+    >>> cosines_of(losses, reach, params, {})["exit", "main"].round(2).tolist()
+    [[1.0, 0.71], [0.71, 1.0]]
+
     Args:
         losses: The function of the losses, from ``step.make_losses``.
         reach: For each loss a tree of booleans over the parameters, from ``step.find_reach``.
@@ -96,7 +106,12 @@ def _cosines(gramian: Array) -> np.ndarray:
 
 
 def draw(cosines: Mapping[tuple[str, ...], np.ndarray]) -> Figure:
-    """Draws a matrix of cosines for each group, with their values."""
+    """Draws a matrix of cosines for each group, with their values.
+
+    >>> figure = draw({("exit", "main"): np.array([[1.0, -0.2], [-0.2, 1.0]])})
+    >>> figure.axes[0].get_title()
+    'what exit and main share'
+    """
     figure = Figure(figsize=(3.2 * len(cosines) + 1, 3.6), layout="constrained")
     panels = figure.subplots(1, len(cosines), squeeze=False)[0]
     colours = ScalarMappable(Normalize(-1, 1), "RdBu_r")

@@ -37,6 +37,11 @@ def band(
 ) -> None:
     """Draws a mean over runs as a line, with dashes one standard deviation above and below.
 
+    >>> axes = Figure().subplots()
+    >>> band(axes, [1, 2], np.array([[0.5, 0.7], [0.8, 0.9]]), "test", "black")
+    >>> axes.lines[0].get_ydata().round(3).tolist(), len(axes.lines)
+    ([0.6, 0.85], 3)
+
     Args:
         axes: Where.
         epochs: ``[n]``, the horizontal positions.
@@ -59,6 +64,11 @@ def series(
     lines: Sequence[Mapping[str, Any]], split: str, metric: str
 ) -> tuple[list[int], np.ndarray]:
     """Picks one metric of one split out of ``metrics.jsonl``.
+
+    >>> losses, accuracies = [2.0, float("nan")], [0.3, 0.1]
+    >>> line = {"epoch": 1, "split": "test", "main/loss": losses, "main/top_1": accuracies}
+    >>> series([line], "test", "main/top_1")
+    ([1], array([[0.3]]))
 
     Returns:
         Epochs ``[n]`` and values ``[n, runs]``, of the runs that did not diverge, if there are any.
@@ -114,6 +124,13 @@ def _draw(axes: Axes, lines: Sequence[Mapping[str, Any]], kind: str) -> None:
 def curves(directory: str | Path) -> Path | None:
     """Draws accuracies and losses over the epochs of a run (as Peeters and Schlyter, Figs. 1-4).
 
+    >>> import tempfile
+    >>> line = '{"step": 9, "epoch": 1, "split": "test", "main/loss": [0.3], "main/top_1": [0.9]}'
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     _ = Path(directory, "metrics.jsonl").write_text(line)
+    ...     curves(directory).name
+    'curves.png'
+
     Args:
         directory: The run's workdir.
 
@@ -141,6 +158,15 @@ def compare(
     error_percent: bool = False,
 ) -> None:
     """Draws a metric of several runs in one picture, dotted that of training where it was measured.
+
+    >>> import tempfile
+    >>> line = '{"step": 9, "epoch": 1, "split": "test", "main/top_1": [0.9]}'
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     _ = Path(directory, "metrics.jsonl").write_text(line)
+    ...     picture = Path(directory, "errors.png")
+    ...     compare({"ours": (directory, "main/top_1")}, "test", picture, error_percent=True)
+    ...     picture.exists()
+    True
 
     Args:
         runs: Workdirs and metrics, such as ``"main/top_1"``, by the text of their legend; all
@@ -188,6 +214,13 @@ def _errors(metric: str, values: np.ndarray) -> np.ndarray:
 def losses(runs: Mapping[str, Sequence[float]], path: Path, label: str) -> None:
     """Draws the losses of the first steps of several runs; a cross is the end of one that diverged.
 
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     picture = Path(directory, "losses.png")
+    ...     losses({"trains": [2.3, 2.0], "diverges": [2.3, float("nan")]}, picture, "main loss")
+    ...     picture.exists()
+    True
+
     Args:
         runs: The loss of each step, by the name of the run.
         path: The picture to write.
@@ -200,6 +233,13 @@ def losses(runs: Mapping[str, Sequence[float]], path: Path, label: str) -> None:
 
 def losses_of_one(objectives: Mapping[str, Sequence[float]], path: Path) -> None:
     """Draws the losses of the first steps of one run: the main one, beside it all others.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     picture = Path(directory, "losses.png")
+    ...     losses_of_one({"main": [2.3, 2.0], "decoder": [0.2, 0.1]}, picture)
+    ...     picture.exists()
+    True
 
     Args:
         objectives: The loss of each step, by the name of the objective.
@@ -241,6 +281,14 @@ def _scale(values: np.ndarray) -> str:
 
 def sweep(points: Sequence[Mapping[str, Any]], about: Mapping[str, Any], path: Path) -> None:
     """Draws what a table measures against what it varies: Figs. 2 and 3 of Palacio et al.
+
+    >>> import tempfile
+    >>> points = [{"x": x, "series": "join", "main": [70.0 + x, 71.0]} for x in (2, 20)]
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     picture = Path(directory, "groups.png")
+    ...     sweep(points, {"x": "groups", "columns": {"main": "main output"}}, picture)
+    ...     picture.exists()
+    True
 
     Args:
         points: ``{"x": number, "series": text, "<column>": [value of each run]}`` each.

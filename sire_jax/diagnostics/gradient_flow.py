@@ -26,12 +26,27 @@ _COLUMNS = 3
 
 
 def is_measured(path: str | Path) -> bool:
-    """Tells whether a run has measurements of gradients; one that diverged early has none."""
+    """Tells whether a run has measurements of gradients; one that diverged early has none.
+
+    >>> import tempfile
+    >>> line = '{"step": 9, "epoch": 1, "split": "gradients", "total/conv_1": [0.5]}'
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     _ = Path(directory, "metrics.jsonl").write_text(line)
+    ...     is_measured(directory)
+    True
+    """
     return any(line["split"] == SPLIT for line in workdir.read_metrics(path))
 
 
 def read(path: str | Path) -> dict[str, dict[str, np.ndarray]]:
     """Reads the measurements of a run.
+
+    >>> import tempfile
+    >>> line = '{"step": 9, "epoch": 1, "split": "gradients", "total/conv_1": [0.5]}'
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     _ = Path(directory, "metrics.jsonl").write_text(line)
+    ...     read(directory)
+    {'total': {'conv_1': array([0.5])}}
 
     Args:
         path: The run's workdir.
@@ -64,6 +79,13 @@ def draw(workdirs: Mapping[str, str | Path], path: str | Path) -> Path:
     """Draws the gradient of each convolution, a panel for each run.
 
     Thick: the mean over training; thin: each measurement, paler the earlier it was.
+
+    >>> import tempfile
+    >>> line = '{"step": 9, "epoch": 1, "split": "gradients", "total/conv_1": [0.5]}'
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     _ = Path(directory, "metrics.jsonl").write_text(line)
+    ...     draw({"a run": directory}, Path(directory, "flow.png")).name
+    'flow.png'
 
     Args:
         workdirs: Runs by the title of their panel.

@@ -27,6 +27,10 @@ from sire_jax.storage.workdir import titles
 def pixels(images: np.ndarray, data: ConfigDict) -> np.ndarray:
     """Undoes the scaling and normalization of images, for looking at them.
 
+    >>> data = ConfigDict({"mean": (0.5,), "std": (0.25,), "scale": 1 / 255})
+    >>> pixels(np.array([[[-2.0], [0.0], [2.0]]]), data).ravel().tolist()
+    [0.0, 0.5, 1.0]
+
     Args:
         images: ``[…, c]``, as the network sees or predicts them.
         data: The section ``config.data``.
@@ -44,6 +48,10 @@ def pixels(images: np.ndarray, data: ConfigDict) -> np.ndarray:
 
 class Reconstructed(NamedTuple):
     """What a trained network makes of some images.
+
+    >>> image = np.ones((2, 4, 4, 1))
+    >>> Reconstructed(image, {"decoder_1": 0.9 * image}, []).errors()["decoder_1"].round(3).tolist()
+    [0.01, 0.01]
 
     Attributes:
         image: ``[n, h, w, c]``, values in [0, 1].
@@ -112,6 +120,11 @@ def reconstruct(
 def classified(logits: Array, labels: np.ndarray, names: Sequence[str]) -> list[str]:
     """Says how images are classified.
 
+    >>> logits = np.log([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6]])
+    >>> texts = classified(logits, np.array([0, 1]), ("cat", "dog", "fox"))
+    >>> [text.splitlines() for text in texts]
+    [['cat (0.70)'], ['fox (0.60)', 'dog is number 2']]
+
     Args:
         logits: ``[n, classes]``.
         labels: What is right, ``[n]``.
@@ -134,6 +147,11 @@ def classified(logits: Array, labels: np.ndarray, names: Sequence[str]) -> list[
 
 def draw(rows: Mapping[str, Reconstructed]) -> Figure:
     """Draws images with their reconstructions beside them.
+
+    >>> image = np.ones((1, 4, 4, 1))
+    >>> figure = draw({"SIRe": Reconstructed(image, {"decoder_1": 0.9 * image}, [])})
+    >>> [panel.get_title().splitlines() for panel in figure.axes]
+    [['input', 'SIRe'], ['decoder_1', '1.0e-02']]
 
     Args:
         rows: For each row under an image, by its label, what a network makes of the same images.

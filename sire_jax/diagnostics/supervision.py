@@ -215,6 +215,12 @@ def ratios(norms: Norms) -> dict[str, np.ndarray]:
 def draw(measured: Mapping[str, tuple[Norms, str]]) -> Figure:
     """Draws the ratios, a panel for each run.
 
+    >>> slopes = np.array([10.0, 5.0])
+    >>> one = Norms([1, 2], {"main": 2}, {"main": slopes}, slopes, slopes, {"main": 1}, {"main": 1})
+    >>> figure = draw({"ResNet": (one, "joint")})
+    >>> [line.get_label() for line in figure.axes[0].get_legend_handles_labels()[0]]
+    ['main loss alone (ResNet)']
+
     Args:
         measured: For each run, by its title, its norms and the rule that it was trained with.
     """

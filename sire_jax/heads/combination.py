@@ -24,6 +24,9 @@ class Combination(nn.Module):
         endpoints: What it concatenates: endpoints, ``"main"``, or heads.
         classes: Number of classes.
         hidden: Widths of dense layers with ReLU before the last one.
+
+    Raises:
+        ValueError: If there are no endpoints, or a width is below 1.
     """
 
     endpoints: tuple[str, ...]

@@ -50,6 +50,9 @@ class Decoder(nn.Module):
         remat: Whether what it computes is computed again for the gradient rather than kept.
         last: What follows the last transposed convolution. The paper does not say; with
             ``"linear"`` its own settings diverge at full width.
+
+    Raises:
+        ValueError: If there is no such stage or last layer, or the range is empty.
     """
 
     plan: Plan

@@ -44,6 +44,9 @@ class Conv(nn.Module):
         use_bias: Whether to add a bias.
         kernel_init: Initializer of the kernel.
         images_last: Whether images are ``[c, h, w, b]`` rather than ``[b, h, w, c]``.
+
+    Raises:
+        ValueError: If there are no features, or the padding is negative.
     """
 
     features: int
@@ -64,7 +67,11 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """Maps ``[b, h, w, c]`` to ``[b, h', w', features]``, or likewise with images last."""
+        """Maps ``[b, h, w, c]`` to ``[b, h', w', features]``, or likewise with images last.
+
+        Raises:
+            ValueError: If the values are no floats, or the images are smaller than the kernel.
+        """
         _check_floating(x)
         if min(x.shape[1:3]) + 2 * self.padding < self.kernel_size:
             raise ValueError(
@@ -154,6 +161,9 @@ class Dropout(nn.Module):
         rate: The share, in [0, 1).
         counted: The order of the axes in which values have numbers, from which is drawn what to
             drop; as they are if it is empty.
+
+    Raises:
+        ValueError: If the rate is out of its range.
     """
 
     rate: float
@@ -190,6 +200,9 @@ class SqueezeExcitation(nn.Module):
 
     Attributes:
         reduction: r: ``W_1`` leads from c channels to ``c // r``, at least 1.
+
+    Raises:
+        ValueError: If the reduction is below 1.
     """
 
     reduction: int = 16

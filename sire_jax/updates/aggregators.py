@@ -152,6 +152,9 @@ class CAGrad:
 
     Attributes:
         radius: ``r``, at least 0; the paper's ``c``, which recommends [0, 1). 0 is the sum.
+
+    Raises:
+        ValueError: If the radius is negative or not finite.
     """
 
     radius: float = 0.5

@@ -132,6 +132,9 @@ class DynamicAverage:
     Attributes:
         period: Number of steps of a period, at least 1: those of an epoch in the paper.
         temperature: ``T``, above 0.
+
+    Raises:
+        ValueError: If the period is below 1, or the temperature not above 0.
     """
 
     period: int

@@ -2,6 +2,7 @@
 
 from typing import ClassVar
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -105,10 +106,7 @@ def test_a_loop_computes_what_its_blocks_do():
         jax.jit(all_of_it, static_argnums=0)(network, variables["params"], variables["batch_stats"])
         for network in networks
     )
-    assert jax.tree.structure(one_by_one) == jax.tree.structure(looped)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), one_by_one, looped
-    )
+    chex.assert_trees_all_close(one_by_one, looped, rtol=1e-4, atol=1e-4)
     ((_, (_, new)), gradient), _ = looped
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), new, variables["batch_stats"])
     assert jax.tree.all(moved)

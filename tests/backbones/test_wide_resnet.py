@@ -1,5 +1,6 @@
 """Wide ResNets and squeeze-and-excitation: counts, values by hand, positions."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -182,7 +183,7 @@ def test_squeezed_blocks_in_a_loop_compute_what_they_do_one_by_one(monkeypatch):
         assert lengths == ([] if endpoints is None else [3])
         found.append(jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"]))
     assert "squeeze" in variables["params"]["stage_1_block_3"]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *found)
+    chex.assert_trees_all_close(*found, rtol=1e-4, atol=1e-5)
 
 
 def test_a_network_in_half_precision():

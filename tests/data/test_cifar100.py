@@ -1,10 +1,8 @@
 """The real CIFAR-100, where there is one, split as SIRe's config says."""
 
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
+import real
 
 from sire_jax import configuration
 from sire_jax.configuration import experiment
@@ -15,11 +13,7 @@ pytestmark = pytest.mark.slow  # Decodes 60,000 images.
 
 @pytest.fixture(scope="module")
 def cifar(tmp_path_factory):
-    directory = os.environ.get("TFDS_DATA_DIR", "")
-    if not directory:
-        pytest.skip("TFDS_DATA_DIR is not set: no directory of prepared data sets")
-    if not list(Path(directory).glob("cifar100/**/dataset_info.json")):
-        pytest.skip(f"cifar100 is not prepared in TFDS_DATA_DIR={directory}")
+    directory = real.directory_with("cifar100")
     config = configuration.load(
         f"{configuration.repository_configs()}/sire.py:cnn_base",
         [

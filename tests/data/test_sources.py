@@ -9,8 +9,10 @@ import sys
 import time
 from pathlib import Path
 
+import chex
 import numpy as np
 import pytest
+import real
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pictured import flipped
@@ -71,8 +73,7 @@ def _assert_equal(a, b):
     for one, other in ((a.train, b.train), (a.test, b.test)):
         assert one.image.dtype == other.image.dtype
         assert np.array_equal(one.image, other.image)
-        assert one.labels.keys() == other.labels.keys()
-        assert all(np.array_equal(one.labels[k], other.labels[k]) for k in one.labels)
+        chex.assert_trees_all_equal(one.labels, other.labels)
 
 
 def test_either_part_of_the_digits_may_be_the_test(digits):
@@ -587,11 +588,7 @@ def test_a_file_system_without_locks_has_copies(tmp_path, monkeypatch, error, me
 
 @pytest.fixture(scope="module")
 def mnist(tmp_path_factory):
-    directory = os.environ.get("TFDS_DATA_DIR", "")
-    if not directory:
-        pytest.skip("TFDS_DATA_DIR is not set: no directory of prepared data sets")
-    if not list(Path(directory).glob("mnist/**/dataset_info.json")):
-        pytest.skip(f"mnist is not prepared in TFDS_DATA_DIR={directory}")
+    directory = real.directory_with("mnist")
     cache = str(tmp_path_factory.mktemp("cache"))
     return directory, cache, sources.load("tfds:mnist", directory, cache)
 

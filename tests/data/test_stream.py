@@ -1,7 +1,6 @@
 """Streamed batches: the same whatever makes them, and those of the feed from memory."""
 
 import multiprocessing
-import os
 import threading
 import time
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import chex
 import numpy as np
 import pytest
+import real
 from pictured import encoded, picture, prepare_set, write, write_folder
 
 from sire_jax.data import images, sources
@@ -214,11 +214,7 @@ def test_a_stream_that_nothing_holds_is_closed(records):
 
 
 def test_cifar_100_is_streamed_as_its_library_reads_it():
-    directory = os.environ.get("TFDS_DATA_DIR", "")
-    if not directory:
-        pytest.skip("TFDS_DATA_DIR is not set: no directory of prepared data sets")
-    if not list(Path(directory).glob("cifar100/**/dataset_info.json")):
-        pytest.skip(f"cifar100 is not prepared in TFDS_DATA_DIR={directory}")
+    directory = real.directory_with("cifar100")
     import tensorflow_datasets as tfds
 
     records = open_records("tfds:cifar100", directory).train

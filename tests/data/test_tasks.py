@@ -1,3 +1,4 @@
+import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -103,7 +104,7 @@ def test_no_image_is_in_two_pairs(train, validation, test, seed):
     assert set(training) <= set(range(20))
     assert len(set(draw.test.ravel())) == 2 * test
     assert set(draw.test.ravel()) <= set(range(12))
-    assert all(np.array_equal(a, b) for a, b in zip(draw, task.draw(_dataset(), seed), strict=True))
+    chex.assert_trees_all_equal(draw, task.draw(_dataset(), seed))
 
 
 def test_pairs_differ_between_seeds():

@@ -4,6 +4,7 @@ import math
 import re
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -287,9 +288,7 @@ def test_half_precision_changes_features_alone():
     full, half = _network(plan), _network(plan, "bfloat16")
     variables = random_like(shapes_of(full, image))
     shapes = shapes_of(half, image)
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(
-        lambda x: (x.shape, x.dtype), dict(variables)
-    )
+    chex.assert_trees_all_equal_shapes_and_dtypes(shapes, variables)
     results = [jax.jit(partial(_step, n))(variables, image) for n in (full, half)]
     assert {x.dtype for x in jax.tree.leaves(results)} == {jnp.dtype("float32")}
     # Three digits of bfloat16, through a few layers.

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -180,8 +181,8 @@ def test_an_output_that_is_another_one_or_no_work_at_all():
     assert [stage.output for stage in stages] == ["constant", "image", "same", "y"]
     assert [stage.multiply_adds for stage in stages] == [0, 0, 9, 0]
     outputs, _ = _through(stages, normal(0, 3, 3), normal(1, 5, 3))
-    for name, value in function(normal(0, 3, 3), normal(1, 5, 3)).items():
-        np.testing.assert_allclose(outputs[name], value, rtol=1e-5)
+    expected = function(normal(0, 3, 3), normal(1, 5, 3))
+    chex.assert_trees_all_close(outputs, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -239,5 +240,5 @@ def test_a_backbone_with_flax_layers_and_batch_statistics():
     stages = split(network.apply, ["main", "exit"], variables, shape(6, 8, 8, 1))
     outputs, crossing = _through(stages, variables, images)
     assert crossing[0] == ([(6, 4, 4, 3)], [])
-    for name, value in jax.jit(network.apply)(variables, images).items():
-        np.testing.assert_allclose(outputs[name], value, rtol=1e-5, atol=1e-6)
+    expected = jax.jit(network.apply)(variables, images)
+    chex.assert_trees_all_close(outputs, expected, rtol=1e-5, atol=1e-6)

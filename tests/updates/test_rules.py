@@ -422,7 +422,7 @@ def test_a_weight_of_0_leaves_an_exit_and_all_else_finite():
     given = weights(side=0.0, middle=0.0)
     found = run(effective_joint(optimizers.sgd(0.1, 0.0, 0.0), reach()), 1, None, given).params
     np.testing.assert_array_equal(found["side"], params()["side"])
-    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(found))
+    chex.assert_tree_all_finite(found)
 
 
 # ---- A loss of weight 0 is absent.
@@ -436,12 +436,8 @@ def test_a_loss_of_weight_0_takes_no_step(rule):
     update = jax.jit(lambda given, *rest: made.update(losses, given, *rest, KEY))
     found = update(weights(side=0.0), before.params, before.model_state, before.state)
     # Neither moments nor decay act, nor does a count advance.
-    for new, old in zip(
-        jax.tree.leaves((found.params["side"], found.state["side"])),
-        jax.tree.leaves((before.params["side"], before.state["side"])),
-        strict=True,
-    ):
-        np.testing.assert_array_equal(new, old)
+    new, old = ((each.params["side"], each.state["side"]) for each in (found, before))
+    chex.assert_trees_all_equal(new, old)
     # All else is as if there were no such loss.
     others = {name: tree for name, tree in reach().items() if name != "side"}
     without = rule(optax.adamw(0.1, weight_decay=0.3), others)
@@ -579,7 +575,7 @@ def test_ten_steps_are_one_program(rule, settings, dtype):
     state = {}, made.init(params)
     for _ in range(10):
         params, *state = step(params, *state)
-    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(params))
+    chex.assert_tree_all_finite(params)
     assert float(jnp.abs(params["first"] - 1).max()) > 0
 
 

@@ -365,8 +365,7 @@ BOUNDS = {"uncertainty": (math.exp(-10), math.exp(10)), "gradnorm": (5e-4, 3)}
 def test_whatever_losses_are_states_and_factors_stay_finite(name, steps):
     steps = [(a, b, np.abs(c), d) for a, b, c, d in steps]
     state, factors = _after(name, steps)
-    for leaf in jax.tree.leaves((state, factors)):
-        assert np.isfinite(leaf).all()
+    chex.assert_tree_all_finite((state, factors))
     low, high = BOUNDS.get(name, (0, 3))
     for factor in factors.values():
         assert low * (1 - 1e-5) <= float(factor) <= high * (1 + 1e-5)
