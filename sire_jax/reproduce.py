@@ -2,7 +2,8 @@
 
 ``python -m sire_jax.reproduce --table=pairs_1 --seeds=10 [--config.data.dir=DIR …]``
 
-With ``--rehearse`` it takes some steps of each row instead and says what the whole would take.
+With ``--rehearse`` it takes some steps of each row instead and says what the whole would take; with
+``--decide=30`` it adds seeds, at most so many, until the table's claims are confirmed or refuted.
 
 Tables are data, ``configs/tables/NAME.json``, of the current directory or shipped. A row that has
 been trained is not trained again.
@@ -260,6 +261,22 @@ def machine() -> dict[str, Any]:
     }
 
 
+def _decide(
+    table: paper_tables.Table, options: Any, configs: Path, overrides: Sequence[str]
+) -> None:
+    # It reproduces in its turn.
+    from sire_jax import claims, decide
+
+    chosen = claims.read(table, [paper_tables.identity(row) for row in table["rows"]])
+    rows = decide.rows_of(chosen, table)
+    hours = decide.cost(table, rows, configs, options.option, overrides)
+    print(decide.describe_cost(hours, options.decide), flush=True)
+    settings = (options.workdir, configs, options.option, overrides, options.decide)
+    judged = decide.decide(table, *settings)
+    print(f"\n{table['title']}\n\n{paper_tables.note(overrides)}{decide.markdown(judged)}\n")
+    print(f"Raw figures and picture: {files.expanded(options.workdir) / 'claims.json'}, .png")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the program with command line arguments."""
     parser = command.parser(__doc__)
@@ -268,12 +285,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, help="runs of each row; as in the config by default")
     parser.add_argument("--option", default="", help="a reading of the paper, such as as_released")
     parser.add_argument("--workdir", help="where the runs are kept; runs/TABLE by default")
+    parser.add_argument(
+        "--decide", type=int, metavar="SEEDS", help="decide the table's claims, by at most so many"
+    )
     rehearsal.add_option(parser)
     options, overrides = parser.parse_known_args(arguments)
     configs = paper_tables.find_configs(options.table)
     if options.seeds is not None:
         overrides.append(f"--config.seeds={options.seeds}")
     rehearsed = "rehearsal" * (options.rehearse is not None)
+    if options.decide is not None and (options.seeds is not None or options.rows or rehearsed):
+        parser.error("--decide chooses seeds and rows by itself: leave out --seeds and --rows")
     if options.workdir is None:
         parts = filter(None, (options.table, options.option, rehearsed))
         options.workdir = Path("runs") / "-".join(parts)
@@ -287,6 +309,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"Losses: {files.expanded(options.workdir) / 'rehearsal.png'}")
             return
         try:
+            if options.decide is not None:
+                _decide(table, options, configs, overrides)
+                return
             lines = reproduce(table, rows, options.workdir, configs, options.option, overrides)
         except InterruptedRunError as stopped:
             print(stopped, flush=True)

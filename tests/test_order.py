@@ -19,7 +19,8 @@ storage
 runs
 fitting inference diagnostics
 attribution
-train evaluate inspect paper_tables reproduce rehearsal export explain grouping early_exit attribute
+train evaluate inspect claims paper_tables rehearsal reproduce decide attribute
+export explain grouping early_exit
 """
 FLOORS = {name: i for i, line in enumerate(ORDER.split("\n")) for name in line.split()}
 

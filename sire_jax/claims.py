@@ -1,0 +1,193 @@
+"""Claims of papers that are decided by adding seeds: intervals that hold however often one looks.
+
+A claim says that one row of a table is better than another, and by how much. Both are trained with
+the same seeds; what is judged are the differences within seeds. After each seed there is an
+interval that holds the true mean difference with a chance of 95%, *at all looks together*, so that
+one may stop as soon as it decides.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+CONFIRMED, SMALLER, REFUTED, OPEN = "confirmed", "smaller", "refuted", "undecided"
+# The deviation of the mixture over standardized effects: differences about as large as what seeds
+# do to them are found soonest.
+_EFFECT = 1.0
+
+
+def half_width(deviation: float, number: int, error: float = 0.05) -> float:
+    """Returns half the width of an interval that holds at all looks together.
+
+    Of ``n`` normal differences with mean m and deviation s, ``t = sqrt(n) (m - mu) / s``, and
+
+        ``E_n(mu) = r^(-1/2) ((1 + t^2 / (n - 1)) / (1 + t^2 / (r (n - 1))))^(n / 2)``,
+
+    ``r = 1 + n c^2``, is a martingale of mean 1 at the true mu: a likelihood ratio that is mixed
+    over effects ``N(0, c^2)`` in units of the deviation (Lai, 1976; Wang and Ramdas, *Anytime-valid
+    t-tests and confidence sequences for Gaussian means with unknown variance*, 2023). It exceeds
+    ``1 / error`` ever with a chance of at most ``error`` (Ville): those mu are out.
+
+    >>> round(half_width(1.0, 10), 3)  # of 10 looked at once: 0.715
+    1.224
+    >>> half_width(1.0, 4)  # of so few it says nothing
+    inf
+
+    Args:
+        deviation: s, with n - 1 in the denominator.
+        number: n, at least 1.
+        error: The chance that the true mean is ever outside, in (0, 1).
+    """
+    if number < 2:
+        return math.inf
+    ratio = 1 + number * _EFFECT**2
+    least = (math.sqrt(ratio) / error) ** (2 / number)
+    if least >= ratio:
+        return math.inf
+    squared = (number - 1) * (least - 1) / (1 - least / ratio)
+    return math.sqrt(squared / number) * deviation
+
+
+def fewest(error: float = 0.05) -> int:
+    """Returns the fewest seeds after which an interval is finite.
+
+    >>> fewest()
+    5
+    """
+    return next(n for n in range(2, 1000) if math.isfinite(half_width(1.0, n, error)))
+
+
+@dataclass(frozen=True)
+class Claim:
+    """That one row of a table is better than another.
+
+    Attributes:
+        row: The better row.
+        than: The other.
+        column: By the figure of this column of the table.
+        by: By how much in the paper, in the column's unit, above 0.
+        lower: Whether less is better, as of errors.
+    """
+
+    row: str
+    than: str
+    column: str
+    by: float
+    lower: bool
+
+    def differences(self, figures: Mapping[str, Sequence[float]]) -> list[float]:
+        """Returns by how much the row is better, for each seed that both have.
+
+        Args:
+            figures: By row that of each seed, in their order.
+        """
+        sign = -1 if self.lower else 1
+        pairs = zip(figures.get(self.row, ()), figures.get(self.than, ()), strict=False)
+        return [sign * (ours - other) for ours, other in pairs]
+
+    def __str__(self) -> str:
+        return f"{self.row} better than {self.than} by {self.by:g} ({self.column})"
+
+
+def read(table: Mapping[str, Any], rows: Sequence[str]) -> list[Claim]:
+    """Reads the claims of a table.
+
+    Args:
+        table: With ``"claims"``: ``[{"row", "better_than", "column", "by"}, …]``.
+        rows: What its rows are called.
+
+    Raises:
+        ValueError: If it has none, or one names a row or a column that is not there, or a
+            difference that is not above 0.
+    """
+    if not table.get("claims"):
+        raise ValueError("The table has no claims to decide; give it some under 'claims'.")
+    made = []
+    for section in table["claims"]:
+        kind = table["columns"].get(section["column"])
+        missing = {section["row"], section["better_than"]}.difference(rows)
+        if kind is None or "metric" not in kind or missing:
+            raise ValueError(
+                f"The claim {section} should name a column of a metric and two rows of the table."
+            )
+        if not 0 < section["by"] < math.inf:
+            raise ValueError(f"The claim {section} has by {section['by']}; it should be above 0.")
+        lower = bool(kind.get("error_percent")) or kind["metric"].endswith("/loss")
+        made.append(
+            Claim(section["row"], section["better_than"], section["column"], section["by"], lower)
+        )
+    return made
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What seeds say of a claim.
+
+    Attributes:
+        claim: The claim.
+        mean: The mean difference, in the claim's direction.
+        low: Where its interval begins.
+        high: Where it ends.
+        seeds: How many seeds were looked at.
+        needed: About how many seeds decide, if the mean and the deviation are what they seem.
+        verdict: ``"confirmed"``: above 0, and as large as the paper's may be; ``"smaller"``: above
+            0 and below the paper's; ``"refuted"``: below the paper's, and maybe 0;
+            ``"undecided"``.
+    """
+
+    claim: Claim
+    mean: float
+    low: float
+    high: float
+    seeds: int
+    needed: int | None
+    verdict: str
+
+    @property
+    def decided(self) -> bool:
+        """Whether there is a verdict."""
+        return self.verdict != OPEN
+
+
+def judge(claim: Claim, differences: Sequence[float], error: float = 0.05) -> Judged:
+    """Judges a claim by the differences of seeds, which may be done after each of them.
+
+    >>> claim = Claim("aux", "bare", "accuracy", by=1.0, lower=False)
+    >>> judge(claim, [1.3, 0.7, 1.1, 0.8, 1.2, 0.9, 1.0]).verdict
+    'confirmed'
+    >>> judge(claim, [0.2, -0.1, 0.1, -0.2, 0.1, -0.1, 0.0]).verdict
+    'refuted'
+
+    Args:
+        claim: The claim.
+        differences: Of each seed, in the claim's direction.
+        error: The chance of a wrong verdict, ever, of a true mean of 0 or of the paper's.
+    """
+    number = len(differences)
+    mean = float(np.mean(differences)) if number else math.nan
+    deviation = float(np.std(differences, ddof=1)) if number > 1 else math.nan
+    half = half_width(deviation, number, error)
+    low, high = mean - half, mean + half
+    verdict = _verdict(low, high, claim.by)
+    needed = None if verdict != OPEN else _needed(claim.by, mean, deviation, error)
+    return Judged(claim, mean, low, high, number, needed, verdict)
+
+
+def _verdict(low: float, high: float, by: float) -> str:
+    if low > 0:
+        return CONFIRMED if high >= by else SMALLER
+    return REFUTED if high < by else OPEN
+
+
+def _needed(by: float, mean: float, deviation: float, error: float) -> int | None:
+    """Returns after how many seeds the interval, were it to shrink around this mean, decides."""
+    if not math.isfinite(deviation):
+        return None
+    for number in range(fewest(error), 10_000):
+        half = half_width(deviation, number, error)
+        if _verdict(mean - half, mean + half, by) != OPEN:
+            return number
+    return None

@@ -1,0 +1,216 @@
+"""Decides the claims of a table by adding seeds: ``python -m sire_jax.reproduce --decide=30 …``."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from sire_jax import claims, configuration, files, paper_tables, registry, rehearsal, text
+from sire_jax.claims import Claim, Judged
+from sire_jax.configuration import experiment
+from sire_jax.reproduce import load_rows, machine, reproduce
+from sire_jax.storage.workdir import check_writable
+
+# Of a rehearsal that tells how long a row takes; the first compiles.
+_STEPS = 4
+# What JSON has no number for: the interval of few seeds.
+_UNKNOWN = {"low": None, "high": None}
+
+
+def cost(
+    table: paper_tables.Table,
+    rows: Sequence[Mapping[str, Any]],
+    configs: Path,
+    option: str = "",
+    overrides: Sequence[str] = (),
+) -> dict[str, float]:
+    """Tells how many hours one seed of each row takes, by some steps of it; nothing is measured.
+
+    Args:
+        table: The table.
+        rows: Its rows.
+        configs: The directory of the configs.
+        option: One of the table's options, or "".
+        overrides: ``--config.a.b=value`` each.
+
+    Raises:
+        ValueError: If a config is wrong; it names the row.
+    """
+    hours = {}
+    for name, config in load_rows(table, rows, configs, option, overrides).items():
+        with registry.located(f"The row '{name}'"):
+            parts = experiment.build(configuration.with_groups(config, dealt=True))
+            # One that can't be rehearsed on this machine says so when it is trained.
+            hours[name] = rehearsal.rehearse(parts, _STEPS).hours() or math.nan
+    return hours
+
+
+def describe_cost(hours: Mapping[str, float], most: int) -> str:
+    """Says what a decision will cost.
+
+    >>> describe_cost({"aux": 0.25, "bare": 0.25}, most=20)
+    'A seed of 2 rows takes about 0.50 h without measurements; decisions take 5 to 20: 2.5 to 10 h.'
+    """
+    total, least = sum(hours.values()), min(claims.fewest(), most)
+    return (
+        f"A seed of {len(hours)} rows takes about {total:.2f} h without measurements; decisions"
+        f" take {least} to {most}: {least * total:.2g} to {most * total:.2g} h."
+    )
+
+
+def decide(
+    table: paper_tables.Table,
+    workdir: str | Path,
+    configs: Path,
+    option: str = "",
+    overrides: Sequence[str] = (),
+    most: int = 30,
+) -> list[Judged]:
+    """Trains the rows of a table's claims, a seed after the other, until all claims are decided.
+
+    Rows of a claim have the same seeds: the same order of examples, and the same initial weights as
+    far as networks share them. Those of which all claims are decided are trained no further. Each
+    seed has a directory of its own, in which what was trained is not trained again: the same
+    command goes on after an interruption, and with a higher ``most`` from where it ended.
+
+    Args:
+        table: The table, with ``"claims"``.
+        workdir: Where the seeds' directories are, and ``claims.json``, ``claims.md`` and
+            ``claims.png``, written after each seed.
+        configs: The directory of the configs.
+        option: One of the table's options.
+        overrides: ``--config.a.b=value`` each, for all rows.
+        most: The bound of the cost: the most seeds.
+
+    Returns:
+        What was found of each claim.
+
+    Raises:
+        ValueError: If the table has no claims, or one does not fit it, ``most`` is below 1, or as
+            ``reproduce`` raises.
+        PermissionError: If the workdir can't be written to.
+    """
+    chosen = claims.read(table, [paper_tables.identity(row) for row in table["rows"]])
+    if most < 1:
+        raise ValueError(f"--decide is {most}; it should be at least 1 seed.")
+    workdir = check_writable(workdir)
+    figures: dict[str, dict[str, list[float]]] = {claim.column: {} for claim in chosen}
+    judged = [claims.judge(claim, []) for claim in chosen]
+    for seed in range(most):
+        undecided = [found.claim for found in judged if not found.decided]
+        if not undecided:
+            break
+        of_seed = [*overrides, f"--config.seed={seed}", "--config.seeds=1"]
+        directory = workdir / f"seed_{seed}"
+        directory.mkdir(exist_ok=True)
+        lines = reproduce(table, rows_of(undecided, table), directory, configs, option, of_seed)
+        _add(figures, lines)
+        judged = [_judge_anew(found, figures) for found in judged]
+        _write(workdir, table, judged, figures, option, overrides)
+        decided = sum(found.decided for found in judged)
+        print(f"Seed {seed}: {decided} of {len(judged)} claims decided.", flush=True)
+    return judged
+
+
+def rows_of(chosen: Sequence[Claim], table: paper_tables.Table) -> list[dict[str, Any]]:
+    """Returns the rows that claims are about, in the table's order."""
+    names = {name for claim in chosen for name in (claim.row, claim.than)}
+    return [row for row in table["rows"] if paper_tables.identity(row) in names]
+
+
+def _add(figures: dict[str, dict[str, list[float]]], lines: Sequence[Mapping[str, Any]]) -> None:
+    """Adds the figures of a seed; one that diverged has none, and is no number."""
+    for line in lines:
+        for column, rows in figures.items():
+            runs = line[column]["runs"]
+            diverged = any(step is not None for step in line.get("diverged", []))
+            value = math.nan if diverged or not runs else float(runs[0])
+            rows.setdefault(line["variant"], []).append(value)
+
+
+def _judge_anew(found: Judged, figures: Mapping[str, Mapping[str, Sequence[float]]]) -> Judged:
+    # The first verdict counts: to look on would be to look for another.
+    if found.decided:
+        return found
+    return claims.judge(found.claim, found.claim.differences(figures[found.claim.column]))
+
+
+def markdown(judged: Sequence[Judged]) -> str:
+    """Writes claims, with the paper's figure, ours and the verdict."""
+    rows = [["claim", "paper", "ours", "95% interval, at all looks", "seeds", "verdict"]]
+    for found in judged:
+        known = math.isfinite(found.low) and math.isfinite(found.high)
+        interval = f"{found.low:+.3g} to {found.high:+.3g}" if known else "none of so few seeds"
+        more = f" (about {found.needed} seeds may decide)" if found.needed else ""
+        rows.append(
+            [
+                f"{found.claim.row} better than {found.claim.than}, {found.claim.column}",
+                f"{found.claim.by:+g}",
+                f"{found.mean:+.3g}",
+                interval,
+                str(found.seeds),
+                found.verdict + more,
+            ]
+        )
+    return text.align(rows)
+
+
+def draw(judged: Sequence[Judged]) -> Figure:
+    """Draws the interval of each claim, beside the paper's figure."""
+    figure = Figure(figsize=(7, 1.2 + 0.5 * len(judged)))
+    axes: Axes = figure.add_subplot()
+    colours = {"confirmed": "#009E73", "smaller": "#E69F00", "refuted": "#D55E00"}
+    for place, found in enumerate(judged):
+        colour = colours.get(found.verdict, "#777777")
+        half = found.high - found.mean
+        error = half if math.isfinite(half) else None
+        axes.errorbar(found.mean, place, xerr=error, marker="o", capsize=3, color=colour)
+        axes.plot(found.claim.by, place, "kD", fillstyle="none")
+        axes.annotate(
+            f"{found.verdict}, {found.seeds} seeds",
+            (found.mean, place),
+            (0, 7),
+            textcoords="offset points",
+            ha="center",
+            fontsize=7,
+            color=colour,
+        )
+    axes.axvline(0, color="black", linewidth=0.8)
+    labels = [f"{found.claim.row}\nbetter than {found.claim.than}" for found in judged]
+    axes.set_yticks(range(len(judged)), labels, fontsize=8)
+    axes.set_ylim(len(judged) - 0.4, -0.6)
+    units = ", ".join(sorted({found.claim.column for found in judged}))
+    axes.set_xlabel(f"better by ({units}); diamond: the paper's")
+    figure.tight_layout()
+    return figure
+
+
+def _write(
+    workdir: Path,
+    table: paper_tables.Table,
+    judged: Sequence[Judged],
+    figures: Mapping[str, Any],
+    option: str,
+    overrides: Sequence[str],
+) -> None:
+    page = f"{table['title']}: claims\n\n{paper_tables.note(overrides)}{markdown(judged)}\n"
+    files.replace(workdir / "claims.md", page)
+    details = {
+        "title": table["title"],
+        "option": option,
+        "overrides": list(overrides),
+        **machine(),
+        "claims": [_details(found) for found in judged],
+        "figures": figures,
+    }
+    files.replace(workdir / "claims.json", json.dumps(details, indent=1) + "\n")
+    draw(judged).savefig(workdir / "claims.png", dpi=130)
+
+
+def _details(found: Judged) -> dict[str, Any]:
+    return asdict(found) | (_UNKNOWN if not math.isfinite(found.high) else {})
