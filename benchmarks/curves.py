@@ -29,6 +29,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import devices
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -161,6 +162,7 @@ def peer(settings: dict[str, Any], ours: Ours, candidate: str, options: argparse
             "batch_size": options.batch_size,
             "steps": options.steps,
             "candidates": [candidate],
+            "device": options.device,
             "trunk": TRUNK,
         },
         sys.executable,
@@ -240,6 +242,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--curves", nargs="+", choices=list(CURVES), default=list(CURVES))
     parser.add_argument("--points", type=int, help="only so many of each, from the first")
+    devices.add_option(parser)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3, help="of a round")
@@ -255,6 +258,7 @@ def main() -> None:
     if options.worker:
         print(json.dumps(point("devices", options.worker, options)))
         return
+    options.device = devices.choose(options.device).platform
     results: dict[str, dict[str, dict[str, list[float]]]] = {}
     for curve in options.curves:
         results[curve] = {}

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import devices
 import jax
 import numpy as np
 import torch
@@ -50,12 +51,12 @@ class Branches(nn.Module):
 
 def torch_run(splits: dict[str, tuple[torch.Tensor, ...]], epochs: int, evaluation: bool) -> float:
     """Trains one PyTorch network; returns its test accuracy."""
-    network = Branches()
-    optimizer = torch.optim.Adam(network.parameters())
     image, digits, label = splits["train"]
+    network = Branches().to(image.device)
+    optimizer = torch.optim.Adam(network.parameters())
     for epoch in range(epochs):
         network.train()
-        for chosen in torch.randperm(len(image)).split(100):
+        for chosen in torch.randperm(len(image), device=image.device).split(100):
             logit, digit_logits = network(image[chosen])
             main = nn.functional.binary_cross_entropy_with_logits(logit, label[chosen])
             # A sum over the two digits, as in the report.
@@ -85,21 +86,23 @@ def torch_measure(
     )
 
 
-def time_torch(dataset: sources.Dataset, seeds: int, epochs: int, evaluation: bool) -> Any:
+def time_torch(dataset: sources.Dataset, options: argparse.Namespace) -> Any:
     """Times PyTorch; returns seconds and test accuracies."""
     task = Pairs(downscale=2)
     arrays = {"train": task.prepare(dataset.train), "test": task.prepare(dataset.test)}
     started = time.perf_counter()
     accuracies = []
-    for seed in range(seeds):
+    device, evaluation = torch.device(options.device), not options.no_evaluation
+    for seed in range(options.seeds):
         torch.manual_seed(seed)
         draw = task.draw(dataset, seed)._asdict()
         splits = {}
         for split, source in arrays.items():
             image = torch.from_numpy(source["image"][draw[split]][..., 0] / 255)
             digits = torch.from_numpy(source["label"][draw[split]]).long()
-            splits[split] = (image, digits, (digits[:, 0] <= digits[:, 1]).float())
-        accuracies.append(torch_run(splits, epochs, evaluation))
+            label = (digits[:, 0] <= digits[:, 1]).float()
+            splits[split] = tuple(array.to(device) for array in (image, digits, label))
+        accuracies.append(torch_run(splits, options.epochs, evaluation))
     return time.perf_counter() - started, accuracies
 
 
@@ -122,6 +125,7 @@ def time_ours(options: argparse.Namespace) -> Any:
 def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__)
+    devices.add_option(parser)
     parser.add_argument("--data-dir", default="~/tensorflow_datasets")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--epochs", type=int, default=70)
@@ -129,16 +133,16 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1, help="rounds; the fastest counts")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     options = parser.parse_args()
+    options.device = devices.choose(options.device).platform
     config = configuration.load(f"{configuration.repository_configs()}/pairs.py:aux_10")
     dataset = sources.load("tfds:mnist", options.data_dir, config.data.cache)
     rounds = []
     for _ in range(options.repeats):
         jax.clear_caches()
-        evaluation = not options.no_evaluation
         rounds.append(
             {
                 "sire_jax": time_ours(options),
-                "PyTorch eager": time_torch(dataset, options.seeds, options.epochs, evaluation),
+                "PyTorch eager": time_torch(dataset, options),
             }
         )
     report(rounds, options)

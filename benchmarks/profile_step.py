@@ -18,6 +18,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import devices
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -141,11 +142,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), metavar="CONFIG:VARIANT")
+    devices.add_option(parser)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--json", type=Path, help="where to write the figures")
     options = parser.parse_args()
+    devices.choose(options.device)
     results = {path: measure(path, options) for path in options.networks}
     print(report(results))
     if options.json:

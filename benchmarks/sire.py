@@ -21,23 +21,15 @@ Prints tables and writes JSON.
 """
 
 import argparse
-import contextlib
-import ctypes
-import gc
 import json
-import math
-import os
-import platform
-import subprocess
-import sys
-import textwrap
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import devices
 import flax
 import jax
 import jax.numpy as jnp
@@ -47,12 +39,22 @@ import torch
 from ml_collections import ConfigDict
 from torch import nn
 from torch.nn import functional
+from workers import (
+    Training,
+    Worker,
+    contest,
+    machine,
+    mebibytes,
+    number,
+    planned_bytes,
+    ratio,
+    work,
+)
 
 from sire_jax import configuration, traced
 from sire_jax.configuration import experiment
 from sire_jax.inspect import inspect
 from sire_jax.layers import onednn
-from sire_jax.layers.onednn.library import SWITCH
 from sire_jax.metrics import Average
 from sire_jax.runs import parallel
 from sire_jax.text import align
@@ -63,6 +65,7 @@ NETWORKS = {"base": "cnn_base", "sire": "cnn,linear"}
 PARAMETERS = {"base": 7_939_492, "sire": 14_072_944}
 CLASSES = 100
 WIDTHS = (64, 128, 256, 512)
+HIDDEN = (1024, 1024)
 DECODER_WEIGHT = 0.2
 # Small: there is nothing to learn, and the losses should stay finite. A step costs the same.
 LEARNING_RATE = 1e-3
@@ -98,21 +101,6 @@ class Contender:
     def title(self) -> str:
         """What tables call it."""
         return ENGINES[self.engine][0] + ", remat" * self.remat
-
-
-@dataclass(frozen=True)
-class Training:
-    """A contender, compiled and warmed up.
-
-    Attributes:
-        take: Takes so many steps and returns their mean loss.
-        parameters: Number of parameters.
-        plan: Bytes that the compiled program needs, if known.
-    """
-
-    take: Callable[[int], float]
-    parameters: int
-    plan: int | None = None
 
 
 def random_images(contender: Contender) -> tuple[np.ndarray, np.ndarray]:
@@ -169,15 +157,6 @@ def prepare_ours(contender: Contender) -> Training:
     return Training(take, traced.size(parts.variables["params"]), planned_bytes(program))
 
 
-def planned_bytes(program: Any) -> int | None:
-    """Returns the bytes of a compiled program's arguments, results and intermediate arrays."""
-    plan = program.memory_analysis()
-    if plan is None:
-        return None
-    results = plan.output_size_in_bytes - plan.alias_size_in_bytes
-    return plan.argument_size_in_bytes + results + plan.temp_size_in_bytes
-
-
 # ---- PyTorch.
 
 
@@ -229,9 +208,11 @@ class MirroredStage(nn.Module):
 class SireCNN(nn.Module):
     """The base CNN, or SIRe-CNN, written as their PyTorch users would."""
 
-    def __init__(self, sire: bool) -> None:
+    def __init__(
+        self, sire: bool, widths: Sequence[int] = WIDTHS, hidden: Sequence[int] = HIDDEN
+    ) -> None:
         super().__init__()
-        sizes = list(zip((3, *WIDTHS[:-1]), WIDTHS, strict=True))
+        sizes = list(zip((3, *widths[:-1]), widths, strict=True))
         self.stages = nn.ModuleList(Stage(*size, residual=sire) for size in sizes)
         self.decoders = nn.ModuleList(
             nn.ModuleList(
@@ -241,8 +222,8 @@ class SireCNN(nn.Module):
             for depth in range(1, len(sizes) + 1 if sire else 1)
         )
         self.classifier = nn.Sequential(
-            *(nn.Flatten(), nn.Linear(2048, 1024), nn.ReLU(), nn.Dropout(0.5)),
-            *(nn.Linear(1024, 1024), nn.ReLU(), nn.Dropout(0.5), nn.Linear(1024, CLASSES)),
+            *(nn.Flatten(), nn.Linear(4 * widths[-1], hidden[0]), nn.ReLU(), nn.Dropout(0.5)),
+            *(nn.Linear(*hidden), nn.ReLU(), nn.Dropout(0.5), nn.Linear(hidden[1], CLASSES)),
         )
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -273,14 +254,45 @@ def total_loss(network: nn.Module, pixels: torch.Tensor, labels: torch.Tensor) -
     return loss
 
 
+def take_steps(
+    loss_of: Callable[..., torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    batches: Iterable[Sequence[Any]],
+    device: str,
+    dtype: str,
+) -> float:
+    """Takes a step of PyTorch's with each batch, and waits for the last.
+
+    Args:
+        loss_of: The loss of a batch.
+        optimizer: The optimizer.
+        batches: Arguments of ``loss_of`` for each step.
+        device: ``"cpu"`` or ``"cuda"``.
+        dtype: ``"float32"`` or ``"bfloat16"``, in which ``torch.autocast`` then computes.
+
+    Returns:
+        The mean loss.
+    """
+    losses = []
+    for batch in batches:
+        # Where CUDA's graphs are replayed: what the last step returned is no longer read.
+        torch.compiler.cudagraph_mark_step_begin()
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
+            loss = loss_of(*batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        # A copy: a replayed graph writes its results over those before.
+        losses.append(loss.detach().clone())
+    return torch.stack(losses).mean().item()
+
+
 def prepare_torch(contender: Contender) -> Training:
     """Makes the PyTorch network and its step, compiled if the contender is."""
     torch.manual_seed(0)
     device = torch.device(contender.device)
     if contender.device == "cuda":
-        # As XLA by default: the fastest algorithms, products of float32 in TF32.
-        torch.backends.cudnn.benchmark = True
-        torch.set_float32_matmul_precision("high")
+        devices.as_xla()
     network = SireCNN(contender.network == "sire")
     network = network.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
@@ -295,25 +307,18 @@ def prepare_torch(contender: Contender) -> Training:
     pixels = pixels.permute(0, 3, 1, 2)
     labels = labels.long()
     objective = torch.compile(total_loss) if contender.engine == "compiled" else total_loss
-    narrow = contender.dtype == "bfloat16"
 
     def take(count: int) -> float:
-        total = torch.zeros((), device=device)
         order = torch.randperm(len(pixels), device=device).split(contender.batch_size)
-        for chosen in order[:count]:
-            with torch.autocast(contender.device, torch.bfloat16, enabled=narrow):
-                loss = objective(network, pixels[chosen], labels[chosen])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            total += loss.detach()
-        return total.item() / count
+        batches = ((pixels[chosen], labels[chosen]) for chosen in order[:count])
+        return take_steps(
+            partial(objective, network), optimizer, batches, contender.device, contender.dtype
+        )
 
     take(WARM_UP)
     return Training(take, sum(parameter.numel() for parameter in network.parameters()))
 
 
-OURS = ("ours", "plain")
 ENGINES: dict[str, tuple[str, Callable[[Contender], Training]]] = {
     "ours": ("sire_jax", prepare_ours),
     "plain": ("sire_jax, without oneDNN", prepare_ours),
@@ -322,141 +327,7 @@ ENGINES: dict[str, tuple[str, Callable[[Contender], Training]]] = {
 }
 
 
-# ---- A contender's process.
-
-
-class Memory:
-    """Measures the peak memory of this process, or of its GPU.
-
-    Not by ``getrusage``, whose peak holds what the parent process had and can't be reset.
-    """
-
-    def __init__(self, contender: Contender) -> None:
-        self._contender = contender
-        self._before = _status("VmRSS")
-
-    def reset(self) -> None:
-        """Forgets the peak so far."""
-        if self._contender.device == "cpu":
-            gc.collect()
-            with contextlib.suppress(OSError, AttributeError):
-                ctypes.CDLL(None).malloc_trim(0)
-                Path("/proc/self/clear_refs").write_text("5")
-        elif self._contender.engine not in OURS:
-            torch.cuda.reset_peak_memory_stats()
-
-    def peak(self) -> int | None:
-        """Returns the peak in bytes, if the system tells."""
-        if self._contender.device == "cpu":
-            peak = _status("VmHWM")
-            return None if peak is None or self._before is None else peak - self._before
-        if self._contender.engine in OURS:
-            return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-        return torch.cuda.max_memory_allocated()
-
-
-def _status(key: str) -> int | None:
-    """Reads a size of this process in bytes, where the system has ``/proc``."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return None
-    sizes = dict(line.split(":", 1) for line in status.read_text().splitlines())
-    return int(sizes[key].split()[0]) * 1024
-
-
-def answers(contender: Contender) -> Iterator[dict[str, Any]]:
-    """Prepares a contender, and runs a round for each line of standard input."""
-    memory = Memory(contender)
-    training = ENGINES[contender.engine][1](contender)
-    memory.reset()
-    yield {"parameters": training.parameters, "plan": training.plan}
-    for _ in sys.stdin:
-        started = time.perf_counter()
-        loss = training.take(contender.steps)
-        seconds = time.perf_counter() - started
-        if not math.isfinite(loss):
-            raise ValueError(f"the loss is {loss}")
-        yield {"seconds": seconds / contender.steps, "loss": loss, "memory": memory.peak()}
-
-
-def work(contender: Contender) -> None:
-    """Writes the answers to standard output, a line of JSON each."""
-    output = os.fdopen(os.dup(1), "w")
-    # What libraries print should not be among the answers.
-    os.dup2(2, 1)
-
-    def say(answer: dict[str, Any]) -> None:
-        print(json.dumps(answer), file=output, flush=True)
-
-    try:
-        for answer in answers(contender):
-            say(answer)
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        say({"error": textwrap.shorten(reason, 80, placeholder=" …")})
-
-
 # ---- The contest.
-
-
-class Worker:
-    """A contender in a process of its own, and what it measured.
-
-    Attributes:
-        contender: The contender.
-        ready: What it said before the first round.
-        rounds: What it said after each round.
-        error: Why it did not run, if it did not.
-    """
-
-    def __init__(self, contender: Contender) -> None:
-        self.contender = contender
-        self.rounds: list[dict[str, Any]] = []
-        self.error = ""
-        environment = {
-            **os.environ,
-            "JAX_PLATFORMS": contender.device,
-            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # the GPU is shared
-        }
-        if contender.engine == "plain":
-            environment[SWITCH] = "0"
-        self._process = subprocess.Popen(
-            [sys.executable, __file__, "--worker", json.dumps(asdict(contender))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        self.ready = self._answer()
-
-    def _answer(self) -> dict[str, Any]:
-        line = self._process.stdout.readline()
-        ended = "" if line else f"its process ended with status {self._process.wait()}"
-        answer = json.loads(line) if line else {"error": ended}
-        self.error = answer.get("error", "")
-        return answer
-
-    def run_round(self) -> None:
-        """Runs a round, if nothing failed before."""
-        if self.error:
-            return
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write("\n")
-            self._process.stdin.flush()
-        answer = self._answer()
-        if not self.error:
-            self.rounds.append(answer)
-
-    def close(self) -> None:
-        """Ends the process."""
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
-        self._process.wait()
-
-    @property
-    def seconds(self) -> list[float]:
-        """Seconds of a step in each round."""
-        return [round_["seconds"] for round_ in self.rounds]
 
 
 def choose(options: argparse.Namespace) -> list[Contender]:
@@ -478,27 +349,6 @@ def choose(options: argparse.Namespace) -> list[Contender]:
     return list(dict.fromkeys(chosen))
 
 
-def contest(
-    contenders: Sequence[Contender], rounds: int, note: Callable[[list[Worker]], None]
-) -> list[Worker]:
-    """Prepares the contenders one after another, then runs the rounds, and notes each."""
-    workers: list[Worker] = []
-    try:
-        for contender in contenders:
-            print(f"Preparing {contender.network}: {contender.title} …", file=sys.stderr)
-            workers.append(Worker(contender))
-            check_parameters(workers[-1])
-        for i in range(rounds):
-            print(f"Round {i + 1} of {rounds} …", file=sys.stderr)
-            for worker in workers:
-                worker.run_round()
-            note(workers)
-    finally:
-        for worker in workers:
-            worker.close()
-    return workers
-
-
 def check_parameters(worker: Worker) -> None:
     """Checks that a contender trains the network that it should."""
     network, parameters = worker.contender.network, worker.ready.get("parameters")
@@ -517,26 +367,9 @@ def count_multiply_adds(networks: Sequence[str]) -> dict[str, int]:
 # ---- The report.
 
 
-def ratio(worker: Worker, other: Worker | None) -> float | None:
-    """Returns the median over rounds of how many times the other's time a contender takes."""
-    if other is None or worker.error or other.error:
-        return None
-    return median(a / b for a, b in zip(worker.seconds, other.seconds, strict=False))
-
-
 def find(workers: Sequence[Worker], contender: Contender) -> Worker | None:
     """Returns the worker of a contender, if it took part."""
     return next((worker for worker in workers if worker.contender == contender), None)
-
-
-def number(value: float | None, digits: int = 2) -> str:
-    """Writes a number, or a dash where there is none."""
-    return "-" if value is None else f"{value:,.{digits}f}"
-
-
-def mebibytes(size: int | None) -> str:
-    """Writes a size in MiB."""
-    return number(None if size is None else size / 2**20, 0)
 
 
 def times_table(workers: Sequence[Worker], multiply_adds: dict[str, int]) -> str:
@@ -593,20 +426,6 @@ def decoders_table(workers: Sequence[Worker], multiply_adds: dict[str, int]) -> 
     return align(rows)
 
 
-def machine() -> str:
-    """Describes the processor, and the GPU if there is one."""
-    described = platform.processor() or platform.machine()
-    processors = Path("/proc/cpuinfo")
-    if processors.exists():
-        lines = processors.read_text().splitlines()
-        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-        described = names[0] if names else described
-    described = f"{described}, {os.cpu_count()} cores"
-    if torch.cuda.is_available():
-        described += f", {torch.cuda.get_device_name()}"
-    return described
-
-
 def figures(
     workers: Sequence[Worker], multiply_adds: dict[str, int], options: argparse.Namespace
 ) -> dict[str, Any]:
@@ -619,15 +438,7 @@ def figures(
         "threads": torch.get_num_threads(),
         "options": {key: str(value) for key, value in vars(options).items() if key != "worker"},
         "multiply_adds": multiply_adds,
-        "results": [
-            {
-                **asdict(worker.contender),
-                **worker.ready,
-                "rounds": worker.rounds,
-                "error": worker.error,
-            }
-            for worker in workers
-        ],
+        "results": [worker.record() for worker in workers],
     }
 
 
@@ -656,8 +467,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--networks", type=names(list(NETWORKS)), default=list(NETWORKS))
     parser.add_argument("--contenders", type=names(list(ENGINES)), default=list(ENGINES))
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
+    devices.add_option(parser)
     parser.add_argument("--batch-size", type=positive, help="default: 32 on a CPU, 128 on a GPU")
     parser.add_argument("--rounds", type=positive, default=3)
     parser.add_argument("--steps", type=positive, default=20, help="of a round")
@@ -666,17 +476,18 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, help="where to write the figures")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    options.batch_size = options.batch_size or (32 if options.device == "cpu" else 128)
-    return options
+    return parser.parse_args(arguments)
 
 
 def main() -> None:
     """Runs the benchmark."""
     options = parse()
     if options.worker:
-        work(Contender(**json.loads(options.worker)))
+        contender = Contender(**json.loads(options.worker))
+        work(contender, ENGINES[contender.engine][1])
         return
+    options.device = devices.choose(options.device).platform
+    options.batch_size = options.batch_size or (32 if options.device == "cpu" else 128)
     # This process measures nothing: it leaves the GPU alone.
     jax.config.update("jax_platforms", "cpu")
     multiply_adds = count_multiply_adds(options.networks)
@@ -686,7 +497,7 @@ def main() -> None:
             results = figures(workers, multiply_adds, options)
             options.json.write_text(json.dumps(results, indent=1) + "\n")
 
-    workers = contest(choose(options), options.rounds, note)
+    workers = contest(choose(options), options.rounds, __file__, check_parameters, note)
     print("\n" + times_table(workers, multiply_adds))
     if set(options.networks) == set(NETWORKS):
         print("\n" + decoders_table(workers, multiply_adds))

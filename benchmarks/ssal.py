@@ -36,14 +36,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import devices
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
-from sire import Contender, Memory, machine, mebibytes, planned_bytes
 from updates import contest, random_data, say
 from updates_report import figures, ratios, spread
+from workers import Memory, machine, mebibytes, planned_bytes
 
 from sire_jax import configuration, traced
 from sire_jax.configuration import experiment
@@ -145,8 +146,7 @@ class Programs:
 def serve(connection: Connection, variant: str, options: argparse.Namespace) -> None:
     """Prepares a contender, and answers with the seconds of a step or batch, or its memory."""
     device = "cpu" if jax.default_backend() == "cpu" else "cuda"
-    batch, steps = options.batch_size, options.steps
-    memory = Memory(Contender(variant, "ours", "float32", device, batch, steps))
+    memory = Memory(device)
     programs = Programs(variant, options)
     memory.reset()
     connection.send((programs.facts, programs.main))
@@ -157,7 +157,7 @@ def serve(connection: Connection, variant: str, options: argparse.Namespace) -> 
                 continue
             started = time.perf_counter()
             programs.runs[name]()
-            connection.send((time.perf_counter() - started) / steps)
+            connection.send((time.perf_counter() - started) / options.steps)
 
 
 class Worker:
@@ -288,6 +288,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--small", action="store_true", help="a quarter of all widths")
+    devices.add_option(parser)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2, help="of a round")
@@ -298,9 +299,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Runs the benchmark."""
     options = parse()
+    options.device = devices.choose(options.device).platform
     # This process measures nothing: it leaves the GPU alone, which its workers share.
     jax.config.update("jax_platforms", "cpu")
-    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     measured = {}
     for network in options.networks:
         measured[network] = measure(network, options)

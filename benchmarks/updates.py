@@ -35,6 +35,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import devices
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -269,6 +270,7 @@ def peer_settings(variant: str, options: argparse.Namespace) -> dict[str, Any]:
         "batch_size": options.batch_size,
         "steps": options.steps,
         "candidates": options.peers,
+        "device": options.device,
         "trunk": TRUNK,
     }
 
@@ -387,6 +389,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     peers = (*PEERS, "compiled")
     parser.add_argument("--peers", choices=peers, default=list(PEERS), **several)
     parser.add_argument("--peer-python", default=sys.executable, help="the one with torchjd")
+    devices.add_option(parser)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=4, help="of a round")
@@ -397,6 +400,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Runs the benchmark."""
     options = parse()
+    options.device = devices.choose(options.device).platform
     trunk = inspect(load_config(TRUNK, Candidate("joint"), 1))["parameters"]
     if trunk != TRUNK_PARAMETERS:
         raise ValueError(f"{TRUNK} has {trunk:,} parameters, not {TRUNK_PARAMETERS:,}.")

@@ -12,7 +12,7 @@ of standard input, the name of a candidate, a round of its steps runs.
 * ``backward``: TorchJD's Jacobian of all losses to all parameters, aggregated with UPGrad.
 * ``compiled``: ``joint`` with ``torch.compile``.
 
-Eager but for the last, ``channels_last``, fused optimizer, on the GPU where there is one: there
+Eager but for the last, ``channels_last``, fused optimizer, on the device of ours: on a GPU
 with the fastest algorithms, and products of float32 in TF32, as XLA has them. TorchJD takes the
 losses one after another (``parallel_chunk_size=1``): its ``vmap`` over them takes longer on a CPU.
 """
@@ -117,7 +117,7 @@ class Contest:
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.settings, self.weights = settings, settings["weights"]
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = torch.device("cuda" if settings["device"] == "cuda" else "cpu")
         generator = torch.Generator().manual_seed(0)
         count = settings["batch_size"] * settings["steps"]
         pixels = torch.randint(0, 256, (count, 3, 32, 32), generator=generator).byte()
@@ -278,10 +278,12 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     # What libraries print should not be among the answers.
     os.dup2(2, 1)
-    if torch.cuda.is_available():
+    settings = json.loads(sys.argv[1])
+    if settings["device"] == "cuda" and not torch.cuda.is_available():
+        sys.exit("Error: PyTorch finds no GPU for --device=cuda; install PyTorch for it.")
+    if settings["device"] == "cuda":
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
-    settings = json.loads(sys.argv[1])
     contest, takes, errors = Contest(settings), {}, {}
     torch.backends.cudnn.allow_tf32 = False
     contest.check()
@@ -299,7 +301,7 @@ def main() -> None:
         settings["trunk"]: count(AuxNet(int(settings["trunk"].split("-")[1]), [], 10)),
         "versions": {"torch": torch.__version__},
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": torch.cuda.get_device_name() if settings["device"] == "cuda" else "cpu",
         "ready": list(takes),
         "errors": errors,
     }
