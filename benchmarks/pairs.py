@@ -5,14 +5,19 @@
 and batch norm, and measure losses and accuracies of the training and test pairs after every epoch
 (with ``--no-evaluation`` after the last). Both start from decoded images in memory. Ours is timed
 from the config to the last measurement, compilation included; PyTorch from the first network to the
-last measurement. Prints a table and writes JSON.
+last measurement. With ``--at-once=2`` two networks are trained at a time, each on cores of its own:
+by two devices that share the runs, and by two processes with half of the threads, which have been
+started before. Prints a table and writes JSON.
 """
 
 import argparse
+import functools
 import json
+import multiprocessing
 import platform
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,14 +91,13 @@ def torch_measure(
     )
 
 
-def time_torch(dataset: sources.Dataset, options: argparse.Namespace) -> Any:
-    """Times PyTorch; returns seconds and test accuracies."""
-    task = Pairs(downscale=2)
+def torch_runs(options: argparse.Namespace, seeds: Sequence[int]) -> list[float]:
+    """Trains networks one after the other in PyTorch; returns test accuracies."""
+    task, dataset = Pairs(downscale=2), _dataset(options.data_dir)
     arrays = {"train": task.prepare(dataset.train), "test": task.prepare(dataset.test)}
-    started = time.perf_counter()
     accuracies = []
     device, evaluation = torch.device(options.device), not options.no_evaluation
-    for seed in range(options.seeds):
+    for seed in seeds:
         torch.manual_seed(seed)
         draw = task.draw(dataset, seed)._asdict()
         splits = {}
@@ -103,7 +107,37 @@ def time_torch(dataset: sources.Dataset, options: argparse.Namespace) -> Any:
             label = (digits[:, 0] <= digits[:, 1]).float()
             splits[split] = tuple(array.to(device) for array in (image, digits, label))
         accuracies.append(torch_run(splits, options.epochs, evaluation))
-    return time.perf_counter() - started, accuracies
+    return accuracies
+
+
+@functools.cache
+def _dataset(data_dir: str) -> sources.Dataset[sources.Source]:
+    config = configuration.load(f"{configuration.repository_configs()}/pairs.py:aux_10")
+    return sources.load("tfds:mnist", data_dir, config.data.cache)
+
+
+def _begin(threads: int, data_dir: str) -> None:
+    """Begins a process that trains in PyTorch."""
+    torch.set_num_threads(threads)
+    _dataset(data_dir)
+
+
+def time_torch(options: argparse.Namespace) -> Any:
+    """Times PyTorch; returns seconds and test accuracies."""
+    if options.at_once == 1:
+        _dataset(options.data_dir)
+        started = time.perf_counter()
+        accuracies = torch_runs(options, range(options.seeds))
+        return time.perf_counter() - started, accuracies
+    threads = max(1, torch.get_num_threads() // options.at_once)
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(options.at_once, _begin, (threads, options.data_dir)) as pool:
+        # Until all have begun.
+        pool.map(time.sleep, [1.0] * options.at_once, chunksize=1)
+        started = time.perf_counter()
+        shares = [range(i, options.seeds, options.at_once) for i in range(options.at_once)]
+        found = pool.map(functools.partial(torch_runs, options), shares, chunksize=1)
+        return time.perf_counter() - started, [each for share in found for each in share]
 
 
 def time_ours(options: argparse.Namespace) -> Any:
@@ -113,7 +147,11 @@ def time_ours(options: argparse.Namespace) -> Any:
         "seeds": options.seeds,
         "epochs": options.epochs,
         "evaluate_every": int(not options.no_evaluation),
+        # Compilation counts.
+        "compilation_cache": "",
     }
+    if options.at_once > 1:
+        overrides |= {"devices": options.at_once, "devices_share": "runs"}
     settings = [f"--config.{key}={value}" for key, value in overrides.items()]
     started = time.perf_counter()
     config = configuration.load(f"{configuration.repository_configs()}/pairs.py:aux_10", settings)
@@ -131,18 +169,18 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=70)
     parser.add_argument("--no-evaluation", action="store_true", help="measure only at the end")
     parser.add_argument("--repeats", type=int, default=1, help="rounds; the fastest counts")
+    parser.add_argument("--at-once", type=int, default=1, help="networks trained at a time")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     options = parser.parse_args()
     options.device = devices.choose(options.device).platform
-    config = configuration.load(f"{configuration.repository_configs()}/pairs.py:aux_10")
-    dataset = sources.load("tfds:mnist", options.data_dir, config.data.cache)
+    _dataset(options.data_dir)
     rounds = []
     for _ in range(options.repeats):
         jax.clear_caches()
         rounds.append(
             {
                 "sire_jax": time_ours(options),
-                "PyTorch eager": time_torch(dataset, options),
+                "PyTorch eager": time_torch(options),
             }
         )
     report(rounds, options)

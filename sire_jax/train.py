@@ -62,6 +62,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
         InterruptedRunError: If a signal asked to stop; the state has been saved.
         BlockingIOError: If another program trains in the workdir.
     """
+    distributed.make_devices(config.devices)
     distributed.check_same(distributed.identity(config))
     with distributed.together("reading the config"):
         config = configuration.with_groups(config)

@@ -17,7 +17,7 @@ def default() -> ConfigDict:
             "seeds": 1,
             "seeds_at_once": 0,  # vectorized together; 0: all on an accelerator, 1 on a CPU
             "parallel": "jit",  # over a mesh of devices; or "pmap"
-            "devices": 0,  # of all processes together; 0: all
+            "devices": 0,  # of all processes together, made of a CPU's cores; 0: all
             "devices_share": "batch",  # that of each run; or the "runs", whose batches stay whole
             "batch_norm": "batch",  # statistics over the whole batch; or each "device", with pmap
             "epochs": 1,

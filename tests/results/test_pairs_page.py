@@ -4,6 +4,8 @@ import numpy as np
 import pages
 import pytest
 
+from sire_jax.claims import Claim, judge
+
 
 def test_figures_between_the_lines_of_pairs_are_of_its_tables():
     rows = {row["variant"]: row for row in pages.recorded("pairs_choices.json")["rows"]}
@@ -35,14 +37,36 @@ def test_the_residual_runs_one_by_one_are_what_was_recorded():
 
 def test_speed_of_pairs_beside_pytorch_is_what_was_measured():
     (table,) = pages.tables("pairs.md", "Speed beside PyTorch")
-    for (_, *cells), name in zip(table[2:], ("", "_no_evaluation"), strict=True):
+    seconds = {}
+    for (_, *cells), name in zip(table[2:], ("", "_at_once", "_no_evaluation"), strict=True):
         (found,) = pages.recorded(f"benchmark_pairs{name}.json")["rounds"]
         (ours, accuracies), (theirs, others) = found["sire_jax"], found["PyTorch eager"]
+        seconds[name] = ours, theirs
         assert cells == [f"{ours:.1f}", f"{theirs:.1f}", f"{ours / theirs:.2f}"]
         both = [f"{np.mean(x):.3f} ± {np.std(x, ddof=1):.3f}" for x in (accuracies, others)]
-        assert "Test accuracies of the two agree ({} and {})".format(*both) in pages.prose(
-            "pairs.md"
-        )
+        if name != "_at_once":
+            assert "Test accuracies of the two agree ({} and {})".format(*both) in pages.prose(
+                "pairs.md"
+            )
+    ratio = seconds["_at_once"][0] / seconds[""][1]
+    assert f"take {ratio:.2f} of the time that PyTorch takes one after" in pages.prose("pairs.md")
+
+
+def test_claims_of_pairs_are_what_was_decided():
+    shown = pages.tables("pairs.md", "Claims, decided")
+    for rows, name in zip(shown, ("pairs_1", "pairs_1-as_released"), strict=True):
+        claims = pages.recorded(f"{name}-claims.json")
+        assert len(rows) == 2 + len(claims["claims"])
+        for (_, paper, ours, interval, seeds, verdict), found in zip(
+            rows[2:], claims["claims"], strict=True
+        ):
+            assert (paper, ours) == (f"{found['claim']['by']:+g}", f"{found['mean']:+.3g}")
+            assert interval == f"{found['low']:+.3g} to {found['high']:+.3g}"
+            assert (seeds, verdict) == (str(found["seeds"]), found["verdict"])
+            # From the figures of each seed, which are kept, too.
+            claim = Claim(**found["claim"])
+            figures = {k: v[: found["seeds"]] for k, v in claims["figures"][claim.column].items()}
+            assert judge(claim, claim.differences(figures)).verdict == verdict
 
 
 def _by_name(name):
