@@ -4,6 +4,7 @@ import numpy as np
 import pages
 import pytest
 
+from sire_jax.attribution import plan
 from sire_jax.claims import Claim, judge
 
 
@@ -67,6 +68,13 @@ def test_claims_of_pairs_are_what_was_decided():
             claim = Claim(**found["claim"])
             figures = {k: v[: found["seeds"]] for k, v in claims["figures"][claim.column].items()}
             assert judge(claim, claim.differences(figures)).verdict == verdict
+
+
+def test_the_worth_of_the_digits_is_what_was_measured():
+    stored = pages.recorded("pairs_worth.json")
+    measured = {int(seed): values for seed, values in stored["measured"].items()}
+    found = plan.collect(stored["metric"], stored["objectives"], 0, measured)
+    assert str(found) in (pages.RESULTS / "pairs.md").read_text()
 
 
 def _by_name(name):

@@ -295,6 +295,25 @@ def test_convolutions_beside_pytorch_are_what_was_measured():
     assert re.findall(r"[\d.]+", total) == [f"{each:.1f}" for each in sums]
 
 
+def test_what_lies_between_convolutions_is_what_was_measured():
+    recorded = pages.recorded("benchmark_between.json")
+    text = (pages.RESULTS / "sire.md").read_text()
+    for operation in {each["operation"] for each in recorded}:
+        own = [each for each in recorded if each["operation"] == operation]
+        cells = " | ".join(f"{each['ours']:.2f} / {each['torch']:.2f}" for each in own)
+        assert f"| {operation} | {cells} |" in text
+    ratio = {
+        (each["operation"], each["side"], each["channels"]): each["ours"] / each["torch"]
+        for each in recorded
+    }
+    widest = [v for (name, *size), v in ratio.items() if "norm" in name and size == [32, 64]]
+    assert "widest layers it takes {:.2f} to {:.2f} of".format(*sorted(widest)) in " ".join(
+        text.split()
+    )
+    pooled = max(value for (name, *_), value in ratio.items() if "pool" in name)
+    assert f"takes up to {pooled:.1f} times as long as PyTorch's" in " ".join(text.split())
+
+
 def test_sizes_of_sire_are_what_was_counted():
     counted = pages.recorded("sizes.json")
     for table, name in zip(pages.tables("sire.md", "Sizes"), ("sire_3", "sire_4"), strict=True):
