@@ -100,24 +100,24 @@ def _read(path: Path, settings: dict[str, Any]) -> Measured:
     return measured
 
 
-def draw(found: Attribution) -> Figure:
+def draw(attribution: Attribution) -> Figure:
     """Draws what each objective is worth, with its 95% interval over the seeds."""
-    figure = Figure(figsize=(6.5, 1.2 + 0.35 * (len(found.worth) + len(found.pairs))))
+    figure = Figure(figsize=(6.5, 1.2 + 0.35 * (len(attribution.worth) + len(attribution.pairs))))
     axes: Axes = figure.add_subplot()
-    labels = [*found.worth, *(pair.replace("+", " and ") for pair in found.pairs)]
-    samples = [*found.worth.values(), *found.pairs.values()]
+    labels = [*attribution.worth, *(pair.replace("+", " and ") for pair in attribution.pairs)]
+    samples = [*attribution.worth.values(), *attribution.pairs.values()]
     for place, values in enumerate(samples):
         interval = Interval.of(values)
         known = math.isfinite(interval.low)
         error = [[interval.mean - interval.low], [interval.high - interval.mean]] if known else None
-        colour = "#0072B2" if place < len(found.worth) else "#999999"
+        colour = "#0072B2" if place < len(attribution.worth) else "#999999"
         axes.errorbar(interval.mean, place, xerr=error, marker="o", capsize=3, color=colour)
         axes.plot(values, [place] * len(values), "|", color=colour, alpha=0.5)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(labels)), labels)
     axes.invert_yaxis()
-    axes.set_xlabel(f"added to {found.metric}; 95% interval, a line for each seed")
-    if found.pairs:
+    axes.set_xlabel(f"added to {attribution.metric}; 95% interval, a line for each seed")
+    if attribution.pairs:
         axes.set_title("Blue: worth; grey: two together beyond each", fontsize=9)
     figure.tight_layout()
     return figure
@@ -143,10 +143,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             config = configuration.load(options.config, overrides)
         else:
             config = configuration.override(read_config(options.workdir), overrides)
-        found = attribute_config(config, out, options.sample, options.metric)
+        attribution = attribute_config(config, out, options.sample, options.metric)
         picture = files.expanded(out) / _PICTURE
-        draw(found).savefig(picture, dpi=130)
-    print(found)
+        draw(attribution).savefig(picture, dpi=130)
+    print(attribution)
     print(f"Raw values: {files.expanded(out) / _RESULTS}\nPicture: {picture}")
 
 

@@ -88,7 +88,7 @@ def decide(
         most: The bound of the cost: the most seeds.
 
     Returns:
-        What was found of each claim.
+        What was decision of each claim.
 
     Raises:
         ValueError: If the table has no claims, or one does not fit it, ``most`` is below 1, or as
@@ -102,17 +102,20 @@ def decide(
     figures: dict[str, dict[str, list[float]]] = {claim.column: {} for claim in chosen}
     judged = [claims.judge(claim, []) for claim in chosen]
     for seed in range(most):
-        undecided = [found.claim for found in judged if not found.decided]
+        undecided = [decision.claim for decision in judged if not decision.decided]
         if not undecided:
             break
         of_seed = [*overrides, f"--config.seed={seed}", "--config.seeds=1"]
         directory = workdir / f"seed_{seed}"
         directory.mkdir(exist_ok=True)
-        lines = reproduce(table, rows_of(undecided, table), directory, configs, option, of_seed)
-        _add(figures, lines)
-        judged = [_judge_anew(found, figures) for found in judged]
+        rows = rows_of(undecided, table)
+        lines = reproduce(table, rows, directory, configs, option, of_seed)
+        names = {paper_tables.identity(row) for row in rows}
+        # Others may lie there of an earlier start.
+        _add(figures, [line for line in lines if line["variant"] in names])
+        judged = [_judge_anew(decision, figures) for decision in judged]
         _write(workdir, table, judged, figures, option, overrides)
-        decided = sum(found.decided for found in judged)
+        decided = sum(decision.decided for decision in judged)
         print(f"Seed {seed}: {decided} of {len(judged)} claims decided.", flush=True)
     return judged
 
@@ -133,28 +136,30 @@ def _add(figures: dict[str, dict[str, list[float]]], lines: Sequence[Mapping[str
             rows.setdefault(line["variant"], []).append(value)
 
 
-def _judge_anew(found: Judged, figures: Mapping[str, Mapping[str, Sequence[float]]]) -> Judged:
+def _judge_anew(decision: Judged, figures: Mapping[str, Mapping[str, Sequence[float]]]) -> Judged:
     # The first verdict counts: to look on would be to look for another.
-    if found.decided:
-        return found
-    return claims.judge(found.claim, found.claim.differences(figures[found.claim.column]))
+    if decision.decided:
+        return decision
+    return claims.judge(decision.claim, decision.claim.differences(figures[decision.claim.column]))
 
 
 def markdown(judged: Sequence[Judged]) -> str:
     """Writes claims, with the paper's figure, ours and the verdict."""
     rows = [["claim", "paper", "ours", "95% interval, at all looks", "seeds", "verdict"]]
-    for found in judged:
-        known = math.isfinite(found.low) and math.isfinite(found.high)
-        interval = f"{found.low:+.3g} to {found.high:+.3g}" if known else "none of so few seeds"
-        more = f" (about {found.needed} seeds may decide)" if found.needed else ""
+    for decision in judged:
+        known = math.isfinite(decision.low) and math.isfinite(decision.high)
+        interval = (
+            f"{decision.low:+.3g} to {decision.high:+.3g}" if known else "none of so few seeds"
+        )
+        more = f" (about {decision.needed} seeds may decide)" if decision.needed else ""
         rows.append(
             [
-                f"{found.claim.row} better than {found.claim.than}, {found.claim.column}",
-                f"{found.claim.by:+g}",
-                f"{found.mean:+.3g}",
+                f"{decision.claim.row} better than {decision.claim.than}, {decision.claim.column}",
+                f"{decision.claim.by:+g}",
+                f"{decision.mean:+.3g}",
                 interval,
-                str(found.seeds),
-                found.verdict + more,
+                str(decision.seeds),
+                decision.verdict + more,
             ]
         )
     return text.align(rows)
@@ -165,15 +170,15 @@ def draw(judged: Sequence[Judged]) -> Figure:
     figure = Figure(figsize=(7, 1.2 + 0.5 * len(judged)))
     axes: Axes = figure.add_subplot()
     colours = {"confirmed": "#009E73", "smaller": "#E69F00", "refuted": "#D55E00"}
-    for place, found in enumerate(judged):
-        colour = colours.get(found.verdict, "#777777")
-        half = found.high - found.mean
+    for place, decision in enumerate(judged):
+        colour = colours.get(decision.verdict, "#777777")
+        half = decision.high - decision.mean
         error = half if math.isfinite(half) else None
-        axes.errorbar(found.mean, place, xerr=error, marker="o", capsize=3, color=colour)
-        axes.plot(found.claim.by, place, "kD", fillstyle="none")
+        axes.errorbar(decision.mean, place, xerr=error, marker="o", capsize=3, color=colour)
+        axes.plot(decision.claim.by, place, "kD", fillstyle="none")
         axes.annotate(
-            f"{found.verdict}, {found.seeds} seeds",
-            (found.mean, place),
+            f"{decision.verdict}, {decision.seeds} seeds",
+            (decision.mean, place),
             (0, 7),
             textcoords="offset points",
             ha="center",
@@ -181,10 +186,10 @@ def draw(judged: Sequence[Judged]) -> Figure:
             color=colour,
         )
     axes.axvline(0, color="black", linewidth=0.8)
-    labels = [f"{found.claim.row}\nbetter than {found.claim.than}" for found in judged]
+    labels = [f"{decision.claim.row}\nbetter than {decision.claim.than}" for decision in judged]
     axes.set_yticks(range(len(judged)), labels, fontsize=8)
     axes.set_ylim(len(judged) - 0.4, -0.6)
-    units = ", ".join(sorted({found.claim.column for found in judged}))
+    units = ", ".join(sorted({decision.claim.column for decision in judged}))
     axes.set_xlabel(f"better by ({units}); diamond: the paper's")
     figure.tight_layout()
     return figure
@@ -205,12 +210,12 @@ def _write(
         "option": option,
         "overrides": list(overrides),
         **machine(),
-        "claims": [_details(found) for found in judged],
+        "claims": [_details(decision) for decision in judged],
         "figures": figures,
     }
     files.replace(workdir / "claims.json", json.dumps(details, indent=1) + "\n")
     draw(judged).savefig(workdir / "claims.png", dpi=130)
 
 
-def _details(found: Judged) -> dict[str, Any]:
-    return asdict(found) | (_UNKNOWN if not math.isfinite(found.high) else {})
+def _details(decision: Judged) -> dict[str, Any]:
+    return asdict(decision) | (_UNKNOWN if not math.isfinite(decision.high) else {})

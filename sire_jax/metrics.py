@@ -7,6 +7,19 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+__all__ = [
+    "Average",
+    "Metrics",
+    "add",
+    "at_label",
+    "class_logits",
+    "classification",
+    "is_classification",
+    "is_label",
+    "means",
+    "top_k",
+]
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)

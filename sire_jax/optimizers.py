@@ -11,6 +11,16 @@ import optax
 
 from sire_jax import registry
 
+__all__ = [
+    "LinearOptimizer",
+    "WeightDecay",
+    "adam",
+    "number_or_schedule",
+    "piecewise",
+    "sgd",
+    "triangular",
+]
+
 # The lengths in steps of what schedules count in, None where it is not known.
 Units = Mapping[str, int | None]
 
@@ -184,19 +194,16 @@ def number_or_schedule(value: Any, what: str, units: Units | None = None) -> flo
                 f"The warmup of the {what} is {warmup:g} runs, as the schedule counts; it should be"
                 f" at most 1{epochs}."
             )
-        schedule = _schedule(section, what)
+        if any(isinstance(value, jax.core.Tracer) for value in section.values()):
+            # Checked before, with numbers in the place of what is traced.
+            schedule = SCHEDULES[section.pop("name")](**section)
+        else:
+            schedule = registry.create(SCHEDULES, section, f"schedule of the {what}")
         counted = schedule if length == 1 else lambda step: schedule(step / length)
         return _warmed_up(counted, warmup * length) if warmup else counted
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"The {what} is {value!r}; it should be a number or a schedule.")
     return _check_least(what, value)
-
-
-def _schedule(section: dict[str, Any], what: str) -> optax.Schedule:
-    if not any(isinstance(value, jax.core.Tracer) for value in section.values()):
-        return registry.create(SCHEDULES, section, f"schedule of the {what}")
-    # Checked before, with numbers in the place of what is traced.
-    return SCHEDULES[section.pop("name")](**section)
 
 
 def _check_least(setting: str, value: Any) -> float:

@@ -1,9 +1,8 @@
 """Prediction rules: how one or several outputs become class probabilities.
 
-Some have parameters, which are fitted to outputs after training. Such a rule has a ``split``, whose
-examples it is fitted to, ``fit(outputs, labels)``, which returns its parameters, and is called with
-``(outputs, parameters)``. The network is not changed. Of more than ``MOST`` examples a part is
-taken, evenly: their outputs are kept in memory.
+Some have parameters, ``fit(outputs, labels)``, which are fitted to the outputs of a trained network
+on the examples of their ``split``, at most ``MOST``; such a rule is called with ``(outputs,
+parameters)``.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -20,12 +19,9 @@ from sire_jax.metrics import Average, at_label, class_logits, is_label
 from sire_jax.networks import MAIN
 from sire_jax.text import nearest
 
-# Examples that rules are fitted to, at most.
-MOST = 50_000
-# Halvings of an interval of length 1: as exact as float32.
-_HALVINGS = 24
-_NORMALIZATIONS = ("sum", "softmax")
-_SPLITS = ("train", "validation")
+MOST = 50_000  # Examples that rules are fitted to.
+_HALVINGS = 24  # Of an interval of length 1: as exact as float32.
+_NORMALIZATIONS, _SPLITS = ("sum", "softmax"), ("train", "validation")
 Outputs = Mapping[str, Array]
 Prediction = Callable[..., Array]
 

@@ -16,6 +16,16 @@ from jax.extend import core
 from sire_jax import jaxprs, slices
 from sire_jax.layers import convolution
 
+__all__ = [
+    "dependencies",
+    "multiply_adds",
+    "multiply_adds_together",
+    "parameters_read",
+    "reach",
+    "size",
+    "through",
+]
+
 PyTree = Any
 
 

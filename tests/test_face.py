@@ -8,7 +8,14 @@ from pathlib import Path
 import sire_jax as sj
 
 # What only programs need, or takes long to import.
-NOT_NEEDED = ("ml_collections", "matplotlib", "orbax", "tensorflow_datasets", "grain")
+NOT_NEEDED = (
+    "ml_collections",
+    "matplotlib",
+    "orbax",
+    "tensorflow_datasets",
+    "grain",
+    "scipy.stats",
+)
 PROGRAM = f"""
 import json, sys
 import sire_jax as sj

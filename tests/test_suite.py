@@ -122,3 +122,8 @@ def test_each_promise_has_a_quick_test(quick):
         assert all((TESTS / path).exists() for path in tests), fault
         if not fault.startswith(SLOW_PROMISES):
             assert any(TESTS / path in quick for path in tests), fault
+
+
+def test_no_file_of_the_library_is_longer_than_can_be_read_at_once():
+    lengths = {path.name: len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")}
+    assert {name: length for name, length in lengths.items() if length > 400} == {}

@@ -41,7 +41,7 @@ def attribute(
     ...     {"exit": sj.heads.Classifier(("block_1",), classes=10)},
     ... )
     >>> objectives = {k: sj.Objective(k, "label", sj.cross_entropy) for k in ("exit", "main")}
-    >>> found = sj.attribute(
+    >>> attribution = sj.attribute(
     ...     network,
     ...     objectives,
     ...     partial(sj.joint, optax.adam(1e-2)),
@@ -51,7 +51,7 @@ def attribute(
     ...     batch_size=200,
     ...     seeds=2,
     ... )
-    >>> sorted(found.values), len(found.worth["exit"])
+    >>> sorted(attribution.values), len(attribution.worth["exit"])
     (['', 'exit'], 2)
 
     Args:

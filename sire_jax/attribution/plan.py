@@ -75,13 +75,13 @@ def collect(
         by_seed.append(by_subset)
         worth.append(gains(drawn, by_subset) if drawn else shapley(arrays))
         pairs.append({} if drawn or len(names) < 2 else interactions(arrays))
-    everywhere = [s for s in by_seed[0] if all(s in found for found in by_seed)]
+    everywhere = [s for s in by_seed[0] if all(s in values for values in by_seed)]
     return Attribution(
         metric,
-        {"+".join(sorted(s)): [float(found[s]) for found in by_seed] for s in everywhere},
+        {"+".join(sorted(s)): [float(values[s]) for values in by_seed] for s in everywhere},
         [float(values[-1]) for values in measured.values()],
-        {name: [float(found[name]) for found in worth] for name in worth[0]},
-        {"+".join(pair): [float(found[pair]) for found in pairs] for pair in pairs[0]},
+        {name: [float(values[name]) for values in worth] for name in worth[0]},
+        {"+".join(pair): [float(values[pair]) for values in pairs] for pair in pairs[0]},
         bool(count),
     )
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from sire_jax.text import align
 
@@ -30,8 +29,8 @@ class Interval:
     def of(cls, samples: Any, confidence: float = 0.95) -> "Interval":
         """Makes the interval of independent samples.
 
-        >>> found = Interval.of([1.0, 2.0, 3.0])
-        >>> round(found.low, 2), found.mean, round(found.high, 2)
+        >>> interval = Interval.of([1.0, 2.0, 3.0])
+        >>> round(interval.low, 2), interval.mean, round(interval.high, 2)
         (-0.48, 2.0, 4.48)
 
         Args:
@@ -42,6 +41,9 @@ class Interval:
         mean, number = float(samples.mean()), len(samples)
         if number < 2:
             return cls(mean, -math.inf, math.inf, number)
+        # A second that only those wait who have values.
+        from scipy import stats
+
         error = float(samples.std(ddof=1)) / math.sqrt(number)
         half = float(stats.t.ppf((1 + confidence) / 2, number - 1)) * error
         return cls(mean, mean - half, mean + half, number)
@@ -83,11 +85,11 @@ class Attribution:
         }
         rows = [[self.metric, "mean", "95% interval", "seeds"]]
         for name, (samples, sign) in named.items():
-            found = Interval.of(samples)
-            unknown = not math.isfinite(found.low)
-            low, high = (f"{edge:{sign}.4f}" for edge in (found.low, found.high))
+            interval = Interval.of(samples)
+            unknown = not math.isfinite(interval.low)
+            low, high = (f"{edge:{sign}.4f}" for edge in (interval.low, interval.high))
             between = "unknown of one seed" if unknown else f"{low} to {high}"
-            rows.append([name, f"{found.mean:{sign}.4f}", between, str(found.seeds)])
+            rows.append([name, f"{interval.mean:{sign}.4f}", between, str(interval.seeds)])
         return rows
 
     def __str__(self) -> str:

@@ -25,8 +25,8 @@ def shapley(values: Mapping[Subset, np.ndarray]) -> dict[str, np.ndarray]:
     ``phi_k = sum_{S without k} |S|! (K - |S| - 1)! / K! (v(S + k) - v(S))`` (Shapley, 1953)
 
     >>> worth = {(): 0.0, ("a",): 1.0, ("b",): 2.0, ("a", "b"): 5.0}
-    >>> found = shapley({frozenset(s): np.array(v) for s, v in worth.items()})
-    >>> {name: value.item() for name, value in found.items()}  # 1 or 3, and 2 or 4
+    >>> solved = shapley({frozenset(s): np.array(v) for s, v in worth.items()})
+    >>> {name: value.item() for name, value in solved.items()}  # 1 or 3, and 2 or 4
     {'a': 2.0, 'b': 3.0}
 
     Args:
@@ -51,8 +51,8 @@ def interactions(values: Mapping[Subset, np.ndarray]) -> dict[tuple[str, str], n
     (v(S + k + l) - v(S + k) - v(S + l) + v(S))`` (Grabisch and Roubens, 1999)
 
     >>> worth = {(): 0.0, ("a",): 1.0, ("b",): 2.0, ("a", "b"): 5.0}
-    >>> found = interactions({frozenset(s): np.array(v) for s, v in worth.items()})
-    >>> {pair: value.item() for pair, value in found.items()}
+    >>> solved = interactions({frozenset(s): np.array(v) for s, v in worth.items()})
+    >>> {pair: value.item() for pair, value in solved.items()}
     {('a', 'b'): 2.0}
 
     Args:
