@@ -116,10 +116,11 @@ def _dataset(data_dir: str) -> sources.Dataset[sources.Source]:
     return sources.load("tfds:mnist", data_dir, config.data.cache)
 
 
-def _begin(threads: int, data_dir: str) -> None:
-    """Begins a process that trains in PyTorch."""
+def _begin(threads: int, data_dir: str, all_begun: Any) -> None:
+    """Begins a process that trains in PyTorch; returns when all have begun."""
     torch.set_num_threads(threads)
     _dataset(data_dir)
+    all_begun.wait()
 
 
 def time_torch(options: argparse.Namespace) -> Any:
@@ -131,9 +132,9 @@ def time_torch(options: argparse.Namespace) -> Any:
         return time.perf_counter() - started, accuracies
     threads = max(1, torch.get_num_threads() // options.at_once)
     context = multiprocessing.get_context("spawn")
-    with context.Pool(options.at_once, _begin, (threads, options.data_dir)) as pool:
-        # Until all have begun.
-        pool.map(time.sleep, [1.0] * options.at_once, chunksize=1)
+    all_begun = context.Barrier(options.at_once + 1)
+    with context.Pool(options.at_once, _begin, (threads, options.data_dir, all_begun)) as pool:
+        all_begun.wait()
         started = time.perf_counter()
         shares = [range(i, options.seeds, options.at_once) for i in range(options.at_once)]
         found = pool.map(functools.partial(torch_runs, options), shares, chunksize=1)

@@ -11,6 +11,7 @@ counts once, so that all of them are not what the step lasts. Prints a table and
 
 import argparse
 import json
+import math
 import re
 import tempfile
 import time
@@ -26,6 +27,7 @@ from jax.profiler import ProfileData
 
 from sire_jax import configuration
 from sire_jax.configuration import experiment
+from sire_jax.data.dataset import Source
 from sire_jax.layers.onednn.library import TARGET
 from sire_jax.metrics import Average
 from sire_jax.reproduce import machine
@@ -80,14 +82,20 @@ def prepare(path: str, batch_size: int, steps: int, dtype: str) -> tuple[Any, An
     rate = f"--config.optimizer.learning_rate={LEARNING_RATE}"
     config = configuration.load(f"{configuration.repository_configs()}/{path}", [rate])
     config.batch_size = batch_size
-    config.backbone.dtype = dtype
+    if "dtype" in config.backbone:
+        config.backbone.dtype = dtype
     parts = experiment.build(config)
     generator = np.random.default_rng(0)
-    count = steps * batch_size
-    arrays = {"image": generator.integers(0, 256, (count, *config.data.shape), np.uint8)}
-    for name, classes in config.data.classes.items():
-        arrays[name] = generator.integers(0, classes, count, np.int32)
-    order = np.arange(count, dtype=np.int32).reshape(steps, -1)
+    # An example is one image, or two.
+    example = parts.batch["image"].shape[1:-3]
+    count = steps * batch_size * math.prod(example)
+    images = generator.integers(0, 256, (count, *config.data.shape), np.uint8)
+    labels = {
+        name: generator.integers(0, classes, count, np.int32)
+        for name, classes in config.data.classes.items()
+    }
+    arrays = parts.task.prepare(Source(images, labels))
+    order = np.arange(count, dtype=np.int32).reshape(steps, batch_size, *example)
     names = [f"{name}/loss" for name in (*parts.objectives, "total")]
     sums = {name: Average(total=jnp.zeros(()), count=jnp.zeros(())) for name in names}
     state = jax.jit(parts.initial_state)(jnp.int32(0))

@@ -7,6 +7,7 @@ with the weights of all on the main objective. ``--workdir=DIR`` takes the confi
 attribution.json, from which the same command goes on, a seed after the other, and attribution.png.
 """
 
+import inspect
 import json
 import math
 import sys
@@ -56,12 +57,13 @@ def attribute_config(
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / _RESULTS
     settings = {
-        "config": json.loads(configuration.to_json(_without_seeds(config))),
         "metric": made.metric,
         "objectives": made.names,
+        "orders": made.orders,
         "networks": made.networks,
     }
-    measured = _read(path, settings)
+    measured = _read(path, settings, config)
+    settings["config"] = json.loads(configuration.to_json(config))
     missing = [seed for seed in made.seeds if seed not in measured]
     total = len(missing) * config.epochs
     with tqdm(total=total, unit="epoch", disable=not sys.stderr.isatty()) as bar:
@@ -72,14 +74,7 @@ def attribute_config(
     return made.collect({seed: measured[seed] for seed in made.seeds})
 
 
-def _without_seeds(config: ConfigDict) -> ConfigDict:
-    """Returns a config without what may differ between the starts of one attribution."""
-    same = config.copy_and_resolve_references()
-    same.seed, same.seeds = 0, 1
-    return same
-
-
-def _read(path: Path, settings: dict[str, Any]) -> Measured:
+def _read(path: Path, settings: dict[str, Any], config: ConfigDict) -> Measured:
     """Returns what has been measured before.
 
     Raises:
@@ -90,12 +85,20 @@ def _read(path: Path, settings: dict[str, Any]) -> Measured:
     try:
         stored = json.loads(path.read_text())
         measured = {int(seed): list(values) for seed, values in stored.pop("measured").items()}
+        before = configuration.from_json(json.dumps(stored.pop("config")))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged; remove it to begin again.") from error
-    if stored != settings:
-        changed = [key for key in settings if stored.get(key) != settings[key]]
+    lines = configuration.differences(before, config)
+    changed = [line for line in lines if not line.startswith(("seed:", "seeds:"))]
+    changed += [
+        f"{key}: {stored.get(key)} -> {value}"
+        for key, value in settings.items()
+        if stored.get(key) != value
+    ]
+    if changed:
         raise ValueError(
-            f"{path} is of another {' and '.join(changed)}; choose another --out, or remove it."
+            f"{path} is of something else ({'; '.join(changed)}); choose another --out, or remove"
+            " it."
         )
     return measured
 
@@ -156,6 +159,7 @@ class _Callable(ModuleType):
     __call__ = staticmethod(attribute)
 
 
+__signature__ = inspect.signature(attribute)
 sys.modules[__name__].__class__ = _Callable
 
 

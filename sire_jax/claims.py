@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 
 CONFIRMED, SMALLER, REFUTED, OPEN = "confirmed", "smaller", "refuted", "undecided"
+# A seed without a figure: to leave it out would favour the row that diverges.
+DIVERGED = "diverged"
 # The deviation of the mixture over standardized effects: differences about as large as what seeds
 # do to them are found soonest.
 _EFFECT = 1.0
@@ -100,20 +102,25 @@ def read(table: Mapping[str, Any], rows: Sequence[str]) -> list[Claim]:
         rows: What its rows are called.
 
     Raises:
-        ValueError: If it has none, or one names a row or a column that is not there, or a
-            difference that is not above 0.
+        ValueError: If it has none, or one has other keys, names a row or a column that is not
+            there, or a difference that is not above 0.
     """
     if not table.get("claims"):
         raise ValueError("The table has no claims to decide; give it some under 'claims'.")
     made = []
     for section in table["claims"]:
+        if set(section) != {"row", "better_than", "column", "by"}:
+            raise ValueError(
+                f"The claim {section} should have 'row', 'better_than', 'column' and 'by'."
+            )
         kind = table["columns"].get(section["column"])
-        missing = {section["row"], section["better_than"]}.difference(rows)
-        if kind is None or "metric" not in kind or missing:
+        pair = {section["row"], section["better_than"]}
+        if kind is None or "metric" not in kind or len(pair) < 2 or not pair <= set(rows):
             raise ValueError(
                 f"The claim {section} should name a column of a metric and two rows of the table."
             )
-        if not 0 < section["by"] < math.inf:
+        number = isinstance(section["by"], int | float) and not isinstance(section["by"], bool)
+        if not (number and 0 < section["by"] < math.inf):
             raise ValueError(f"The claim {section} has by {section['by']}; it should be above 0.")
         lower = bool(kind.get("error_percent")) or kind["metric"].endswith("/loss")
         made.append(
@@ -135,7 +142,7 @@ class Judged:
         needed: About how many seeds decide, if the mean and the deviation are what they seem.
         verdict: ``"confirmed"``: above 0, and as large as the paper's may be; ``"smaller"``: above
             0 and below the paper's; ``"refuted"``: below the paper's, and maybe 0;
-            ``"undecided"``.
+            ``"undecided"``; ``"diverged"``: a seed of either row has no figure.
     """
 
     claim: Claim
@@ -167,6 +174,8 @@ def judge(claim: Claim, differences: Sequence[float], error: float = 0.05) -> Ju
         error: The chance of a wrong verdict, ever, of a true mean of 0 or of the paper's.
     """
     number = len(differences)
+    if not np.isfinite(differences).all():
+        return Judged(claim, math.nan, -math.inf, math.inf, number, None, DIVERGED)
     mean = float(np.mean(differences)) if number else math.nan
     deviation = float(np.std(differences, ddof=1)) if number > 1 else math.nan
     half = half_width(deviation, number, error)

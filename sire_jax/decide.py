@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import jax
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -18,8 +19,6 @@ from sire_jax.storage.workdir import check_writable
 
 # Of a rehearsal that tells how long a row takes; the first compiles.
 _STEPS = 4
-# What JSON has no number for: the interval of few seeds.
-_UNKNOWN = {"low": None, "high": None}
 
 
 def cost(
@@ -28,8 +27,10 @@ def cost(
     configs: Path,
     option: str = "",
     overrides: Sequence[str] = (),
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Tells how many hours one seed of each row takes, by some steps of it; nothing is measured.
+
+    ``None`` of a row whose steps diverge, or that is too large for this machine.
 
     Args:
         table: The table.
@@ -42,24 +43,27 @@ def cost(
         ValueError: If a config is wrong; it names the row.
     """
     hours = {}
-    for name, config in load_rows(table, rows, configs, option, overrides).items():
+    one = [*overrides, "--config.seeds=1"]
+    for name, config in load_rows(table, rows, configs, option, one).items():
         with registry.located(f"The row '{name}'"):
             parts = experiment.build(configuration.with_groups(config, dealt=True))
-            # One that can't be rehearsed on this machine says so when it is trained.
-            hours[name] = rehearsal.rehearse(parts, _STEPS).hours() or math.nan
+            hours[name] = rehearsal.rehearse(parts, _STEPS).hours()
     return hours
 
 
-def describe_cost(hours: Mapping[str, float], most: int) -> str:
+def describe_cost(hours: Mapping[str, float | None], most: int) -> str:
     """Says what a decision will cost.
 
     >>> describe_cost({"aux": 0.25, "bare": 0.25}, most=20)
     'A seed of 2 rows takes about 0.50 h without measurements; decisions take 5 to 20: 2.5 to 10 h.'
     """
-    total, least = sum(hours.values()), min(claims.fewest(), most)
+    known = [each for each in hours.values() if each is not None]
+    total, least = sum(known), min(claims.fewest(), most)
+    unknown = [name for name, each in hours.items() if each is None]
+    rest = f" Without {', '.join(unknown)}, of which it is not known." * bool(unknown)
     return (
         f"A seed of {len(hours)} rows takes about {total:.2f} h without measurements; decisions"
-        f" take {least} to {most}: {least * total:.2g} to {most * total:.2g} h."
+        f" take {least} to {most}: {least * total:.2g} to {most * total:.2g} h.{rest}"
     )
 
 
@@ -98,6 +102,8 @@ def decide(
     chosen = claims.read(table, [paper_tables.identity(row) for row in table["rows"]])
     if most < 1:
         raise ValueError(f"--decide is {most}; it should be at least 1 seed.")
+    if own := [o for o in overrides if o.startswith(("--config.seed=", "--config.seeds="))]:
+        raise ValueError(f"--decide takes the seeds 0, 1, … by itself; leave out {own[0]}.")
     workdir = check_writable(workdir)
     figures: dict[str, dict[str, list[float]]] = {claim.column: {} for claim in chosen}
     judged = [claims.judge(claim, []) for claim in chosen]
@@ -131,8 +137,10 @@ def _add(figures: dict[str, dict[str, list[float]]], lines: Sequence[Mapping[str
     for line in lines:
         for column, rows in figures.items():
             runs = line[column]["runs"]
+            if runs is None:
+                raise ValueError(f"The row '{line['variant']}' has no figure '{column}'.")
             diverged = any(step is not None for step in line.get("diverged", []))
-            value = math.nan if diverged or not runs else float(runs[0])
+            value = math.nan if diverged else float(runs[0])
             rows.setdefault(line["variant"], []).append(value)
 
 
@@ -211,11 +219,16 @@ def _write(
         "overrides": list(overrides),
         **machine(),
         "claims": [_details(decision) for decision in judged],
-        "figures": figures,
+        "figures": jax.tree.map(_finite, dict(figures)),
     }
     files.replace(workdir / "claims.json", json.dumps(details, indent=1) + "\n")
     draw(judged).savefig(workdir / "claims.png", dpi=130)
 
 
 def _details(decision: Judged) -> dict[str, Any]:
-    return asdict(decision) | (_UNKNOWN if not math.isfinite(decision.high) else {})
+    return jax.tree.map(_finite, asdict(decision))
+
+
+def _finite(value: Any) -> Any:
+    """Returns what JSON can hold of a number that is none, or without bounds."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -236,9 +236,10 @@ def _check_factors(factors: Mapping[str, float], objectives: Objectives) -> dict
     for name, factor in factors.items():
         if name not in objectives:
             raise ValueError(f"There is no objective '{name}'.{nearest(name, objectives)}")
-        if not 0 <= factor < math.inf:
+        number = isinstance(factor, int | float | np.floating) and not isinstance(factor, bool)
+        if not (number and 0 <= factor < math.inf):
             raise ValueError(
-                f"The factor of the objective '{name}' is {factor}; it should be finite and at"
+                f"The factor of the objective '{name}' is {factor!r}; it should be finite and at"
                 " least 0."
             )
     return {name: float(factor) for name, factor in factors.items()}

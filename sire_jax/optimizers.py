@@ -131,7 +131,7 @@ def traceable(value: Any) -> Any:
     (0.1, {'init_value': 0.1})
 
     Args:
-        value: What ``number_or_schedule`` reads.
+        value: A number or a section, as ``number_or_schedule`` reads them.
 
     Returns:
         The number; of a section those that may be traced, by their keys, ``{}`` if none may.
@@ -139,7 +139,7 @@ def traceable(value: Any) -> Any:
     if registry.is_section(value):
         keys = _TRACED.get(value.get("name"), ())
         return {key: float(value[key]) for key in keys if key in value}
-    return {} if callable(value) else float(value)
+    return float(value)
 
 
 def with_traced(value: Any, traced: Any) -> Any:

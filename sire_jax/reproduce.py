@@ -34,7 +34,7 @@ from sire_jax import (
 )
 from sire_jax.configuration import experiment
 from sire_jax.diagnostics import figures, gradient_flow
-from sire_jax.job import command, distributed
+from sire_jax.job import command
 from sire_jax.layers import onednn
 from sire_jax.runs.divergence import NonFiniteLossError
 from sire_jax.storage.workdir import check_writable, read_config, read_results
@@ -176,7 +176,6 @@ def reproduce(
     """
     row_configs = load_rows(table, rows, configs, option, overrides)
     workdir = check_writable(workdir)
-    distributed.make_devices(max((c.devices for c in row_configs.values()), default=0))
     # All are built before one is trained: a mistake in the last row should not take days to show.
     for name, config in row_configs.items():
         if _trained(config, workdir / name) is None:

@@ -1,5 +1,6 @@
 """What auxiliary objectives are worth: networks of a config, and of a notebook."""
 
+import inspect
 import json
 import sys
 from functools import partial
@@ -81,10 +82,18 @@ def test_seeds_that_are_there_are_not_trained_again(attributed, monkeypatch):
             attribute_config(_config(seed=1), out)
         other = _config()
         other.objectives.early.weight = 0.25
-        with pytest.raises(ValueError, match=r"attribution.json is of another config; choose"):
+        with pytest.raises(
+            ValueError, match=r"else \(objectives.early.weight: 0.5 -> 0.25\); choo"
+        ):
             attribute_config(other, out)
-        with pytest.raises(ValueError, match=r"of another metric; choose another --out"):
+        with pytest.raises(ValueError, match=r"else \(metric: main/top_1 -> main/loss\); choose"):
             attribute_config(_config(), out, metric="main/loss")
+        # Of two objectives as many networks, in another order.
+        with pytest.raises(ValueError, match=r"else \(orders: 0 -> 1\); choose another --out"):
+            attribute_config(_config(), out, sample=1)
+        threads = _config()
+        threads.data.threads = 3
+        assert attribute_config(threads, out) == found
 
 
 def test_a_damaged_file_is_refused(tmp_path):
@@ -97,6 +106,7 @@ def test_the_face_has_the_function_and_so_has_its_module():
     assert sj.attribute in (attribute, sys.modules["sire_jax.attribute"])
     with pytest.raises(TypeError, match="missing 5 required positional arguments"):
         sys.modules["sire_jax.attribute"]()
+    assert inspect.signature(sys.modules["sire_jax.attribute"]) == inspect.signature(attribute)
 
 
 def test_images_are_to_be_on_the_device():
@@ -131,7 +141,7 @@ def test_the_program_prints_a_table_and_goes_on(tmp_path, capsys, monkeypatch):
     assert [len(values) for values in stored["measured"].values()] == [5]
     with pytest.raises(SystemExit):
         main([*arguments, "--metric=main/to_1"])
-    assert "of another metric" in capsys.readouterr().err
+    assert "no metric 'main/to_1'. Did you mean 'main/top_1'" in capsys.readouterr().err
 
 
 # ---- In a notebook.
@@ -146,6 +156,12 @@ def _attribute(**changes):
     settings = {"epochs": 1, "batch_size": 200, "seeds": 2} | changes
     arrays = digits.train.batch(), digits.test.batch()
     return attribute(network, objectives, rule, *arrays, **settings)
+
+
+def test_the_metric_is_the_main_objectives():
+    found = _attribute(main="exit")
+    assert found.metric == "exit/top_1"
+    assert set(found.worth) == {"main"}
 
 
 def test_a_notebook_has_the_values_of_its_own_networks():

@@ -51,6 +51,11 @@ def test_a_mean_that_is_known_well_is_judged_by_where_it_lies(mean, verdict):
     assert (judged.seeds, judged.needed) == (20, None)
 
 
+def test_a_seed_without_a_figure_ends_a_claim():
+    judged = judge(CLAIM, [1.0, math.nan, 1.0, 1.0, 1.0, 1.0])
+    assert (judged.verdict, judged.decided, judged.seeds) == ("diverged", True, 6)
+
+
 def test_what_is_not_known_is_undecided_and_says_how_many_seeds_it_may_take():
     judged = judge(CLAIM, [2.0, -1.0, 0.5, 1.0, -0.5, 1.5])
     assert judged.verdict == "undecided"
@@ -122,6 +127,10 @@ def test_claims_are_read_with_their_direction():
         ({"column": "size"}, "should name a column of a metric and two rows"),
         ({"column": "top"}, "should name a column of a metric and two rows"),
         ({"by": 0.0}, "has by 0.0; it should be above 0"),
+        ({"by": "1"}, "has by 1; it should be above 0"),
+        ({"by": True}, "has by True; it should be above 0"),
+        ({"row": "bare"}, "should name a column of a metric and two rows"),
+        ({"more": 1}, "should have 'row', 'better_than', 'column' and 'by'"),
     ],
 )
 def test_claims_that_can_not_be_judged_are_refused(changes, message):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sire_jax import configuration
-from sire_jax.configuration import experiment
+from sire_jax.configuration import experiment, optimizers
 from sire_jax.job import compilation
 from sire_jax.runs.runs import Runs
 
@@ -167,6 +167,16 @@ def _lowered(rule="joint", schedule="number", rate=0.1, weight=0.5, seed=0):
     order = feed.order(start.state, 0)
     arguments = *feed._numbers, start.state, start.sums, feed.arrays, order, *span
     return feed._steps._function.lower(*arguments).as_text()
+
+
+def test_a_rate_that_a_config_leaves_to_the_optimizer_is_part_of_the_program():
+    config = configuration.default()
+    config.optimizer = {"name": "adam"}
+    assert optimizers.numbers(config) == {}
+    config.optimizer = {"name": "adam", "learning_rate": 1}
+    assert optimizers.numbers(config) == {"learning_rate": 1.0}
+    config.optimizer = {"name": "of.mine:Own", "learning_rate": 0.1}
+    assert optimizers.numbers(config) == {}
 
 
 @pytest.mark.optax_dtypes

@@ -81,15 +81,18 @@ def test_of_few_seeds_there_is_no_interval(trained, tmp_path):
     assert "none of so few seeds" in decide.markdown(judged)
 
 
-def test_a_run_that_diverges_leaves_its_claim_undecided(tmp_path, monkeypatch):
+def test_a_run_that_diverges_decides_nothing_and_ends_its_claim(tmp_path, monkeypatch):
     def diverged(table, rows, *_):
         names = map(paper_tables.identity, rows)
         return [{"variant": n, "accuracy": {"runs": [0.1]}, "diverged": [7]} for n in names]
 
     monkeypatch.setattr(decide, "reproduce", diverged)
     judged = decide.decide(TABLE, tmp_path, CONFIGS, most=6)
-    assert {found.verdict for found in judged} == {"undecided"}
-    assert all(math.isnan(found.mean) for found in judged)
+    assert {found.verdict for found in judged} == {"diverged"}
+    assert all(math.isnan(found.mean) and found.seeds == 1 for found in judged)
+    stored = json.loads((tmp_path / "claims.json").read_text())
+    assert stored["claims"][0]["mean"] is stored["claims"][0]["low"] is None
+    assert stored["figures"]["accuracy"]["main_only"] == [None]
 
 
 def test_what_can_not_be_decided_is_refused(tmp_path, capsys):
@@ -97,9 +100,24 @@ def test_what_can_not_be_decided_is_refused(tmp_path, capsys):
         decide.decide(TABLE, tmp_path, CONFIGS, most=0)
     with pytest.raises(ValueError, match=r"has no claims to decide"):
         decide.decide({**TABLE, "claims": []}, tmp_path, CONFIGS)
+    with pytest.raises(ValueError, match=r"takes the seeds 0, 1, … by itself; leave out .*seed=7"):
+        decide.decide(TABLE, tmp_path, CONFIGS, overrides=["--config.seed=7"])
     with pytest.raises(SystemExit):
         reproduce.main(["--table=pairs_1", "--decide=3", "--seeds=2"])
     assert "--decide chooses seeds and rows by itself" in capsys.readouterr().err
+
+
+def test_a_row_without_the_figure_is_refused(tmp_path, monkeypatch):
+    line = {"variant": "main_only", "accuracy": {"runs": None}, "diverged": []}
+    monkeypatch.setattr(decide, "reproduce", lambda *_: [line])
+    with pytest.raises(ValueError, match=r"The row 'main_only' has no figure 'accuracy'"):
+        decide.decide(TABLE, tmp_path, CONFIGS)
+
+
+def test_the_cost_of_a_row_that_can_not_be_rehearsed_is_not_known():
+    assert decide.describe_cost({"aux": 0.5, "bare": None}, 20).endswith(
+        "2.5 to 10 h. Without bare, of which it is not known."
+    )
 
 
 @pytest.mark.parametrize("name", ["pairs_1"])

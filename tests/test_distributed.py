@@ -401,6 +401,7 @@ def test_devices_are_made_where_nothing_says_how_many(monkeypatch, number, flags
     updates = {}
     monkeypatch.setattr(jax.config, "update", updates.__setitem__)
     monkeypatch.setenv("XLA_FLAGS", flags)
+    monkeypatch.delenv("JAX_NUM_CPU_DEVICES", raising=False)
     distributed.make_devices(number)
     assert updates.get("jax_num_cpu_devices") == made
 

@@ -3,13 +3,17 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from sire_jax.attribution import plan
 from sire_jax.attribution.results import Attribution
-from sire_jax.fitting import Batch, History, make_fit
+from sire_jax.fitting import Batch, make_fit
 from sire_jax.networks import MAIN
 from sire_jax.objectives import Objectives
+from sire_jax.state import parted
+from sire_jax.step import make_measure
 from sire_jax.text import nearest
 
 
@@ -23,7 +27,7 @@ def attribute(
     epochs: int,
     batch_size: int,
     seeds: int = 5,
-    metric: str = "main/top_1",
+    metric: str | None = None,
     main: str = MAIN,
     sample: int | None = None,
     **settings: Any,
@@ -63,7 +67,7 @@ def attribute(
         epochs: How often all training examples are seen, at least 1.
         batch_size: Examples in a batch.
         seeds: How many seeds, at least 1; intervals need 2.
-        metric: A metric of ``fit``'s history on ``test``.
+        metric: A metric of ``fit``'s history on ``test``; by default the main accuracy.
         main: Name of the main objective, which is never left out.
         sample: How many orders of the objectives to draw for each seed, besides their reverses,
             rather than train all subsets; 0: all subsets. By default all of up to 6 objectives,
@@ -82,6 +86,8 @@ def attribute(
     count = plan.orders_for(names, sample)
     if seeds < 1:
         raise ValueError(f"seeds is {seeds}; it should be at least 1.")
+    metric = f"{main}/top_1" if metric is None else metric
+    _check_metric(metric, network, objectives, settings.get("predictions"), test)
     evaluated = {k: settings.pop(k) for k in ("evaluate_batch_size",) if k in settings}
     run = make_fit(network, objectives, rule, **settings)
     weights = {name: float(o.weight_at(0)) for name, o in objectives.items()}
@@ -96,7 +102,7 @@ def attribute(
             factors=factors,
             **evaluated,
         )
-        return _last(history, metric)
+        return float(history["test"][metric][-1])
 
     measured = {}
     for seed in range(seeds):
@@ -107,8 +113,13 @@ def attribute(
     return plan.collect(metric, names, count, measured)
 
 
-def _last(history: History, metric: str) -> float:
-    tested = history["test"]
-    if metric not in tested:
-        raise ValueError(f"There is no metric '{metric}'.{nearest(metric, tested)}")
-    return float(tested[metric][-1])
+def _check_metric(
+    metric: str, network: nn.Module, objectives: Objectives, predictions: Any, test: Batch
+) -> None:
+    """Checks, before anything is trained, that there is such a metric."""
+    one = jax.tree.map(lambda x: jnp.asarray(x[:1]), dict(test))
+    variables = jax.eval_shape(network.init, jax.random.key(0), one["image"])
+    measure = make_measure(network.apply, objectives, predictions)
+    measured = jax.eval_shape(measure, *parted(variables), one)
+    if metric not in measured:
+        raise ValueError(f"There is no metric '{metric}'.{nearest(metric, measured)}")

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -12,6 +13,7 @@ from sire_jax.attribution.results import Attribution
 from sire_jax.configuration import experiment
 from sire_jax.runs.divergence import NonFiniteLossError
 from sire_jax.runs.runs import Runs
+from sire_jax.state import parted
 
 # {seed: [the metric of each network]}
 Measured = dict[int, list[float]]
@@ -29,11 +31,12 @@ class Attributed:
         names: The auxiliary objectives.
         metric: What is measured.
         seeds: The seeds.
+        orders: How many orders of objectives are drawn for each of them; 0: all subsets.
         networks: How many are trained for each of them.
 
     Raises:
-        ValueError: If there is no auxiliary or no main objective, or nothing to measure, the
-            images are streamed, or the config does not fit together.
+        ValueError: If there is no auxiliary or no main objective, no such metric, the images are
+            streamed, or the config does not fit together.
     """
 
     def __init__(self, config: ConfigDict, sample: int | None = None, metric: str | None = None):
@@ -49,12 +52,15 @@ class Attributed:
         self.main, self.metric = parts.main_objective(), chosen
         self.names = plan.auxiliary(parts.objectives, self.main)
         self.seeds = list(parts.seeds)
-        self._parts, self._count = parts, plan.orders_for(self.names, sample)
+        self._parts, self.orders = parts, plan.orders_for(self.names, sample)
+        measured = jax.eval_shape(parts.measure(), *parted(parts.variables), parts.batch)
+        if chosen not in measured:
+            raise ValueError(f"There is no metric '{chosen}'.{text.nearest(chosen, measured)}")
         self.networks = len(self._factors(self.seeds[0]))
 
     def _factors(self, seed: int) -> list[dict[str, float]]:
         """Returns what the weights are multiplied by in each network of a seed."""
-        chosen, _ = plan.networks(self.names, self._count, seed)
+        chosen, _ = plan.networks(self.names, self.orders, seed)
         objectives = self._parts.objectives
         weights = {name: float(o.weight_at(0)) for name, o in objectives.items()}
         one = {self.main: 1.0}
@@ -72,11 +78,14 @@ class Attributed:
             The metric on the test images after the last epoch, of each network.
 
         Raises:
-            ValueError: If the data are not what the config says, or have no such metric.
+            ValueError: If the data are not what the config says.
             NonFiniteLossError: If a network diverges.
         """
         factors = self._factors(seed)
         config = self._parts.config.copy_and_resolve_references()
+        if config.devices_share == "runs":
+            # Copies of the last fill up the devices.
+            factors += factors[-1:] * (-len(factors) % (config.devices or jax.device_count()))
         config.seed, config.seeds = seed, len(factors)
         members = experiment.Members(
             (seed,) * len(factors),
@@ -94,12 +103,8 @@ class Attributed:
                 f" {config.epochs * steps} steps; try a smaller learning rate."
             )
         measured = runs.measure(state.params, state.model_state, "test")
-        if self.metric not in measured:
-            raise ValueError(
-                f"There is no metric '{self.metric}'.{text.nearest(self.metric, measured)}"
-            )
-        return [float(value) for value in measured[self.metric]]
+        return [float(value) for value in measured[self.metric][: self.networks]]
 
     def collect(self, measured: Mapping[int, Sequence[float]]) -> Attribution:
         """Puts together what ``train`` returned, by seed."""
-        return plan.collect(self.metric, self.names, self._count, measured)
+        return plan.collect(self.metric, self.names, self.orders, measured)

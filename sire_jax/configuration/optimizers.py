@@ -48,9 +48,10 @@ def units(task: tasks.Task, config: ConfigDict) -> optimizers.Units:
 def numbers(config: ConfigDict) -> dict[str, Any]:
     """Returns the numbers of the learning rate that may be traced; none of one's own optimizer."""
     section = config.optimizer
-    if section.name not in optimizers.OPTIMIZERS:
+    rate = section.get("learning_rate")
+    if section.name not in optimizers.OPTIMIZERS or rate is None or callable(rate):
         return {}
-    return {"learning_rate": optimizers.traceable(section.learning_rate)}
+    return {"learning_rate": optimizers.traceable(rate)}
 
 
 def create(

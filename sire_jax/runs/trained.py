@@ -14,7 +14,6 @@ from sire_jax.configuration import experiment
 from sire_jax.configuration.experiment import Experiment
 from sire_jax.data import contents
 from sire_jax.data.augmentation import Batch
-from sire_jax.job import distributed
 from sire_jax.runs.divergence import DIVERGED
 from sire_jax.runs.feed import NoFeed
 from sire_jax.runs.runs import Runs
@@ -118,7 +117,6 @@ def open_run(
     """
     trained = read_config(workdir)
     config = configuration.override(trained, overrides)
-    distributed.make_devices(config.devices)
     kept = contents.read(workdir)
     # How a run is measured, not what it is; and where its data are, if it is known what they are.
     free = ("data.ten_crop:", "predictions.", *(("data.name:",) if kept else ()))

@@ -199,3 +199,18 @@ def test_costs_of_exits_are_what_was_counted():
         assert [parameters, adds] == [f"{each['parameters']:,}", f"{each['multiply_adds']:,}"]
         part = each["multiply_adds"] / whole
         assert share == ("1" if part == 1 else f"{part:.2f}".removeprefix("0"))
+
+
+def test_auxnet_beside_pytorch_compiled_is_what_was_measured():
+    seconds = pages.recorded("benchmark_updates_compiled.json")["networks"]["56-5"]["seconds"]
+    ours, compiled = (np.array(seconds[name]) for name in ("joint", "PyTorch compiled"))
+    assert f"backpropagation takes {np.median(ours / compiled):.2f} (" in pages.prose("auxnet.md")
+
+
+def test_compiling_with_onednn_is_what_was_measured():
+    trunks = pages.recorded("benchmark_compiling_onednn.json")["trunks"]
+    said = ", ".join(
+        "{} {:.1f} and {:.1f} s".format(name, ways["loops"]["make"], ways["loops"]["step"])
+        for name, ways in trunks.items()
+    )
+    assert said in pages.prose("auxnet.md")

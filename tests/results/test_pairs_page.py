@@ -49,8 +49,21 @@ def test_speed_of_pairs_beside_pytorch_is_what_was_measured():
             assert "Test accuracies of the two agree ({} and {})".format(*both) in pages.prose(
                 "pairs.md"
             )
-    ratio = seconds["_at_once"][0] / seconds[""][1]
-    assert f"take {ratio:.2f} of the time that PyTorch takes one after" in pages.prose("pairs.md")
+    (ours, theirs), (ours_at_once, theirs_at_once) = seconds[""], seconds["_at_once"]
+    text = pages.prose("pairs.md")
+    assert f"take {ours_at_once / ours:.2f} of the time that they take" in text
+    assert f"started before ({theirs_at_once / theirs:.2f})" in text
+    assert f"plain loop ours are at {ours_at_once / theirs:.2f} so" in text
+
+
+def test_the_profile_of_a_step_of_pairs_is_what_was_measured():
+    (profile,) = pages.recorded("benchmark_profile_pairs.json")["results"].values()
+    (table,) = pages.tables("pairs.md", "Where a step of pairs spends its time")
+    lasted = profile.pop("step")
+    whole = sum(profile.values())
+    expected = [[kind, f"{ms:.2f}", f"{ms / whole:.0%}"] for kind, ms in profile.items()]
+    assert table[2:-2] == expected
+    assert [row[1] for row in table[-2:]] == [f"{whole:.2f}", f"{lasted:.2f}"]
 
 
 def test_claims_of_pairs_are_what_was_decided():
