@@ -411,7 +411,9 @@ def main() -> None:
     described = {
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
         "versions": {library.__name__: library.__version__ for library in (grain, np, Image)},
-        "options": {key: str(value) for key, value in vars(options).items()},
+        "options": {
+            k: str(v) for k, v in vars(options).items() if k not in ("json", "peer_python")
+        },
     }
     options.out.write_text(json.dumps({**described, **measured}, indent=1) + "\n")
     print("\n" + report(measured, options))

@@ -200,7 +200,7 @@ def report(rounds: list[dict[str, Any]], options: argparse.Namespace) -> None:
         "machine": f"{platform.processor() or platform.machine()}, {jax.devices()}",
         "versions": {"jax": jax.__version__, "torch": torch.__version__, "numpy": np.__version__},
         "threads": torch.get_num_threads(),
-        "options": {key: str(value) for key, value in vars(options).items() if key != "data_dir"},
+        "options": {k: str(v) for k, v in vars(options).items() if k not in ("data_dir", "json")},
         "rounds": rounds,
     }
     if options.json:

@@ -436,7 +436,9 @@ def figures(
         "versions": {library.__name__: library.__version__ for library in libraries}
         | {"oneDNN": onednn.version() or "none"},
         "threads": torch.get_num_threads(),
-        "options": {key: str(value) for key, value in vars(options).items() if key != "worker"},
+        "options": {
+            key: str(value) for key, value in vars(options).items() if key not in ("worker", "json")
+        },
         "multiply_adds": multiply_adds,
         "results": [worker.record() for worker in workers],
     }

@@ -89,7 +89,9 @@ class Measured:
         self._options = options
         base = [Contender(network, small=options.small) for network in options.networks]
         self._counts = {each.network: counts(each) for each in base}
-        chosen = {key: value for key, value in vars(options).items() if key != "worker"}
+        chosen = {
+            key: value for key, value in vars(options).items() if key not in ("worker", "json")
+        }
         self.written: dict[str, Any] = {
             "machine": machine(),
             "device": kind,

@@ -121,6 +121,8 @@ def figures(measured: Mapping[str, Any], options: argparse.Namespace) -> dict[st
         **machine(),
         "cores": os.cpu_count(),
         "libraries": {library.__name__: library.__version__ for library in libraries},
-        "options": {key: str(value) for key, value in vars(options).items()},
+        "options": {
+            k: str(v) for k, v in vars(options).items() if k not in ("json", "peer_python")
+        },
         "networks": measured,
     }

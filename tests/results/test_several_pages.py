@@ -1,5 +1,7 @@
 """What several pages of results say is what the recorded figures beside them say."""
 
+import re
+
 import pages
 import pytest
 
@@ -61,3 +63,11 @@ def test_what_papers_print_is_what_the_tables_of_configs_have():
     assert "GapCatNoSSAL has 40.2 and the bare network 39.9" in pages.prose("ssal.md")
     assert branches["GapCatNoSSAL"]["combined"][0] == 40.2
     assert branches["ResNet18"]["main"][0] == 39.9
+
+
+def test_nothing_recorded_names_a_place_of_the_machine_that_it_was_measured_on():
+    recorded = [path for path in pages.RESULTS.iterdir() if path.suffix in (".json", ".md")]
+    assert len(recorded) > 30
+    for path in recorded:
+        # As a home directory is written, or a place under the root.
+        assert not re.search(r'["\s](/(tmp|home|root|work)/)', path.read_text()), path.name
