@@ -92,7 +92,7 @@ def decide(
         most: The bound of the cost: the most seeds.
 
     Returns:
-        What was decision of each claim.
+        What is decided of each claim.
 
     Raises:
         ValueError: If the table has no claims, or one does not fit it, ``most`` is below 1, or as

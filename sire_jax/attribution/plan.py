@@ -37,9 +37,7 @@ def orders_for(names: Sequence[str], sample: int | None) -> int:
     return sample
 
 
-def networks(
-    names: Sequence[str], count: int, seed: int
-) -> tuple[list[Subset], list[tuple[str, ...]]]:
+def networks(names: Sequence[str], count: int, seed: int) -> tuple[list[Subset], list[Order]]:
     """Returns the subsets to train with a seed, all or those of drawn orders, and the orders.
 
     Args:

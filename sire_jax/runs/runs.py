@@ -179,8 +179,13 @@ class Runs:
             name: jax.eval_shape(rule.fit, {k: outputs[k] for k in rule.needs()}, label)
             for name, rule in self._fitted_rules().items()
         }
-        zeros = jax.tree.map(lambda x: np.zeros((self.config.seeds, *x.shape), x.dtype), shapes)
-        return jax.device_put(zeros, self.placement.of_runs)
+
+        def zeros() -> PyTree:
+            return jax.tree.map(lambda x: jnp.zeros((self.config.seeds, *x.shape), x.dtype), shapes)
+
+        # Compiled, as several processes can't put what is on all of their devices.
+        made: dict[str, PyTree] = Program(jax.jit(zeros, out_shardings=self.placement.of_runs))()
+        return made
 
     def averages(self, metrics: Metrics) -> dict[str, np.ndarray]:
         """Divides metrics; a value for each run."""
