@@ -11,6 +11,8 @@ a network and any of these options, ``56-5,cifar100,joint``:
     dropout    dropout inside blocks, as in the rows of Table 3 marked with a dagger
     probes     exits that learn from the features without changing them, trained jointly: how well
                each depth of the bare trunk can be classified (Table 6)
+    few_images what two cores can carry, with cifar100: 16 x 16 pixels, 2,000 training images, 40
+               epochs, and its 20 coarse labels (``configuration.few_images``)
 
 Of use: ``--config.heads.exit.layers="(15, 35)"``, ``--config.objectives.exit.weight.nu=1`` (Table
 9), ``--config.backbone.shortcut_scale=0.5`` (Table 10), ``--config.aggregator.name=upgrad``,
@@ -83,7 +85,7 @@ _STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "imagenet100": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
-_OPTIONS = (*_DATA, *_RULES, "dropout", "probes")
+_OPTIONS = (*_DATA, *_RULES, "dropout", "probes", "few_images")
 _DROPOUT = 0.3
 
 VARIANTS = (
@@ -114,6 +116,11 @@ def get_config(variant: str = "56-5") -> ConfigDict:
     if "dropout" in options and data.startswith("imagenet"):
         raise ValueError("The option 'dropout' is for trunks of small images, not for ImageNet's.")
 
+    few = "few_images" in options
+    if few and data != "cifar100":
+        raise ValueError(f"The option 'few_images' is for cifar100, not for {data}.")
+    target = "coarse_label" if few else "label"
+
     config = configuration.default()
     config.name = f"auxnet/{variant}"
     if data.startswith("imagenet"):
@@ -123,7 +130,9 @@ def get_config(variant: str = "56-5") -> ConfigDict:
 
     if data in _STATISTICS:
         config.data.mean, config.data.std = _STATISTICS[data]
-    config.objectives.main = objective("main", "label", "cross_entropy")
+    if few:
+        config.backbone.classes = config.data.classes[target]
+    config.objectives.main = objective("main", target, "cross_entropy")
     if "probes" in options and not layers:
         raise ValueError(f"'{name}' has no exits to make probes of; take 56-5, for instance.")
     if layers:
@@ -135,7 +144,7 @@ def get_config(variant: str = "56-5") -> ConfigDict:
             detached="probes" in options,
         )
         weight = 1.0 if "probes" in options else {"name": "depth", "nu": 2.0}
-        config.objectives.exit = objective("exit", "label", "cross_entropy", weight)
+        config.objectives.exit = objective("exit", target, "cross_entropy", weight)
     alone = not layers or "probes" in options
     chosen = [option for option in options if option in _RULES]
     if alone and chosen:
@@ -164,6 +173,8 @@ def get_config(variant: str = "56-5") -> ConfigDict:
     config.seeds_at_once = 1
     config.evaluate_splits = ("test",)
     config.evaluate_batch_size = 50 if imagenet else 500
+    if few:
+        configuration.few_images(config)
     return config
 
 

@@ -19,6 +19,10 @@ commas, ``configs/sire.py:cnn,linear``::
     summed           squared errors summed over pixels, not averaged: diverges at full width
     no_decoder_norm  decoders without batch norm in their units (cnn; those of vgg have none)
 
+And no reading: ``few_images``, what two cores can carry of ``cnn``: 16 x 16 pixels, 2,000 training
+images, 40 epochs (``configuration.few_images``), a quarter of the width, 128 hidden units twice
+without dropout, batches of 32, the last weights.
+
 The three parts of SIRe are settings::
 
     S   long skip connections      --config.heads.decoder.skips=False
@@ -72,6 +76,7 @@ _ENDS = {"linear": "linear", "sigmoid": "sigmoid", "heavy_ball": "linear"}
 _INITIAL = {"pytorch": "pytorch", "he": "modules"}
 # Of losses, and of what is within decoders.
 _OTHERS = ("equation_1", "summed", "no_decoder_norm")
+_FEW_IMAGES = "few_images"
 
 
 def _variants() -> dict[str, tuple[str, bool, bool]]:
@@ -117,10 +122,13 @@ def get_config(variant: str = "cnn") -> ConfigDict:
     """
     name, *readings = variant.split(",")
     for reading in readings:
-        registry.choose({**_ENDS, **_INITIAL, **dict.fromkeys(_OTHERS)}, reading, "reading")
+        known = {**_ENDS, **_INITIAL, **dict.fromkeys((*_OTHERS, _FEW_IMAGES))}
+        registry.choose(known, reading, "reading")
     last = _reading(readings, _ENDS, "normalized")
     network, imagenet, base = configuration.variant(VARIANTS, name)
     settings, stages, weight = _NETWORKS[network]
+    if _FEW_IMAGES in readings and network != "cnn":
+        raise ValueError(f"'{_FEW_IMAGES}' is for cnn, not for {network}.")
     classes = 1000 if imagenet else 100
 
     config = configuration.default()
@@ -182,4 +190,8 @@ def get_config(variant: str = "cnn") -> ConfigDict:
     config.seeds_at_once = 1
     config.evaluate_splits = ("validation",)
     config.evaluate_batch_size = 500
+    if _FEW_IMAGES in readings:
+        configuration.few_images(config)
+        config.batch_size = 32
+        config.backbone.update(width=0.25, hidden=(128, 128), dropout=0.0)
     return config

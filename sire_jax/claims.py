@@ -68,10 +68,12 @@ class Claim:
 
     Attributes:
         row: The better row.
-        than: The other.
+        than: The other, or the same.
         column: By the figure of this column of the table.
-        by: By how much in the paper, in the column's unit, above 0.
+        by: By how much in the paper, in the column's unit; 0: it prints no figure, only that.
         lower: Whether less is better, as of errors.
+        than_column: The column of the other; "" for the same.
+        source: Where the paper has it; "" in this table.
     """
 
     row: str
@@ -79,54 +81,90 @@ class Claim:
     column: str
     by: float
     lower: bool
+    than_column: str = ""
+    source: str = ""
 
-    def differences(self, figures: Mapping[str, Sequence[float]]) -> list[float]:
+    def sides(self) -> tuple[tuple[str, str], tuple[str, str]]:
+        """Returns ``(row, column)`` of the better figure and of the other."""
+        return (self.row, self.column), (self.than, self.than_column or self.column)
+
+    def differences(self, figures: Mapping[tuple[str, str], Sequence[float]]) -> list[float]:
         """Returns by how much the row is better, for each seed that both have.
 
         Args:
-            figures: By row that of each seed, in their order.
+            figures: By row and column that of each seed, in their order.
         """
         sign = -1 if self.lower else 1
-        pairs = zip(figures.get(self.row, ()), figures.get(self.than, ()), strict=False)
-        return [sign * (ours - other) for ours, other in pairs]
+        better, other = (figures.get(side, ()) for side in self.sides())
+        return [sign * (a - b) for a, b in zip(better, other, strict=False)]
 
     def __str__(self) -> str:
-        return f"{self.row} better than {self.than} by {self.by:g} ({self.column})"
+        (better, column), (other, other_column) = self.sides()
+        if column == other_column:
+            return f"{better} better than {other}, {column}"
+        return f"{better} ({column}) better than {other} ({other_column})"
 
 
 def read(table: Mapping[str, Any], rows: Sequence[str]) -> list[Claim]:
     """Reads the claims of a table.
 
     Args:
-        table: With ``"claims"``: ``[{"row", "better_than", "column", "by"}, …]``.
+        table: With ``"claims"``: ``[{"row", "better_than", "column", "by"}, …]``; with
+            ``"than_column"``, too, where the other's figure is in another column, without ``"by"``
+            where the paper prints no figure, and with ``"source"`` where that is elsewhere.
         rows: What its rows are called.
 
     Raises:
         ValueError: If it has none, or one has other keys, names a row or a column that is not
-            there, or a difference that is not above 0.
+            there, compares a figure with itself or an error with an accuracy, or has a difference
+            that is not above 0.
     """
     if not table.get("claims"):
         raise ValueError("The table has no claims to decide; give it some under 'claims'.")
-    made = []
-    for section in table["claims"]:
-        if set(section) != {"row", "better_than", "column", "by"}:
-            raise ValueError(
-                f"The claim {section} should have 'row', 'better_than', 'column' and 'by'."
-            )
-        kind = table["columns"].get(section["column"])
-        pair = {section["row"], section["better_than"]}
-        if kind is None or "metric" not in kind or len(pair) < 2 or not pair <= set(rows):
-            raise ValueError(
-                f"The claim {section} should name a column of a metric and two rows of the table."
-            )
-        number = isinstance(section["by"], int | float) and not isinstance(section["by"], bool)
-        if not (number and 0 < section["by"] < math.inf):
-            raise ValueError(f"The claim {section} has by {section['by']}; it should be above 0.")
-        lower = bool(kind.get("error_percent")) or kind["metric"].endswith("/loss")
-        made.append(
-            Claim(section["row"], section["better_than"], section["column"], section["by"], lower)
+    return [_read(section, table["columns"], rows) for section in table["claims"]]
+
+
+def _read(section: Mapping[str, Any], columns: Mapping[str, Any], rows: Sequence[str]) -> Claim:
+    keys, needed = set(section), {"row", "better_than", "column"}
+    if not needed <= keys or keys - needed - {"by", "than_column", "source"}:
+        raise ValueError(
+            f"The claim {section} should have 'row', 'better_than' and 'column', and may have 'by',"
+            " 'than_column' and 'source'."
         )
-    return made
+    by = section.get("by")
+    number = isinstance(by, int | float) and not isinstance(by, bool)
+    if by is not None and not (number and 0 < by < math.inf):
+        raise ValueError(
+            f"The claim {section} has by {by}; it should be above 0, or left out where the paper"
+            " has no figure."
+        )
+    names = section["column"], section.get("than_column", section["column"])
+    known = all("metric" in columns.get(name, ()) for name in names)
+    if not known or not {section["row"], section["better_than"]} <= set(rows):
+        raise ValueError(
+            f"The claim {section} should name two rows of the table and columns of metrics."
+        )
+    lower, other_lower = (_is_lower_better(columns[name]) for name in names)
+    claim = Claim(
+        section["row"],
+        section["better_than"],
+        section["column"],
+        by or 0.0,
+        lower,
+        section.get("than_column", ""),
+        section.get("source", ""),
+    )
+    better, other = claim.sides()
+    if better == other or lower != other_lower:
+        raise ValueError(
+            f"The claim {section} should compare two figures, both of which should be errors or"
+            " neither."
+        )
+    return claim
+
+
+def _is_lower_better(column: Mapping[str, Any]) -> bool:
+    return bool(column.get("error_percent")) or column["metric"].endswith("/loss")
 
 
 @dataclass(frozen=True)
@@ -141,8 +179,9 @@ class Judged:
         seeds: How many seeds were looked at.
         needed: About how many seeds decide, if the mean and the deviation are what they seem.
         verdict: ``"confirmed"``: above 0, and as large as the paper's may be; ``"smaller"``: above
-            0 and below the paper's; ``"refuted"``: below the paper's, and maybe 0;
-            ``"undecided"``; ``"diverged"``: a seed of either row has no figure.
+            0 and below the paper's; ``"refuted"``: below the paper's (of a claim without a figure:
+            below 0), and maybe 0; ``"undecided"``; ``"diverged"``: a seed of either row has no
+            figure.
     """
 
     claim: Claim

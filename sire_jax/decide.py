@@ -17,6 +17,8 @@ from sire_jax.configuration import experiment
 from sire_jax.reproduce import load_rows, machine, reproduce
 from sire_jax.storage.workdir import check_writable
 
+# Of each row and column that of each seed.
+Figures = dict[tuple[str, str], list[float]]
 # Of a rehearsal that tells how long a row takes; the first compiles.
 _STEPS = 4
 
@@ -105,7 +107,7 @@ def decide(
     if own := [o for o in overrides if o.startswith(("--config.seed=", "--config.seeds="))]:
         raise ValueError(f"--decide takes the seeds 0, 1, … by itself; leave out {own[0]}.")
     workdir = check_writable(workdir)
-    figures: dict[str, dict[str, list[float]]] = {claim.column: {} for claim in chosen}
+    figures: Figures = {}
     judged = [claims.judge(claim, []) for claim in chosen]
     for seed in range(most):
         undecided = [decision.claim for decision in judged if not decision.decided]
@@ -116,9 +118,7 @@ def decide(
         directory.mkdir(exist_ok=True)
         rows = rows_of(undecided, table)
         lines = reproduce(table, rows, directory, configs, option, of_seed)
-        names = {paper_tables.identity(row) for row in rows}
-        # Others may lie there of an earlier start.
-        _add(figures, [line for line in lines if line["variant"] in names])
+        _add(figures, undecided, {line["variant"]: line for line in lines})
         judged = [_judge_anew(decision, figures) for decision in judged]
         _write(workdir, table, judged, figures, option, overrides)
         decided = sum(decision.decided for decision in judged)
@@ -132,23 +132,21 @@ def rows_of(chosen: Sequence[Claim], table: paper_tables.Table) -> list[dict[str
     return [row for row in table["rows"] if paper_tables.identity(row) in names]
 
 
-def _add(figures: dict[str, dict[str, list[float]]], lines: Sequence[Mapping[str, Any]]) -> None:
-    """Adds the figures of a seed; one that diverged has none, and is no number."""
-    for line in lines:
-        for column, rows in figures.items():
-            runs = line[column]["runs"]
-            if runs is None:
-                raise ValueError(f"The row '{line['variant']}' has no figure '{column}'.")
-            diverged = any(step is not None for step in line.get("diverged", []))
-            value = math.nan if diverged else float(runs[0])
-            rows.setdefault(line["variant"], []).append(value)
+def _add(figures: Figures, chosen: Sequence[Claim], lines: Mapping[str, Any]) -> None:
+    """Adds what claims need of a seed; what diverged has no figure, and is no number."""
+    for row, column in sorted({side for claim in chosen for side in claim.sides()}):
+        line = lines[row]
+        if (runs := line[column]["runs"]) is None:
+            raise ValueError(f"The row '{row}' has no figure '{column}'.")
+        diverged = any(step is not None for step in line.get("diverged", []))
+        figures.setdefault((row, column), []).append(math.nan if diverged else float(runs[0]))
 
 
-def _judge_anew(decision: Judged, figures: Mapping[str, Mapping[str, Sequence[float]]]) -> Judged:
+def _judge_anew(decision: Judged, figures: Figures) -> Judged:
     # The first verdict counts: to look on would be to look for another.
     if decision.decided:
         return decision
-    return claims.judge(decision.claim, decision.claim.differences(figures[decision.claim.column]))
+    return claims.judge(decision.claim, decision.claim.differences(figures))
 
 
 def markdown(judged: Sequence[Judged]) -> str:
@@ -162,8 +160,8 @@ def markdown(judged: Sequence[Judged]) -> str:
         more = f" (about {decision.needed} seeds may decide)" if decision.needed else ""
         rows.append(
             [
-                f"{decision.claim.row} better than {decision.claim.than}, {decision.claim.column}",
-                f"{decision.claim.by:+g}",
+                str(decision.claim),
+                _printed(decision.claim),
                 f"{decision.mean:+.3g}",
                 interval,
                 str(decision.seeds),
@@ -171,6 +169,12 @@ def markdown(judged: Sequence[Judged]) -> str:
             ]
         )
     return text.align(rows)
+
+
+def _printed(claim: Claim) -> str:
+    """Writes the paper's figure, and where it is if it is in another table."""
+    figure = f"{claim.by:+g}" if claim.by else "no figure"
+    return f"{figure} ({claim.source})" if claim.source else figure
 
 
 def draw(judged: Sequence[Judged]) -> Figure:
@@ -183,7 +187,8 @@ def draw(judged: Sequence[Judged]) -> Figure:
         half = decision.high - decision.mean
         error = half if math.isfinite(half) else None
         axes.errorbar(decision.mean, place, xerr=error, marker="o", capsize=3, color=colour)
-        axes.plot(decision.claim.by, place, "kD", fillstyle="none")
+        if decision.claim.by:
+            axes.plot(decision.claim.by, place, "kD", fillstyle="none")
         axes.annotate(
             f"{decision.verdict}, {decision.seeds} seeds",
             (decision.mean, place),
@@ -194,11 +199,10 @@ def draw(judged: Sequence[Judged]) -> Figure:
             color=colour,
         )
     axes.axvline(0, color="black", linewidth=0.8)
-    labels = [f"{decision.claim.row}\nbetter than {decision.claim.than}" for decision in judged]
+    labels = [str(decision.claim).replace(" better", "\nbetter") for decision in judged]
     axes.set_yticks(range(len(judged)), labels, fontsize=8)
     axes.set_ylim(len(judged) - 0.4, -0.6)
-    units = ", ".join(sorted({decision.claim.column for decision in judged}))
-    axes.set_xlabel(f"better by ({units}); diamond: the paper's")
+    axes.set_xlabel("better by; diamond: the paper's")
     figure.tight_layout()
     return figure
 
@@ -207,19 +211,22 @@ def _write(
     workdir: Path,
     table: paper_tables.Table,
     judged: Sequence[Judged],
-    figures: Mapping[str, Any],
+    figures: Figures,
     option: str,
     overrides: Sequence[str],
 ) -> None:
     page = f"{table['title']}: claims\n\n{paper_tables.note(overrides)}{markdown(judged)}\n"
     files.replace(workdir / "claims.md", page)
+    by_column: dict[str, dict[str, list[float | None]]] = {}
+    for (row, column), values in figures.items():
+        by_column.setdefault(column, {})[row] = [_finite(value) for value in values]
     details = {
         "title": table["title"],
         "option": option,
         "overrides": list(overrides),
         **machine(),
         "claims": [_details(decision) for decision in judged],
-        "figures": jax.tree.map(_finite, dict(figures)),
+        "figures": by_column,
     }
     files.replace(workdir / "claims.json", json.dumps(details, indent=1) + "\n")
     draw(judged).savefig(workdir / "claims.png", dpi=130)

@@ -5,8 +5,10 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from sire_jax import configuration, paper_tables
+from sire_jax.claims import Claim, judge
 
 REPOSITORY = Path(__file__).parent.parent
 RESULTS = REPOSITORY / "docs" / "results"
@@ -29,6 +31,27 @@ def tables_of(text):
 def prose(page):
     """Returns a page's text as one line."""
     return " ".join((RESULTS / page).read_text().split())
+
+
+def whole(page):
+    return (RESULTS / page).read_text()
+
+
+def decided(name):
+    """Returns the claims of a record as it judges them, judged anew by the figures of each seed."""
+    stored, found = recorded(name), []
+    for details in stored["claims"]:
+        claim = Claim(**details["claim"])
+        figures = {
+            (row, column): values[: details["seeds"]]
+            for column, rows in stored["figures"].items()
+            for row, values in rows.items()
+        }
+        decision = judge(claim, claim.differences(figures))
+        assert decision.verdict == details["verdict"]
+        assert decision.mean == pytest.approx(details["mean"])
+        found.append(decision)
+    return found
 
 
 def recorded(name):

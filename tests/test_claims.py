@@ -114,27 +114,48 @@ TABLE = {
 def test_claims_are_read_with_their_direction():
     (claim,) = claims.read(TABLE, ["aux", "bare"])
     assert claim == Claim("aux", "bare", "error", 0.68, lower=True)
-    assert str(claim) == "aux better than bare by 0.68 (error)"
-    figures = {"aux": [29.0, 28.0, 27.0], "bare": [30.0, 30.0]}
+    assert str(claim) == "aux better than bare, error"
+    figures = {("aux", "error"): [29.0, 28.0, 27.0], ("bare", "error"): [30.0, 30.0]}
     assert claim.differences(figures) == [1.0, 2.0]
-    assert claim.differences({"aux": [29.0]}) == []
+    assert claim.differences({("aux", "error"): [29.0]}) == []
+
+
+def test_a_claim_may_be_of_two_columns_and_without_a_figure():
+    section = {"row": "aux", "better_than": "aux", "column": "top", "than_column": "main"}
+    columns = {name: {"metric": f"{name}/top_1"} for name in ("top", "main")}
+    (claim,) = claims.read({"columns": columns, "claims": [section]}, ["aux"])
+    assert claim == Claim("aux", "aux", "top", 0.0, lower=False, than_column="main")
+    assert str(claim) == "aux (top) better than aux (main)"
+    figures = {("aux", "top"): [0.5, 0.7], ("aux", "main"): [0.25, 0.75]}
+    assert claim.differences(figures) == pytest.approx([0.25, -0.05])
+
+
+@pytest.mark.parametrize(
+    ("mean", "verdict"), [(0.5, "confirmed"), (-0.5, "refuted"), (0.0, "undecided")]
+)
+def test_a_claim_without_a_figure_is_judged_by_its_sign(mean, verdict):
+    claim = Claim("aux", "bare", "accuracy", by=0.0, lower=False)
+    assert judge(claim, mean + np.tile([-0.1, 0.1], 5)).verdict == verdict
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"row": "axu"}, "should name a column of a metric and two rows"),
-        ({"column": "size"}, "should name a column of a metric and two rows"),
-        ({"column": "top"}, "should name a column of a metric and two rows"),
-        ({"by": 0.0}, "has by 0.0; it should be above 0"),
+        ({"row": "axu"}, "should name two rows of the table and columns of metrics"),
+        ({"column": "size"}, "should name two rows of the table and columns of metrics"),
+        ({"column": "top"}, "should name two rows of the table and columns of metrics"),
+        ({"than_column": "top"}, "should name two rows of the table and columns of metrics"),
+        ({"by": 0.0}, "has by 0.0; it should be above 0, or left out where the paper has no"),
         ({"by": "1"}, "has by 1; it should be above 0"),
         ({"by": True}, "has by True; it should be above 0"),
-        ({"row": "bare"}, "should name a column of a metric and two rows"),
-        ({"more": 1}, "should have 'row', 'better_than', 'column' and 'by'"),
+        ({"row": "bare"}, "should compare two figures, both of which should be errors or neither"),
+        ({"than_column": "accuracy"}, "should compare two figures, both of which should be errors"),
+        ({"more": 1}, "should have 'row', 'better_than' and 'column', and may have 'by',"),
     ],
 )
 def test_claims_that_can_not_be_judged_are_refused(changes, message):
-    table = {**TABLE, "claims": [{**TABLE["claims"][0], **changes}]}
+    columns = {**TABLE["columns"], "accuracy": {"split": "test", "metric": "main/top_1"}}
+    table = {"columns": columns, "claims": [{**TABLE["claims"][0], **changes}]}
     with pytest.raises(ValueError, match=message):
         claims.read(table, ["aux", "bare"])
 

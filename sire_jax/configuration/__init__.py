@@ -15,6 +15,7 @@ from sire_jax.configuration.loading import (
 from sire_jax.configuration.sections import (
     augmentation,
     backbone,
+    few_images,
     grouping,
     head,
     loss,
@@ -36,6 +37,7 @@ __all__ = [
     "completed",
     "default",
     "differences",
+    "few_images",
     "find",
     "from_json",
     "grouping",
