@@ -1,5 +1,7 @@
 """Small plans and helpers shared by the tests of planned backbones and decoders."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,6 +55,28 @@ def random_like(variables, seed=0):
         return jnp.asarray(values, leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(fill, dict(variables))
+
+
+def apart(tree):
+    """Parts what blocks of a loop have together, ``"stage_1_block_2_to_4"``, by their names."""
+    if not hasattr(tree, "items"):
+        return tree
+    parted = {}
+    for key, values in tree.items():
+        blocks = re.fullmatch(r"(.*_block_)(\d+)_to_(\d+)", key)
+        if blocks is None:
+            parted[key] = apart(values)
+            continue
+        stem, first, last = blocks[1], int(blocks[2]), int(blocks[3])
+        for turn, number in enumerate(range(first, last + 1)):
+            parted[f"{stem}{number}"] = jax.tree.map(lambda leaf, i=turn: _row(leaf, i), values)
+    return parted
+
+
+def _row(leaf, turn):
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+    return leaf[turn]
 
 
 def normal(seed, *dimensions):

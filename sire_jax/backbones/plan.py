@@ -134,8 +134,8 @@ class Plan:
                     )
 
 
-# So many equal blocks become a loop, as those of ResNet-1001. With fewer the loop, which stacks
-# their parameters, costs a fifth of a step on a CPU: more than compiling saves.
+# So many equal blocks become a loop, as those of ResNet-1001. With fewer a loop costs a fifth of a
+# step on a CPU: more than compiling saves.
 LONG = 24
 
 
@@ -256,8 +256,7 @@ class Planned(nn.Module):
         """Tells whether a feature has to be there."""
         # Beside a misspelt name all are: the network's message has the nearest.
         misspelt = set(self.endpoints or ()) - self.plan.names()
-        needed = self.endpoints is None or name in self.endpoints or bool(misspelt)
-        return needed or self.has_variable(OFFSETS, name)
+        return self.endpoints is None or name in self.endpoints or bool(misspelt)
 
     def _offset(self, name: str, x: Array) -> Array:
         return x + self.get_variable(OFFSETS, name) if self.has_variable(OFFSETS, name) else x
@@ -282,19 +281,19 @@ class Planned(nn.Module):
             names = [name for name, _ in run]
             # Initial values of a block are the same, whether it will be in a loop or not.
             if key is not None and block.loops:
-                y = self._make(names, block, x, key)
-            elif len(run) > 1:
-                y = self._loop(names, block, x, train)
-            else:
+                before, x = x, self._make(names, block, x, key)
+            elif len(run) == 1:
                 y = block.clone(parent=self, name=first)(x, before, train=train)
-            before, x = x, self._offset(names[-1], y)
+                before, x = x, self._offset(first, y)
+            else:
+                before, x = x, self._loops(names, block, x, endpoints, train)
             endpoints[names[-1]] = x
         return x
 
     def _runs(
         self, blocks: list[tuple[str, Block]], channels: int
     ) -> Iterator[list[tuple[str, Block]]]:
-        """Yields the blocks, equal ones together that one loop should do."""
+        """Yields the blocks, equal ones together whose parameters lie in one array for a loop."""
         for run in self._equal(blocks, channels):
             yield from [run] if len(run) >= LONG else ([block] for block in run)
 
@@ -319,29 +318,37 @@ class Planned(nn.Module):
         if run:
             yield run
 
-    def _loop(self, names: list[str], block: Block, x: Array, train: bool) -> Array:
-        """Applies equal blocks one after another, each with the variables of its own name."""
-        module = block.clone(parent=None, name=None)
-        trees = {
-            kind: [variables[name] for name in names]
-            for kind, variables in self.variables.items()
-            if names[0] in variables
-        }
-        stacked = {
-            kind: jax.tree.map(lambda *leaves: jnp.stack(leaves), *of_blocks)
-            for kind, of_blocks in trees.items()
-        }
-        changing = [kind for kind in trees if self.is_mutable_collection(kind)]
+    def _loops(
+        self, names: list[str], block: Block, x: Array, endpoints: Endpoints, train: bool
+    ) -> Array:
+        """Applies equal blocks in a loop; in several, if offsets are added between them."""
+        start = 0
+        for stop, name in enumerate(names, start=1):
+            if stop == len(names) or self.has_variable(OFFSETS, name):
+                x = self._offset(name, self._loop(names, slice(start, stop), block, x, train))
+                endpoints[name], start = x, stop
+        return x
+
+    def _loop(self, names: list[str], turns: slice, block: Block, x: Array, train: bool) -> Array:
+        """Applies some of equal blocks, one after another, each with variables of its own."""
+        module, stored = block.clone(parent=None, name=None), _together(names)
+        stacked = {kind: tree[stored] for kind, tree in self.variables.items() if stored in tree}
+        own = jax.tree.map(lambda values: values[turns], stacked)
+        changing = [kind for kind in stacked if self.is_mutable_collection(kind)]
         random = train and self.has_rng("dropout")
-        drops = jax.random.split(self.make_rng("dropout"), len(names)) if random else None
+        number = turns.stop - turns.start
+        drops = jax.random.split(self.make_rng("dropout"), number) if random else None
 
         def body(x: Array, turn: tuple[Any, Any]) -> tuple[Array, Any]:
             variables, key = turn
             rngs = {} if key is None else {"dropout": key}
             return module.apply(variables, x, x, train=train, mutable=changing, rngs=rngs)
 
-        x, changed = lax.scan(body, x, (stacked, drops))
-        self._put(names, changed)
+        x, changed = lax.scan(body, x, (own, drops))
+        for kind, tree in changed.items():
+            if number < len(names):
+                tree = jax.tree.map(lambda old, new: old.at[turns].set(new), stacked[kind], tree)
+            self.put_variable(kind, stored, tree)
         return x
 
     def _make(self, names: list[str], block: Block, x: Array, key: Array) -> Array:
@@ -352,11 +359,18 @@ class Planned(nn.Module):
         features, variables = jax.vmap(lambda k: module.init_with_output(k, x, x, train=False))(
             keys
         )
-        self._put(names, variables)
+        for kind, tree in variables.items():
+            if len(names) == 1:
+                tree = jax.tree.map(lambda values: values[0], tree)
+            self.put_variable(kind, _together(names), tree)
         return features[0]
 
-    def _put(self, names: list[str], variables: Any) -> None:
-        """Stores variables that lie along a first axis, under the names of their blocks."""
-        for kind, values in variables.items():
-            for i, name in enumerate(names):
-                self.put_variable(kind, name, jax.tree.map(lambda value, i=i: value[i], values))
+
+def _together(names: list[str]) -> str:
+    """Names the variables of blocks that lie in one array.
+
+    >>> _together(["stage_2_block_2", "stage_2_block_3", "stage_2_block_4"])
+    'stage_2_block_2_to_4'
+    """
+    last = names[-1].rpartition("_")[2]
+    return names[0] if len(names) == 1 else f"{names[0]}_to_{last}"

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from planned import normal, random_like, shape, shapes_of
+from planned import apart, normal, random_like, shape, shapes_of
 
 from sire_jax.backbones import plan, preactivation_resnet
 from sire_jax.backbones.blocks import Block
@@ -84,16 +84,28 @@ def test_a_stage_is_a_loop_but_for_the_block_that_changes_the_shape(settings, le
     network = preactivation_resnet(10, **settings).clone(endpoints=())
     assert _loops(network, shape(2, 32, 32, 3)) == lengths
     unlooped = shapes_of(network.clone(endpoints=None), shape(2, 32, 32, 3))
-    assert shapes_of(network, shape(2, 32, 32, 3)) == unlooped
+    assert apart(shapes_of(network, shape(2, 32, 32, 3))) == unlooped
+
+
+@pytest.mark.parametrize("endpoints", [(), ("stage_1_block_3",)])
+def test_blocks_of_a_loop_begin_as_they_would_one_by_one(endpoints):
+    image, key = jnp.zeros((2, 8, 8, 1)), jax.random.key(3)
+    one_by_one, looped = (
+        jax.jit(Planned(LOOPED, 2, endpoints=asked).init)(key, image) for asked in (None, endpoints)
+    )
+    assert "stage_2_block_2_to_3" in looped["params"]
+    chex.assert_trees_all_equal(apart(looped), one_by_one)
 
 
 def test_a_loop_computes_what_its_blocks_do():
     image = normal(6, 3, 6, 6, 2)
     networks = [Planned(Plan(((BLOCK,) * 3,)), 2, endpoints=endpoints) for endpoints in (None, ())]
     assert [_loops(network, image) for network in networks] == [[], [3]]
-    variables = random_like(shapes_of(networks[0], image), seed=2)
+    looped_variables = random_like(shapes_of(networks[1], image), seed=2)
 
-    def all_of_it(network, params, stats):
+    def all_of_it(network, variables):
+        params, stats = variables["params"], variables["batch_stats"]
+
         def loss(params):
             variables = {"params": params, "batch_stats": stats}
             (logits, _), new = network.apply(variables, image, train=True, mutable=["batch_stats"])
@@ -103,14 +115,38 @@ def test_a_loop_computes_what_its_blocks_do():
         return jax.value_and_grad(loss, has_aux=True)(params), evaluated
 
     one_by_one, looped = (
-        jax.jit(all_of_it, static_argnums=0)(network, variables["params"], variables["batch_stats"])
-        for network in networks
+        jax.jit(all_of_it, static_argnums=0)(network, variables)
+        for network, variables in zip(
+            networks, (apart(looped_variables), looped_variables), strict=True
+        )
     )
-    chex.assert_trees_all_close(one_by_one, looped, rtol=1e-4, atol=1e-4)
-    ((_, (_, new)), gradient), _ = looped
-    moved = jax.tree.map(lambda a, b: bool((a != b).any()), new, variables["batch_stats"])
+    ((loss, (logits, new)), gradient), evaluated = looped
+    alike = ((loss, (logits, apart(new))), apart(gradient)), evaluated
+    chex.assert_trees_all_close(one_by_one, alike, rtol=1e-4, atol=1e-4)
+    before = looped_variables["batch_stats"]
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), new, before)
     assert jax.tree.all(moved)
     assert all(float(jnp.abs(leaf).max()) > 1e-6 for leaf in jax.tree.leaves(gradient))
+
+
+def test_offsets_between_the_blocks_of_a_loop_part_it():
+    image, name = normal(6, 3, 6, 6, 2), "stage_1_block_2"
+    looped, one_by_one = (
+        Planned(Plan(((BLOCK,) * 3,)), 2, endpoints=asked) for asked in ((), None)
+    )
+    variables = random_like(shapes_of(looped, image), seed=2)
+    offsets = {"offsets": {name: normal(7, 3, 6, 6, 2)}}
+    found = [
+        network.apply({**own, **offsets}, image, train=True, mutable=["batch_stats"])
+        for network, own in ((looped, variables), (one_by_one, apart(variables)))
+    ]
+    (logits, endpoints), new = found[0]
+    (expected, all_endpoints), expected_new = found[1]
+    unshifted = looped.apply(variables, image, train=True, mutable=["batch_stats"])[0][0]
+    assert float(jnp.abs(logits - unshifted).max()) > 0.1
+    chex.assert_trees_all_close(logits, expected, rtol=1e-4, atol=1e-4)
+    chex.assert_trees_all_close(endpoints[name], all_endpoints[name], rtol=1e-4, atol=1e-4)
+    chex.assert_trees_all_close(apart(new), expected_new, rtol=1e-4, atol=1e-4)
 
 
 class Writing(Block):
@@ -129,8 +165,8 @@ def test_each_block_of_a_loop_has_dropout_and_parameters_of_its_own():
     image = jnp.zeros((2, 8, 8, 1))
     assert _loops(network, shape(2, 8, 8, 1)) == [3]
     variables = network.init(jax.random.key(0), image)
-    drawn = [variables["params"][f"stage_1_block_{i}"]["drawn"] for i in (1, 2, 3)]
-    assert len({float(value) for each in drawn for value in each}) == 9
+    drawn = variables["params"]["stage_1_block_1_to_3"]["drawn"]
+    assert (drawn.shape, len({float(value) for value in drawn.ravel()})) == ((3, 3), 9)
 
     @jax.jit
     def apply(seed):

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.test_util import check_grads
-from planned import normal, random_like, shape, shapes_of
+from planned import apart, normal, random_like, shape, shapes_of
 
 from sire_jax import registry, traced
 from sire_jax.backbones import BACKBONES, wide_resnet
@@ -167,22 +167,22 @@ def test_squeezed_blocks_in_a_loop_compute_what_they_do_one_by_one(monkeypatch):
     monkeypatch.setattr("sire_jax.backbones.plan.LONG", 2)
     image = normal(6, 2, 4, 4, 4)
     plan = Plan(((PreActivation((4, 4), squeeze=2),) * 3,))
-    variables = None
+    looped, one_by_one = (Planned(plan, 2, endpoints=endpoints) for endpoints in ((), None))
+    variables = random_like(shapes_of(looped, image), seed=2)
+    assert "squeeze" in variables["params"]["stage_1_block_1_to_3"]
     found = []
-    for endpoints in (None, ()):
-        network = Planned(plan, 2, endpoints=endpoints)
-        variables = variables or random_like(shapes_of(network, image), seed=2)
+    for network, own in ((looped, variables), (one_by_one, apart(variables))):
 
-        def loss(params, network=network, stats=variables["batch_stats"]):
+        def loss(params, network=network, stats=own["batch_stats"]):
             given = {"params": params, "batch_stats": stats}
             (logits, _), new = network.apply(given, image, train=True, mutable=["batch_stats"])
-            return (logits**2).sum(), (logits, new)
+            return (logits**2).sum(), (logits, apart(new))
 
-        program = jax.make_jaxpr(loss)(variables["params"])
+        program = jax.make_jaxpr(loss)(own["params"])
         lengths = [e.params["length"] for e in program.eqns if e.primitive.name == "scan"]
-        assert lengths == ([] if endpoints is None else [3])
-        found.append(jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"]))
-    assert "squeeze" in variables["params"]["stage_1_block_3"]
+        assert lengths == ([3] if network is looped else [])
+        value, gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(own["params"])
+        found.append((value, apart({"params": gradient})))
     chex.assert_trees_all_close(*found, rtol=1e-4, atol=1e-5)
 
 
