@@ -17,7 +17,7 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from sire_jax.backbones import PairBranches
 from sire_jax.layers import convolution, onednn
-from sire_jax.layers.convolution import prefers_images_last
+from sire_jax.layers.convolution import convolve, prefers_images_last
 from sire_jax.layers.onednn import library
 
 
@@ -78,6 +78,20 @@ def test_passes_equal_xlas_to_the_last_bit_of_whole_numbers(case, dtype):
 
 def _gradients(function, x, kernel):
     return jax.grad(lambda x, kernel: (function(x, kernel) ** 2).sum(), (0, 1))(x, kernel)
+
+
+@needs_onednn
+def test_what_was_linearized_once_is_transposed_for_each_loss_as_multiway_does():
+    (x, kernel, dy), _ = _case(*CONVOLUTIONS[0])
+
+    def passes(function):
+        y, push = jax.linearize(lambda x, kernel: function(x, kernel, 1), x, kernel)
+        return y, *(jax.linear_transpose(push, x, kernel)(weight * dy) for weight in (1, 3))
+
+    found, expected = (
+        jax.jit(passes, static_argnums=0)(function) for function in (convolve, plain)
+    )
+    chex.assert_trees_all_equal(found, expected)
 
 
 @needs_onednn
