@@ -1,8 +1,13 @@
 """Paths as people write them, whether they can be written to, and files that are written whole."""
 
+import contextlib
 import os
 import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
 
 # Where the code of the library is.
 PACKAGE = Path(__file__).parent
@@ -92,9 +97,26 @@ def replace(path: Path, content: str | bytes) -> None:
         path: The file.
         content: What it will hold.
     """
+    with _whole(path) as file:
+        file.write(content if isinstance(content, bytes) else content.encode())
+
+
+def replace_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Writes arrays and texts into an uncompressed ``.npz`` archive, as ``replace`` does.
+
+    Args:
+        path: The file.
+        arrays: Arrays and texts by name.
+    """
+    with _whole(path) as file:
+        np.savez(file, allow_pickle=False, **{k: np.asarray(v) for k, v in arrays.items()})
+
+
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[BinaryIO]:
     partial = path.with_name(f"{path.name}.partial")
     with partial.open("wb") as file:
-        file.write(content if isinstance(content, bytes) else content.encode())
+        yield file
         file.flush()
         # Else a crash of the machine may leave the new name with nothing in it.
         os.fsync(file.fileno())

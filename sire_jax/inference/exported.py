@@ -159,11 +159,7 @@ def save(
     """
     path = command.check_new(path)
     texts = {"format": FORMAT, "config": configuration.to_json(config), "output": output}
-    # Written aside and renamed: whoever finds the file finds all of it.
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("wb") as file:
-        np.savez(file, allow_pickle=False, **{k: np.array(v) for k, v in texts.items()}, **stored)
-    partial.replace(path)
+    files.replace_arrays(path, {**texts, **stored})
 
 
 def load(path: str | Path) -> Exported:
