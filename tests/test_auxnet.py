@@ -203,6 +203,15 @@ def test_probes_are_exits_that_change_nothing():
     assert config.update_rule.to_dict() == {"name": "joint", "adjust": False}
 
 
+def test_few_images_have_coarse_labels_for_every_output():
+    config = configuration.load(f"{CONFIGS}/auxnet.py:44-3,cifar100,few_images")
+    assert config.backbone.classes == config.heads.exit.classes == 20
+    targets = [objective.target for objective in config.objectives.values()]
+    assert targets == ["coarse_label", "coarse_label"]
+    assert (config.data.shape, config.augmentation.crop.padding) == ((16, 16, 3), 2)
+    assert (config.batch_size, config.optimizer.learning_rate.init_value) == (128, 0.1)
+
+
 @pytest.mark.parametrize(
     ("variant", "message"),
     [
@@ -216,6 +225,7 @@ def test_probes_are_exits_that_change_nothing():
         ("34-2,cifar10", r"no variant '34-2'"),
         ("56-5,imagenet", r"no variant '56-5'.* Known: 101-2, 34-2"),
         ("34-2,dropout", r"'dropout' is for trunks of small images"),
+        ("56-5,few_images", r"'few_images' is for cifar100, not for cifar10"),
         ("resnet-56,probes", r"'resnet-56' has no exits to make probes of"),
     ],
 )

@@ -64,6 +64,17 @@ def test_readings_of_the_losses_and_of_batch_norm():
         _load("resnet34,no_decoder_norm")
 
 
+def test_few_images_are_of_the_cnn_alone():
+    config = _load("cnn,few_images")
+    assert (config.backbone.width, config.backbone.hidden) == (0.25, (128, 128))
+    assert (config.backbone.dropout, config.batch_size) == (0.0, 32)
+    # Of the last weights: nothing is chosen on validation images.
+    assert (config.evaluate_splits, config.epochs) == (("test",), 40)
+    assert _load("cnn_base,few_images").backbone.residuals is False
+    with pytest.raises(ValueError, match=r"'few_images' is for cnn, not for vgg16"):
+        _load("vgg16,few_images")
+
+
 @pytest.mark.parametrize("variant", ["cnn,linear,sigmoid", "cnn,he,pytorch"])
 def test_two_readings_of_the_same_are_refused(variant):
     first, second = variant.split(",")[1:]

@@ -192,6 +192,9 @@ def test_the_text_to_table_1_has_30_groups():
         ("resnet18,3", r"'resnet18' has 2 branches, not 3"),
         ("resnet50,tiny", r"'tiny' is for ResNet18, not for 'resnet50'"),
         ("resnet18,0,gap_cat", r"'gap_cat' needs branches"),
+        ("resnet18,few_images,small", r"options few_images, small exclude each other"),
+        ("resnet18,tiny,few_images", r"'few_images' is for CIFAR-100"),
+        ("imagenet_resnet50,few_images", r"'few_images' is for CIFAR-100"),
         ("resnet18,validate,all_images", r"options validate, all_images exclude each other"),
         ("se_wrn16_8,sweep", r"no variant 'se_wrn16_8'"),
         ("resnet50,sweep,groups_30", r"for the networks of Table 1, 'resnet50', 'wrn28_10', on"),
@@ -347,3 +350,15 @@ def test_the_file_of_groups_tells_nothing_of_the_machine_that_made_it():
     for path in (CONFIGS / "groups").glob("*.json"):
         made = json.loads(path.read_text())["made"]
         assert made.startswith("validation images of auxnet/resnet-20,cifar100, criterion")
+
+
+def test_few_images_are_those_of_the_other_papers_and_held_out_as_many():
+    config = _load("resnet18,few_images")
+    assert (config.backbone.width, config.heads.branch_1.width) == (0.25, 0.25)
+    assert (config.data.resize, config.data.shape) == (16, (16, 16, 3))
+    assert config.data.train_splits == ("train[:8%]",)
+    assert (config.data.images, config.data.task.validation_per_class) == (4000, 20)
+    assert config.augmentation.crop.padding == 2
+    assert (config.epochs, config.evaluate_splits) == (40, ("test",))
+    # What is fitted is fitted to images that are held out.
+    assert config.predictions.linear.split == "validation"
