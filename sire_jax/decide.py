@@ -108,6 +108,7 @@ def decide(
         raise ValueError(f"--decide takes the seeds 0, 1, … by itself; leave out {own[0]}.")
     workdir = check_writable(workdir)
     figures: Figures = {}
+    seconds: dict[str, list[float]] = {}
     judged = [claims.judge(claim, []) for claim in chosen]
     for seed in range(most):
         undecided = [decision.claim for decision in judged if not decision.decided]
@@ -118,9 +119,12 @@ def decide(
         directory.mkdir(exist_ok=True)
         rows = rows_of(undecided, table)
         lines = reproduce(table, rows, directory, configs, option, of_seed)
-        _add(figures, undecided, {line["variant"]: line for line in lines})
+        of_rows = {line["variant"]: line for line in lines}
+        _add(figures, undecided, of_rows)
+        for row in map(paper_tables.identity, rows):
+            seconds.setdefault(row, []).append(of_rows[row]["seconds"])
         judged = [_judge_anew(decision, figures) for decision in judged]
-        _write(workdir, table, judged, figures, option, overrides)
+        _write(workdir, table, judged, figures, seconds, option, overrides)
         decided = sum(decision.decided for decision in judged)
         print(f"Seed {seed}: {decided} of {len(judged)} claims decided.", flush=True)
     return judged
@@ -212,6 +216,7 @@ def _write(
     table: paper_tables.Table,
     judged: Sequence[Judged],
     figures: Figures,
+    seconds: Mapping[str, list[float]],
     option: str,
     overrides: Sequence[str],
 ) -> None:
@@ -227,6 +232,7 @@ def _write(
         **machine(),
         "claims": [_details(decision) for decision in judged],
         "figures": by_column,
+        "seconds": seconds,
     }
     files.replace(workdir / "claims.json", json.dumps(details, indent=1) + "\n")
     draw(judged).savefig(workdir / "claims.png", dpi=130)

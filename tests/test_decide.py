@@ -43,8 +43,8 @@ def trained(monkeypatch):
         # By so much that it takes many seeds to tell.
         of_row["other"] += 0.05 + 0.1 * (-1) ** seed
         return [
-            {"variant": name, "accuracy": {"runs": [of_row[name]]}, "diverged": [None]}
-            for name in calls[-1][0]
+            {"variant": n, "accuracy": {"runs": [of_row[n]]}, "diverged": [None], "seconds": 3.0}
+            for n in calls[-1][0]
         ]
 
     monkeypatch.setattr(decide, "reproduce", figures)
@@ -68,6 +68,11 @@ def test_seeds_are_added_until_all_is_decided_and_rows_dropped_that_no_claim_nee
     details = json.loads((tmp_path / "claims.json").read_text())
     assert details["claims"][0]["verdict"] == "confirmed"
     assert len(details["figures"]["accuracy"]["main_only"]) == 9
+    assert details["seconds"] == {
+        "main_only": [3.0] * 9,
+        "auxiliary": [3.0] * judged[0].seeds,
+        "other": [3.0] * 9,
+    }
     assert (tmp_path / "claims.png").stat().st_size > 5000
     page = (tmp_path / "claims.md").read_text()
     assert "| auxiliary better than main_only, accuracy | +0.1" in page
@@ -85,7 +90,10 @@ def test_of_few_seeds_there_is_no_interval(trained, tmp_path):
 def test_a_run_that_diverges_decides_nothing_and_ends_its_claim(tmp_path, monkeypatch):
     def diverged(table, rows, *_):
         names = map(paper_tables.identity, rows)
-        return [{"variant": n, "accuracy": {"runs": [0.1]}, "diverged": [7]} for n in names]
+        return [
+            {"variant": n, "accuracy": {"runs": [0.1]}, "diverged": [7], "seconds": 1.0}
+            for n in names
+        ]
 
     monkeypatch.setattr(decide, "reproduce", diverged)
     judged = decide.decide(TABLE, tmp_path, CONFIGS, most=6)
