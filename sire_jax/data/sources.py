@@ -1,4 +1,4 @@
-"""Sources of images in memory, by name: ``digits``, ``tfds:<set>`` and ``folder:<folder>``."""
+"""Sources of images in memory, by name: ``digits``, ``tfds:``, ``folder:`` and ``idx:<set>``."""
 
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from sire_jax.data import copies, images, shares
+from sire_jax.data import copies, idx, images, shares
 from sire_jax.data.dataset import EVERYTHING, Dataset, Selection, Source, draw
 from sire_jax.data.folders import FolderSplit
 from sire_jax.data.images import DamagedImageError
 from sire_jax.data.prepared import PreparedSplit, copy_place
 from sire_jax.data.records import Records, open_records
+from sire_jax.files import expanded
 from sire_jax.text import listed, nearest
 
 DIGITS = Path(__file__).with_name("digits.npz")
@@ -54,9 +55,10 @@ def load(
 
     Args:
         name: ``digits``; ``tfds:<set>`` with the name of a ``tensorflow_datasets`` set (see
-            ``prepared.find``); or ``folder:<folder>`` with that of an image folder (see
-            ``folders.open_splits``).
-        directory: The ``tensorflow_datasets`` data directory, or where image folders are.
+            ``prepared.find``); ``folder:<folder>`` with that of an image folder (see
+            ``folders.open_splits``); or ``idx:<folder>`` with that of files as MNIST has them (see
+            ``idx.read``), whose classes are as many as the largest label says.
+        directory: The ``tensorflow_datasets`` data directory, or where folders are.
         cache: A directory for decoded images, which makes the next start fast; "" for none.
         selection: What of the set is used. Of drawn classes, only ``"label"`` is kept of the kinds
             of labels, with the drawn classes numbered 0, 1, … in their order.
@@ -80,13 +82,15 @@ def load(
             such images are not skipped.
         FileNotFoundError: If the set is not in ``directory``.
     """
-    kind = name.partition(":")[0]
+    kind, _, folder = name.partition(":")
     if name == "digits":
         return draw(_digits(selection), selection, _of_classes)
+    if kind == "idx" and folder:
+        return draw(_idx(folder, directory, selection), selection, _of_classes)
     if kind in ("tfds", "folder"):
         opened = open_records(name, directory, cache, selection, channels, classes, ignored)
         return _decoded(name, opened, cache, _Decoding(resize, threads, damaged == "skip"))
-    names = ["digits", "tfds:<set>", "folder:<folder>"]
+    names = ["digits", "tfds:<set>", "folder:<folder>", "idx:<folder>"]
     raise ValueError(f"There is no data source '{name}'.{nearest(name, names)}")
 
 
@@ -104,7 +108,26 @@ def _digits(selection: Selection) -> Dataset[Source]:
     test = np.zeros(len(label), bool)
     test[order[::3]] = True
     splits = {"train": np.flatnonzero(~test), "test": np.flatnonzero(test)}
-    selection.check_splits("digits", splits)
+    return _of_splits("digits", image, label, splits, selection)
+
+
+def _idx(folder: str, directory: str, selection: Selection) -> Dataset[Source]:
+    parts = idx.read(expanded(directory) / folder)
+    image, label = (np.concatenate(arrays) for arrays in zip(*parts.values(), strict=True))
+    first = len(parts["train"][1])
+    splits = {"train": np.arange(first), "test": np.arange(first, len(label))}
+    return _of_splits(f"idx:{folder}", image, label, splits, selection)
+
+
+def _of_splits(
+    name: str,
+    image: np.ndarray,
+    label: np.ndarray,
+    splits: Mapping[str, np.ndarray],
+    selection: Selection,
+) -> Dataset[Source]:
+    """Makes a data set of images in memory: what is selected of the images of each split."""
+    selection.check_splits(name, splits)
     spans = selection.spans({split: len(part) for split, part in splits.items()})
     *train, test_part = (
         _share(splits[share.split], label, span)
@@ -113,7 +136,7 @@ def _digits(selection: Selection) -> Dataset[Source]:
     training, testing = (
         Source(image[part], {"label": label[part]}) for part in (np.concatenate(train), test_part)
     )
-    return Dataset(training, testing, classes={"label": 10})
+    return Dataset(training, testing, classes={"label": int(label.max()) + 1})
 
 
 def _share(examples: np.ndarray, label: np.ndarray, span: range) -> np.ndarray:

@@ -167,7 +167,7 @@ def test_shares_of_the_digits_have_each_once(digits):
 def test_an_unknown_source_is_refused_with_the_nearest_name():
     with pytest.raises(ValueError, match=r"'digit'.*Did you mean 'digits'"):
         sources.load("digit", "")
-    known = "digits, folder:<folder>, tfds:<set>"
+    known = "digits, folder:<folder>, idx:<folder>, tfds:<set>"
     with pytest.raises(ValueError, match=rf"no data source 'mnist'.*Known: {known}"):
         sources.load("mnist", "")
 
