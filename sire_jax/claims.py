@@ -6,6 +6,7 @@ interval that holds the true mean difference with a chance of 95%, *at all looks
 one may stop as soon as it decides.
 """
 
+import bisect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,11 +15,15 @@ from typing import Any
 import numpy as np
 
 CONFIRMED, SMALLER, REFUTED, OPEN = "confirmed", "smaller", "refuted", "undecided"
+# Whether there is an effect at all is not known yet; if there is, it is below the paper's.
+LESS = "less, maybe none"
 # A seed without a figure: to leave it out would favour the row that diverges.
 DIVERGED = "diverged"
 # The deviation of the mixture over standardized effects: differences about as large as what seeds
 # do to them are found soonest.
 _EFFECT = 1.0
+# Seeds that are foretold, at most.
+_MOST = 10_000
 
 
 def half_width(deviation: float, number: int, error: float = 0.05) -> float:
@@ -179,9 +184,9 @@ class Judged:
         seeds: How many seeds were looked at.
         needed: About how many seeds decide, if the mean and the deviation are what they seem.
         verdict: ``"confirmed"``: above 0, and as large as the paper's may be; ``"smaller"``: above
-            0 and below the paper's; ``"refuted"``: below the paper's (of a claim without a figure:
-            below 0), and maybe 0; ``"undecided"``; ``"diverged"``: a seed of either row has no
-            figure.
+            0 and below the paper's; ``"refuted"``: below 0; ``"less, maybe none"``: below the
+            paper's, and above 0 or not, which further seeds may tell; ``"undecided"``;
+            ``"diverged"``: a seed of either row has no figure.
     """
 
     claim: Claim
@@ -195,7 +200,7 @@ class Judged:
     @property
     def decided(self) -> bool:
         """Whether there is a verdict."""
-        return self.verdict != OPEN
+        return self.verdict not in (OPEN, LESS)
 
 
 def judge(claim: Claim, differences: Sequence[float], error: float = 0.05) -> Judged:
@@ -205,12 +210,13 @@ def judge(claim: Claim, differences: Sequence[float], error: float = 0.05) -> Ju
     >>> judge(claim, [1.3, 0.7, 1.1, 0.8, 1.2, 0.9, 1.0]).verdict
     'confirmed'
     >>> judge(claim, [0.2, -0.1, 0.1, -0.2, 0.1, -0.1, 0.0]).verdict
-    'refuted'
+    'less, maybe none'
 
     Args:
         claim: The claim.
         differences: Of each seed, in the claim's direction.
-        error: The chance of a wrong verdict, ever, of a true mean of 0 or of the paper's.
+        error: The chance of a wrong verdict, ever: of "confirmed", "smaller" or "refuted" where
+            the true mean is 0, of "smaller", "less" or "refuted" where it is the paper's.
     """
     number = len(differences)
     if not np.isfinite(differences).all():
@@ -220,22 +226,25 @@ def judge(claim: Claim, differences: Sequence[float], error: float = 0.05) -> Ju
     half = half_width(deviation, number, error)
     low, high = mean - half, mean + half
     verdict = _verdict(low, high, claim.by)
-    needed = None if verdict != OPEN else _needed(claim.by, mean, deviation, error)
+    needed = _needed(mean, deviation, error) if verdict in (OPEN, LESS) else None
     return Judged(claim, mean, low, high, number, needed, verdict)
 
 
 def _verdict(low: float, high: float, by: float) -> str:
     if low > 0:
         return CONFIRMED if high >= by else SMALLER
-    return REFUTED if high < by else OPEN
+    if high < 0:
+        return REFUTED
+    return LESS if high < by else OPEN
 
 
-def _needed(by: float, mean: float, deviation: float, error: float) -> int | None:
-    """Returns after how many seeds the interval, were it to shrink around this mean, decides."""
+def _needed(mean: float, deviation: float, error: float) -> int | None:
+    """Returns after how many seeds the interval, were it to shrink around this mean, leaves 0."""
     if not math.isfinite(deviation):
         return None
-    for number in range(fewest(error), 10_000):
-        half = half_width(deviation, number, error)
-        if _verdict(mean - half, mean + half, by) != OPEN:
-            return number
-    return None
+    # Intervals shrink with seeds: by bisection.
+    numbers = range(fewest(error), _MOST + 1)
+    found = bisect.bisect_left(
+        numbers, True, key=lambda number: half_width(deviation, number, error) < abs(mean)
+    )
+    return numbers[found] if found < len(numbers) else None

@@ -39,7 +39,7 @@ def test_intervals_shrink_with_seeds_and_widen_with_certainty():
 
 @pytest.mark.parametrize(
     ("mean", "verdict"),
-    [(1.1, "confirmed"), (0.4, "smaller"), (0.0, "refuted"), (-2.0, "refuted")],
+    [(1.1, "confirmed"), (0.4, "smaller"), (-0.3, "refuted"), (-2.0, "refuted")],
 )
 def test_a_mean_that_is_known_well_is_judged_by_where_it_lies(mean, verdict):
     spread = np.tile([-0.01, 0.01], 10)
@@ -49,6 +49,16 @@ def test_a_mean_that_is_known_well_is_judged_by_where_it_lies(mean, verdict):
     assert judged.mean == pytest.approx(mean)
     assert judged.low < mean < judged.high
     assert (judged.seeds, judged.needed) == (20, None)
+
+
+def test_what_is_below_the_papers_but_may_be_something_goes_on():
+    spread = np.tile([-0.01, 0.01], 10)
+    judged = judge(CLAIM, 0.002 + spread)
+    assert judged.verdict == "less, maybe none"
+    assert not judged.decided
+    assert half_width(np.std(spread, ddof=1), judged.needed) < 0.002
+    # A figure of another setting is never a reason to stop.
+    assert judge(CLAIM, [0.25, 0.2, 0.3, -0.1, 0.1]).verdict == "less, maybe none"
 
 
 def test_a_seed_without_a_figure_ends_a_claim():
@@ -69,24 +79,24 @@ def test_what_is_not_known_is_undecided_and_says_how_many_seeds_it_may_take():
         assert judge(CLAIM, few).needed is None
 
 
-@pytest.mark.parametrize(
-    ("effect", "wrong"), [(0.0, ("confirmed", "smaller")), (1.0, ("refuted",))]
-)
 @pytest.mark.parametrize("deviation", [0.5, 1.5])
+@pytest.mark.parametrize(
+    ("effect", "wrong"),
+    [(0.0, {"confirmed", "smaller", "refuted"}), (1.0, {"smaller", "less, maybe none", "refuted"})],
+)
 def test_verdicts_of_a_thousand_claims_are_wrong_less_often_than_promised(effect, wrong, deviation):
     generator = np.random.default_rng(7)
-    verdicts = []
+    errors = right = 0
     for _ in range(1000):
         differences = generator.normal(effect, deviation, 40)
-        # A look after every seed; the first verdict counts.
-        looks = (judge(CLAIM, differences[:n]).verdict for n in range(2, 41))
-        verdicts.append(next((v for v in looks if v != "undecided"), "undecided"))
-    rates = {verdict: verdicts.count(verdict) / 1000 for verdict in set(verdicts)}
+        # A look after every seed, and each of them may be the last.
+        verdicts = [judge(CLAIM, differences[:n]).verdict for n in range(2, 41)]
+        errors += bool(wrong & set(verdicts))
+        right += verdicts[-1] == ("confirmed" if effect else "less, maybe none")
     # 0.05, and three standard errors of a thousand.
-    assert sum(rates.get(verdict, 0) for verdict in wrong) < 0.05 + 3 * 0.0069
+    assert errors / 1000 < 0.05 + 3 * 0.0069
     # It decides, too: nearly always where seeds do little.
-    right = "confirmed" if effect else "refuted"
-    assert rates[right] > (0.95 if deviation == 0.5 else 0.4)
+    assert right / 1000 > (0.9 if deviation == 0.5 else 0.4)
 
 
 def test_intervals_hold_the_mean_at_all_looks_together():

@@ -309,6 +309,31 @@ def test_convolutions_are_listed_shallow_to_deep():
     assert all(path[0] == "backbone" and path[-1] == "kernel" for path in found)
 
 
+def test_convolutions_of_a_loop_are_listed_one_by_one():
+    together = {"kernel": jax.ShapeDtypeStruct((2, 3, 3, 1, 1), jnp.float32)}
+    alone = {"kernel": jax.ShapeDtypeStruct((3, 3, 1, 1), jnp.float32)}
+    params = {"backbone": {"stage_1_block_2_to_3": together, "stage_1_block_1": alone}}
+    names = ["stage_1_block_1", "stage_1_block_2", "stage_1_block_3"]
+    assert convolutions(params) == [("backbone", name, "kernel") for name in names]
+
+
+def test_the_gradient_flow_of_a_loop_is_that_of_each_block(monkeypatch):
+    monkeypatch.setattr("sire_jax.backbones.plan.LONG", 2)
+    config = _config()
+    config.backbone = configuration.backbone(
+        "preactivation_resnet", depth=14, width=0.25, classes=10
+    )
+    config.heads, config.objectives = {}, {"main": config.objectives.main}
+    parts = experiment.build(config)
+    state = TrainState.start(jax.random.key(0), random_like(parts.variables), parts.rule)
+    batch = {"image": normal(0, 6, 8, 8, 1), "label": jnp.arange(6, dtype=jnp.int32)}
+    measure = make_gradient_flow(parts.network.apply, parts.objectives)
+    found = jax.eval_shape(measure, state, batch)
+    assert "stage_2_block_1_to_2" in parts.variables["params"]["backbone"]
+    blocks = {f"stage_{stage}_block_{block}" for stage in (2, 3, 4) for block in (1, 2)}
+    assert {name.split("/")[1] for name in found} == {"stage_1_block_1", *blocks}
+
+
 # ---- At chance level.
 
 

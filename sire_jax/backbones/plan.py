@@ -1,8 +1,10 @@
 """Backbones as plans: data that is read forwards as a network and backwards as decoders."""
 
+import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -21,6 +23,8 @@ DTYPES = ("float32", "bfloat16")
 # A collection of variables by the names of blocks, added to what the blocks return: zeros, to
 # differentiate by features.
 OFFSETS = "offsets"
+# What the variables of the blocks of a loop are called together.
+_LOOP = re.compile(r"(?P<block>.*_block_)(?P<first>\d+)_to_(?P<last>\d+)")
 
 
 @dataclass(frozen=True)
@@ -374,3 +378,53 @@ def _together(names: list[str]) -> str:
     """
     last = names[-1].rpartition("_")[2]
     return names[0] if len(names) == 1 else f"{names[0]}_to_{last}"
+
+
+def features(
+    backbone: nn.Module, variables: Mapping[str, Any], image: Array, names: Sequence[str]
+) -> Endpoints:
+    """Returns features of the backbone of a network, in evaluation, whoever asks for them.
+
+    Args:
+        backbone: The network's, a planned one.
+        variables: Of the network.
+        image: ``[b, h, w, c]``, as the network sees them.
+        names: Of blocks.
+    """
+    own = {kind: tree["backbone"] for kind, tree in variables.items() if "backbone" in tree}
+    # The network asks for the features of its heads alone; what is added to is there, too.
+    dtype = getattr(backbone, "dtype", "float32")
+    own[OFFSETS] = {name: jnp.zeros((), dtype) for name in names}
+    endpoints: Any = backbone.apply(own, image)[1]
+    return {name: endpoints[name] for name in names}
+
+
+def apart(variables: Any) -> Any:
+    """Gives each block of a loop variables of its own, by its name.
+
+    >>> loop = {"stage_1_block_2_to_4": {"kernel": jnp.arange(3.0)}}
+    >>> {name: float(own["kernel"]) for name, own in apart(loop).items()}
+    {'stage_1_block_2': 0.0, 'stage_1_block_3': 1.0, 'stage_1_block_4': 2.0}
+
+    Args:
+        variables: Of a planned backbone or of a network with one, or gradients to them, or their
+            shapes: nested mappings.
+    """
+    if not isinstance(variables, Mapping):
+        return variables
+    parted: dict[str, Any] = {}
+    for name, own in variables.items():
+        loop = _LOOP.fullmatch(name)
+        if loop is None:
+            parted[name] = apart(own)
+            continue
+        first, last = int(loop["first"]), int(loop["last"])
+        for turn, number in enumerate(range(first, last + 1)):
+            parted[f"{loop['block']}{number}"] = jax.tree.map(partial(_turn, turn), own)
+    return parted
+
+
+def _turn(turn: int, values: Any) -> Any:
+    if isinstance(values, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(values.shape[1:], values.dtype)
+    return values[turn]

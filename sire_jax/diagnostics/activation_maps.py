@@ -22,7 +22,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
-from sire_jax.backbones.plan import OFFSETS
+from sire_jax.backbones.plan import OFFSETS, features
 from sire_jax.configuration.experiment import Experiment
 from sire_jax.data.augmentation import Batch
 from sire_jax.diagnostics.reconstructions import pixels
@@ -123,7 +123,7 @@ def activation_maps(
 
 def _map(parts: Experiment, variables: PyTree, image: Array, output: str, classes: Array) -> Array:
     module, layer = layer_of(parts, output)
-    features = _features(parts, variables, image, (module, layer))
+    last = _features(parts, variables, image, (module, layer))
 
     def logits(offset: Array) -> Array:
         shifted = {**variables, OFFSETS: {module: {layer: offset}}}
@@ -131,19 +131,17 @@ def _map(parts: Experiment, variables: PyTree, image: Array, output: str, classe
         return jnp.take_along_axis(outputs[output], classes[:, None], -1).sum()
 
     # An offset for all places of a channel at once: its gradient is their sum.
-    weights = jax.grad(logits)(jnp.zeros_like(features[:, :1, :1]))
-    return (weights * features).sum(-1)
+    weights = jax.grad(logits)(jnp.zeros_like(last[:, :1, :1]))
+    return (weights * last).sum(-1)
 
 
 def _features(parts: Experiment, variables: PyTree, image: Array, layer: Layer) -> Array:
     """Returns what a layer returns, ``[b, h, w, c]``."""
     module, name = layer
-    # The layer is there to be captured, not in a loop, where an offset is added to it.
-    offsets = {OFFSETS: {module: {name: jnp.zeros((), image.dtype)}}}
+    if module == "backbone":
+        return features(parts.network.backbone, variables, image, [name])[name]
     _, state = parts.network.apply(
-        {**variables, **offsets},
-        image,
-        capture_intermediates=lambda submodule, _: submodule.name == name,
+        variables, image, capture_intermediates=lambda submodule, _: submodule.name == name
     )
     captured: Any = state
     return captured["intermediates"][module][name]["__call__"][0]

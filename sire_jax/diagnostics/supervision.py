@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from sire_jax import objectives
-from sire_jax.backbones.plan import OFFSETS
+from sire_jax.backbones.plan import OFFSETS, features
 from sire_jax.job import command
 from sire_jax.networks import MAIN
 from sire_jax.runs.trained import Trained
@@ -145,15 +145,11 @@ def _ends(trained: Trained, blocks: list[str]) -> dict[str, str]:
 
 def _zeros(trained: Trained, blocks: list[str]) -> dict[str, Array]:
     """Makes the offsets of all blocks."""
-    # The network asks for the features of its heads alone; this one returns all.
-    backbone = trained.parts.network.backbone.clone(endpoints=None)
-    variables = {
-        kind: values["backbone"]
-        for kind, values in trained.variables.items()
-        if "backbone" in values
-    }
-    _, endpoints = jax.eval_shape(backbone.apply, variables, trained.batch["image"])
-    return {name: jnp.zeros(endpoints[name].shape, endpoints[name].dtype) for name in blocks}
+    backbone, variables = trained.parts.network.backbone, trained.variables
+    shapes = jax.eval_shape(
+        lambda image: features(backbone, variables, image, blocks), trained.batch["image"]
+    )
+    return {name: jnp.zeros(shapes[name].shape, shapes[name].dtype) for name in blocks}
 
 
 def _norm(gradient: Mapping[str, Array]) -> dict[str, Array]:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from sire_jax import objectives
+from sire_jax.backbones.plan import apart
 from sire_jax.data.augmentation import Augmentation, Batch
 from sire_jax.metrics import Average, Metrics
 from sire_jax.state import TrainState
@@ -30,7 +31,7 @@ def convolutions(params: Mapping[str, Any]) -> list[tuple[str, ...]]:
     Returns:
         Paths of keys, in the order in which the backbone made them.
     """
-    leaves = jax.tree_util.tree_leaves_with_path({"backbone": params.get("backbone", {})})
+    leaves = jax.tree_util.tree_leaves_with_path({"backbone": apart(params.get("backbone", {}))})
     paths = [(tuple(step.key for step in path), leaf) for path, leaf in leaves]
     kernels = [path for path, leaf in paths if path[-1] == "kernel" and leaf.ndim == 4]
     return sorted(kernels, key=_natural)
@@ -96,6 +97,7 @@ def make_gradient_flow(
         gradients[TOTAL] = jax.tree.map(
             lambda *leaves: sum(leaves[1:], leaves[0]), *gradients.values()
         )
+        gradients = {name: apart(gradient) for name, gradient in gradients.items()}
         count = jnp.ones((), jnp.float32)
         return {
             f"{name}/{_name(path)}": Average(total=jnp.abs(_at(gradient, path)).mean(), count=count)

@@ -149,6 +149,18 @@ def test_offsets_between_the_blocks_of_a_loop_part_it():
     chex.assert_trees_all_close(apart(new), expected_new, rtol=1e-4, atol=1e-4)
 
 
+def test_features_of_a_loop_are_there_for_who_asks_with_the_variables():
+    image = normal(6, 3, 6, 6, 2)
+    names = ["stage_1_block_1", "stage_1_block_2", "stage_1_block_3"]
+    looped = Planned(Plan(((BLOCK,) * 3,)), 2, endpoints=())
+    variables = random_like(shapes_of(looped, image), seed=2)
+    of_network = {kind: {"backbone": tree} for kind, tree in variables.items()}
+    found = plan.features(looped, of_network, image, names)
+    expected = looped.clone(endpoints=None).apply(apart(variables), image)[1]
+    chex.assert_trees_all_close(found, {k: expected[k] for k in names}, rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_equal(plan.apart(of_network), apart(of_network))
+
+
 class Writing(Block):
     """Writes a dropped image of ones beside what it is given, as digits of base 4."""
 
