@@ -129,6 +129,8 @@ def get_config(variant: str = "cnn") -> ConfigDict:
     settings, stages, weight = _NETWORKS[network]
     if _FEW_IMAGES in readings and network != "cnn":
         raise ValueError(f"'{_FEW_IMAGES}' is for cnn, not for {network}.")
+    if {_FEW_IMAGES, "summed"} <= {*readings}:
+        raise ValueError(f"'{_FEW_IMAGES}' and 'summed' don't go together: lambda is of 32 x 32.")
     classes = 1000 if imagenet else 100
 
     config = configuration.default()

@@ -1,8 +1,7 @@
 r"""Trains rows of the papers' tables in slices of time, those that are worth most an hour first.
 
     python launch/rows.py --workdir=runs/queue --minutes=10 --config.data.dir=DIR
-    python launch/rows.py --list                          # which rows, in which order
-    python launch/rows.py --workdir=runs/queue --rehearse # some steps of each row
+    python launch/rows.py --list  # which rows, in which order
 
 For an accelerator that is lent in pieces: each start trains for at most so many minutes, saves, and
 ends with status 85; the same command goes on, bit for bit, until it ends with 0, as all rows are
@@ -20,13 +19,17 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sire_jax import files, paper_tables, text
 from sire_jax.job import command
+from sire_jax.storage.workdir import read_results
 
 _ROWS = Path(__file__).with_suffix(".json")
 # Seconds that saving takes, which a slice leaves.
 _SAVING = 20.0
+# What clusters end programs with.
+_ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 @dataclass(frozen=True)
@@ -126,22 +129,47 @@ def run(
     """
     ends, failed = time.monotonic() + 60 * minutes - _SAVING, 0
     for number, row in enumerate(rows, start=1):
-        print(f"{number}/{len(rows)}  {row.table}/{row.row}", flush=True)
-        arguments = [*row.arguments(workdir, half), *overrides]
-        process = subprocess.Popen([sys.executable, "-m", "sire_jax.reproduce", *arguments])
-        try:
-            status = process.wait(max(0.0, ends - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGTERM)
-            status = process.wait()
-        except KeyboardInterrupt:
-            # It has been told, too, and saves.
-            return process.wait()
+        if read_results(workdir / row.table / row.row):
+            continue
+        if time.monotonic() >= ends:
+            status = command.AGAIN
+        else:
+            print(f"{number}/{len(rows)}  {row.table}/{row.row}", flush=True)
+            arguments = [*row.arguments(workdir, half), *overrides]
+            status = _run(["-m", "sire_jax.reproduce", *arguments], ends)
         if status in (command.AGAIN, command.INTERRUPTED):
             print(f"Saved; the same command goes on with {row.table}/{row.row}.", flush=True)
             return status
         failed = failed or status
     return failed
+
+
+class _ToldError(Exception):
+    """A signal asked this program to end."""
+
+
+def _told(number: int, frame: Any) -> None:
+    raise _ToldError
+
+
+def _run(arguments: Sequence[str], ends: float) -> int:
+    """Runs a Python program until it ends, or tells it to save where the time is up."""
+    process = subprocess.Popen([sys.executable, *arguments])
+    before = {number: signal.signal(number, _told) for number in _ENDING}
+    try:
+        return process.wait(max(0.0, ends - time.monotonic()))
+    except KeyboardInterrupt:
+        # A terminal has told it, too.
+        process.wait()
+        return command.INTERRUPTED
+    except (_ToldError, subprocess.TimeoutExpired):
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+        # Whether it has saved, or ended before there was anything to save.
+        return command.AGAIN
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

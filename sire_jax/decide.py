@@ -220,7 +220,8 @@ def _write(
     option: str,
     overrides: Sequence[str],
 ) -> None:
-    page = f"{table['title']}: claims\n\n{paper_tables.note(overrides)}{markdown(judged)}\n"
+    note = paper_tables.note(overrides, option)
+    page = f"{table['title']}: claims\n\n{note}{markdown(judged)}\n"
     files.replace(workdir / "claims.md", page)
     by_column: dict[str, dict[str, list[float | None]]] = {}
     for (row, column), values in figures.items():

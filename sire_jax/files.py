@@ -7,8 +7,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
-
 # Where the code of the library is.
 PACKAGE = Path(__file__).parent
 
@@ -108,6 +106,9 @@ def replace_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
         path: The file.
         arrays: Arrays and texts by name.
     """
+    # What listens to signals is imported ahead of all libraries, and imports this.
+    import numpy as np
+
     with _whole(path) as file:
         np.savez(file, allow_pickle=False, **{k: np.asarray(v) for k, v in arrays.items()})
 

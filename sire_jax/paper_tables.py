@@ -212,18 +212,20 @@ def _cells(figure: Figure, has_paper: bool, form: str) -> list[str]:
     return [_number(figure["paper"], form), ours, f"{figure['difference']:+{form}}{far}"]
 
 
-def note(overrides: Sequence[str]) -> str:
+def note(overrides: Sequence[str], option: str = "") -> str:
     r"""Says what makes a table another one than the paper's.
 
-    >>> note(["--config.data.dir=/data", "--config.epochs=5"])
-    'Overrides: --config.epochs=5\n\n'
+    >>> note(["--config.data.dir=/data", "--config.epochs=5"], "small")
+    'Option: small\n\nOverrides: --config.epochs=5\n\n'
 
     Args:
         overrides: ``--config.a.b=value`` each.
+        option: One of the table's options, or "".
     """
     # Where the data lie changes no figure.
     settings = [override for override in overrides if not override.startswith("--config.data.dir=")]
-    return f"Overrides: {' '.join(settings)}\n\n" if settings else ""
+    chosen = f"Option: {option}\n\n" if option else ""
+    return chosen + (f"Overrides: {' '.join(settings)}\n\n" if settings else "")
 
 
 def _number(value: Sequence[float | None] | None, form: str) -> str:

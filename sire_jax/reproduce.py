@@ -116,7 +116,8 @@ def rehearse(
     # Called while a row is under way, too: one that is killed leaves what it has shown.
     def note(name: str, result: rehearsal.Rehearsal) -> None:
         rehearsals[name] = result
-        page = f"{title}\n\n{paper_tables.note(overrides)}{rehearsal.markdown(rehearsals)}\n"
+        noted = paper_tables.note(overrides, option)
+        page = f"{title}\n\n{noted}{rehearsal.markdown(rehearsals)}\n"
         files.replace(workdir / "rehearsal.md", page)
         details = {
             "title": title,
@@ -208,7 +209,7 @@ def reproduce(
         lines.append(paper_tables.compare(row, table, results, parameters, reference))
         # After every row, as the next may take days or be stopped.
         (workdir / "table.md").write_text(
-            paper_tables.note(overrides) + paper_tables.markdown(lines, table) + "\n"
+            paper_tables.note(overrides, option) + paper_tables.markdown(lines, table) + "\n"
         )
         details = {
             "title": table["title"],
@@ -220,7 +221,8 @@ def reproduce(
         (workdir / "table.json").write_text(json.dumps(details, indent=1) + "\n")
         curves = table["curves"]
         path = workdir / "table.png"
-        figures.compare(drawn, curves["split"], path, curves.get("error_percent", False))
+        split = _curve_split(curves["split"], config)
+        figures.compare(drawn, split, path, curves.get("error_percent", False))
         if table.get("gradient_flow"):
             flows = {title: directory for title, (directory, _) in drawn.items()}
             measured = {
@@ -233,6 +235,12 @@ def reproduce(
             points.append({"x": row["x"], "series": row["series"], **runs})
             figures.sweep(points, table["sweep"], workdir / "sweep.png")
     return lines
+
+
+def _curve_split(split: str, config: ConfigDict) -> str:
+    """Returns the split of the table's curves, or what a row measures in its place."""
+    measured = tuple(config.evaluate_splits)
+    return split if split in measured or not measured else measured[-1]
 
 
 def _trained(config: ConfigDict, directory: Path) -> dict[str, Any] | None:
@@ -273,7 +281,8 @@ def _decide(
     print(decide.describe_cost(hours, options.decide), flush=True)
     settings = (options.workdir, configs, options.option, overrides, options.decide)
     judged = decide.decide(table, *settings)
-    print(f"\n{table['title']}\n\n{paper_tables.note(overrides)}{decide.markdown(judged)}\n")
+    note = paper_tables.note(overrides, options.option)
+    print(f"\n{table['title']}\n\n{note}{decide.markdown(judged)}\n")
     print(f"Raw figures and picture: {files.expanded(options.workdir) / 'claims.json'}, .png")
 
 
@@ -316,7 +325,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except InterruptedRunError as stopped:
             print(stopped, flush=True)
             sys.exit(stopped.status)
-    written = paper_tables.note(overrides) + paper_tables.markdown(lines, table)
+    note = paper_tables.note(overrides, options.option)
+    written = note + paper_tables.markdown(lines, table)
     print(f"\n{table['title']}\n\n{written}\n")
     seconds = time.perf_counter() - started
     drawn = files.expanded(options.workdir) / "table.png"

@@ -73,6 +73,8 @@ def test_few_images_are_of_the_cnn_alone():
     assert _load("cnn_base,few_images").backbone.residuals is False
     with pytest.raises(ValueError, match=r"'few_images' is for cnn, not for vgg16"):
         _load("vgg16,few_images")
+    with pytest.raises(ValueError, match=r"'few_images' and 'summed' don't go together"):
+        _load("cnn,summed,few_images")
 
 
 @pytest.mark.parametrize("variant", ["cnn,linear,sigmoid", "cnn,he,pytorch"])

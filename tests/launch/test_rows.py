@@ -2,7 +2,11 @@
 
 import importlib.util
 import json
+import os
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -126,6 +130,47 @@ def test_what_does_not_end_in_time_is_told_to_save(tmp_path, monkeypatch, capsys
     printed = capsys.readouterr().out
     assert "Saved; the same command goes on with sire_1/base." in printed
     assert "2/2" not in printed
+
+
+@pytest.mark.timeout(60)
+def test_rows_that_are_trained_or_begin_too_late_are_not_started(tmp_path, monkeypatch, capsys):
+    _stand_in(tmp_path, monkeypatch, f'echo "$4" >> {tmp_path}/log; sleep 1.2')
+    monkeypatch.setattr(rows, "_SAVING", 0.0)
+    done = tmp_path / "sire_1" / "base"
+    done.mkdir(parents=True)
+    (done / "results.json").write_text('{"step": 1, "seconds": 1, "splits": {"test": {}}}')
+    chosen = rows.read(_write(tmp_path / "own.json", {}, {"row": "re"}, {"row": "sire"}))
+    assert rows.run(chosen, tmp_path, [], minutes=1 / 60, half=False) == 85
+    assert (tmp_path / "log").read_text().split() == ["--rows=re"]
+    assert "goes on with sire_1/re." in capsys.readouterr().out
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(signal.SIGTERM, 85), (signal.SIGHUP, 85), (signal.SIGUSR1, 85), (signal.SIGINT, 130)],
+)
+def test_a_signal_is_passed_on_and_no_program_is_left(tmp_path, monkeypatch, number, status):
+    _stand_in(
+        tmp_path,
+        monkeypatch,
+        f"trap 'kill $!; echo saved > {tmp_path}/saved; exit 85' TERM INT; touch {tmp_path}/ready;"
+        " sleep 50 & wait $!",
+    )
+
+    def tell():
+        while not (tmp_path / "ready").exists():
+            time.sleep(0.01)
+        children = f"/proc/self/task/{os.getpid()}/children"
+        if number == signal.SIGINT:
+            # As a terminal does, to all of them.
+            os.kill(int(Path(children).read_text().split()[-1]), number)
+        os.kill(os.getpid(), number)
+
+    chosen = rows.read(_write(tmp_path / "own.json", {}, {"row": "sire"}))
+    threading.Thread(target=tell).start()
+    assert rows.run(chosen, tmp_path, [], minutes=1, half=False) == status
+    assert (tmp_path / "saved").read_text() == "saved\n"
 
 
 @pytest.mark.slow  # It trains in slices, each with a start of its own.
