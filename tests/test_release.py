@@ -2,13 +2,14 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import exiting
 import jax
 import numpy as np
 import pytest
 
-from sire_jax import early_exit, evaluate, release
+from sire_jax import configuration, early_exit, evaluate, release, train
 from sire_jax.runs.trained import kept_weights, open_run
 
 pytestmark = pytest.mark.optax_dtypes
@@ -74,8 +75,8 @@ def test_what_was_opened_can_be_packed_again_and_is_the_same(packed, opened, tmp
     jax.tree.map(np.testing.assert_array_equal, dict(again.weights), dict(made.weights))
 
 
-def test_programs_take_what_was_opened_as_a_run(opened, capsys):
-    early_exit.main([f"--workdir={opened}", "--budget=12000"])
+def test_programs_take_what_was_opened_as_a_run(opened, tmp_path, capsys):
+    early_exit.main([f"--workdir={opened}", "--budget=12000", f"--out={tmp_path}/exits.png"])
     assert "exit_" in capsys.readouterr().out
 
 
@@ -93,18 +94,50 @@ KERNEL = "weights/params/backbone/output/kernel"
     ("changes", "message"),
     [
         ({"format": np.array("sire_jax export 1")}, "was not packed by sire_jax.release"),
-        ({"step": np.array("-3")}, "has no step, or no measurements"),
-        ({"measured": np.array("[1]")}, "has no step, or no measurements"),
+        ({"training": np.array('{"step": -3}')}, "The training of .* is damaged"),
+        ({"training": np.array('{"step": 3}')}, r"it says \['step'\] of its training"),
+        ({"measured": np.array("[1]")}, "was measured to do is damaged"),
+        ({"measured": np.array('{"main/top_1": "high"}')}, "was measured to do is damaged"),
+        ({"data": np.array("{}")}, r"data\.json doesn't say what the data of a run are"),
         ({"config": np.array("{")}, "config"),
         ({KERNEL: None}, "params/backbone/output/kernel is missing or another"),
         ({KERNEL: np.zeros((3, 2), np.float16)}, "params/backbone/output/kernel is missing or"),
+        ({KERNEL: np.array("text")}, "params/backbone/output/kernel is missing or another"),
         ({"weights/params/more": np.zeros(1, np.float16)}, "params/more is missing or another"),
     ],
 )
 def test_files_that_fit_no_network_are_refused(packed, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         release.unpack(_damaged(packed, tmp_path, **changes), tmp_path / "opened")
-    assert not (tmp_path / "opened").exists()
+    assert not (tmp_path / "opened" / "config.json").exists()
+
+
+def test_weights_that_are_no_numbers_are_refused(packed, tmp_path):
+    kernel = _arrays(packed[0])[KERNEL].copy()
+    kernel[0, 0] = np.nan
+    with pytest.raises(ValueError, match="params/backbone/output/kernel is missing or another"):
+        release.unpack(_damaged(packed, tmp_path, **{KERNEL: kernel}), tmp_path / "opened")
+
+
+def test_what_half_precision_can_not_hold_is_refused(run, tmp_path, monkeypatch):
+    whole = release.kept_weights
+
+    def large(*args, **settings):
+        kept = whole(*args, **settings)
+        return replace(kept, params=jax.tree.map(lambda x: x + 1e6, kept.params))
+
+    monkeypatch.setattr(release, "kept_weights", large)
+    with pytest.raises(ValueError, match=r"params/\S+ has values that half precision can't hold"):
+        release.pack(run, tmp_path / "large.npz")
+
+
+def test_what_was_opened_is_a_run_that_has_ended(opened, capsys):
+    stored = json.loads((opened / "config.json").read_text())
+    config = configuration.from_json(json.dumps(stored))
+    before = {path: path.stat().st_mtime_ns for path in (opened / "checkpoints").rglob("manifest")}
+    train.train(configuration.completed(config), str(opened))
+    after = {path: path.stat().st_mtime_ns for path in (opened / "checkpoints").rglob("manifest")}
+    assert after == before
 
 
 def test_what_is_there_is_not_written_over(run, packed, opened, tmp_path):

@@ -49,8 +49,8 @@ class Exported:
                 f"The network has no output '{output}'.{nearest(output, self._parts.outputs)}"
             )
         self._shapes = paths(self._parts.variables)
-        typed = stored.keys() & self._shapes.keys()
-        stored = {**stored, **{k: _typed(stored[k], self._shapes[k].dtype) for k in typed}}
+        known = stored.keys() & self._shapes.keys()
+        stored = {**stored, **{k: typed(stored[k], self._shapes[k].dtype) for k in known}}
         _check_stored(self._shapes, needed(self._parts, output), stored)
         self._stored = {path: jnp.asarray(values) for path, values in stored.items()}
         self.shape = (*self._parts.batch["image"].shape[1:-3], *config.data.shape)
@@ -110,7 +110,7 @@ def paths(variables: PyTree) -> dict[str, Any]:
     return {"/".join(str(key.key) for key in path): leaf for path, leaf in leaves}
 
 
-def _typed(values: np.ndarray, dtype: Any) -> np.ndarray:
+def typed(values: np.ndarray, dtype: Any) -> np.ndarray:
     """Restores the dtype of values for which NumPy's files only have bytes, such as bfloat16."""
     raw = values.dtype.kind == "V" and values.dtype.itemsize == np.dtype(dtype).itemsize
     return values.view(dtype) if raw else values
