@@ -6,6 +6,7 @@ import os
 import runpy
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -362,3 +363,28 @@ def test_few_images_are_those_of_the_other_papers_and_held_out_as_many():
     assert (config.epochs, config.evaluate_splits) == (40, ("test",))
     # What is fitted is fitted to images that are held out.
     assert config.predictions.linear.split == "validation"
+
+
+@pytest.mark.slow  # Compiles the steps of two networks.
+@pytest.mark.optax_dtypes
+def test_branches_without_objectives_change_nothing_of_the_trunk():
+    generator = np.random.default_rng(0)
+    arrays = {
+        "image": jnp.asarray(generator.integers(0, 256, (24, 16, 16, 3)), jnp.uint8),
+        "label": jnp.asarray(generator.integers(0, 100, 24), jnp.int32),
+        "coarse_label": jnp.asarray(generator.integers(0, 20, 24), jnp.int32),
+    }
+    trunks = []
+    for row in ("resnet18-0", "resnet18-2-silent"):
+        table = paper_tables.load_table("ssal_1", CONFIGS)
+        (chosen,) = paper_tables.choose_rows(table, [row])
+        thin = ["--config.backbone.width=0.0625", "--config.devices=1", "--config.batch_size=8"]
+        parts = experiment.build(
+            paper_tables.row_config(table, chosen, CONFIGS, "few_images", thin)
+        )
+        state, step = parts.initial_state(0), jax.jit(parts.step())
+        for first in (0, 8, 16):
+            state, _ = step(state, parts.lookup(arrays, jnp.arange(first, first + 8)))
+        trunks.append((state.params["backbone"], state.model_state["batch_stats"]["backbone"]))
+    # What other programs round otherwise.
+    chex.assert_trees_all_close(*trunks, rtol=1e-4, atol=1e-5)
