@@ -193,8 +193,9 @@ class Planned(nn.Module):
             on them. Parameters, batch statistics and logits are float32.
         endpoints: Names of the features to return, ``None`` for all; a ``Network`` sets it to those
             that its heads are attached to. Many equal blocks between them (``LONG``) become one
-            loop, which compiles in the time of one block. Parameters have the same names and
-            initial values either way.
+            loop, which compiles in the time of one block: their variables, with the initial values
+            that they have one by one, lie along a first axis, as ``"stage_2_block_2_to_111"``
+            (``apart`` undoes that). Heads between them part the loop.
 
     Raises:
         ValueError: If there is no such dtype, or a width is below 1.
