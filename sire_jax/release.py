@@ -262,6 +262,32 @@ def unpack(name: str | Path, workdir: str | Path) -> Release:
     return made
 
 
+def load(name: str | Path) -> tuple[Experiment, PyTree]:
+    """Loads a packed network for use in Python; no data are needed, and nothing is written.
+
+    >>> import numpy as np
+    >>> parts, variables = load("pairs")
+    >>> pair = np.zeros((1, 2, 14, 14, 1), np.uint8)  # pixels as the task has them
+    >>> {name: logits.shape for name, logits in parts.apply(variables, pair).items()}
+    {'main': (1, 1), 'digits': (1, 2, 10)}
+
+    Args:
+        name: What a network is called that comes with the package, or a file.
+
+    Returns:
+        The parts of its run, whose ``network`` it is and whose ``apply`` takes pixels; and its
+        variables.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: As ``unpack``.
+    """
+    made = read(name)
+    parts = _build(made, str(name))
+    variables = jax.tree.map(lambda x: x[0], _weights(made, parts, str(name)))
+    return parts, variables
+
+
 def _build(made: Release, name: str) -> Experiment:
     """Builds the parts of the run.
 

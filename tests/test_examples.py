@@ -26,6 +26,7 @@ LONG = {
     for name in (
         *("data.augmentation", "fitting", "losses", "metrics", "networks", "predictions"),
         *("diagnostics.activation_maps", "step", "updates.aggregators", "updates.weightings"),
+        "release",
     )
 }
 

@@ -8,6 +8,7 @@ import exiting
 import jax
 import numpy as np
 import pytest
+import real
 
 from sire_jax import configuration, early_exit, evaluate, release, train
 from sire_jax.runs.trained import kept_weights, open_run
@@ -183,3 +184,35 @@ def test_the_program_packs_and_opens(run, tmp_path, capsys):
     release.main([f"--open={tmp_path}/own.npz", f"--workdir={tmp_path}/opened"])
     assert f"sire_jax.evaluate --workdir={tmp_path}/opened" in capsys.readouterr().out
     shutil.rmtree(tmp_path / "opened")
+
+
+# ---- Those that come with the package.
+
+NAMES = ("auxnet", "pairs", "sire", "ssal")
+
+
+def test_a_small_network_of_each_paper_comes_with_the_package():
+    assert tuple(release.shipped()) == NAMES
+    cards = (configuration.repository_configs().parent / "docs" / "networks.md").read_text()
+    for name, path in release.shipped().items():
+        assert path.stat().st_size < 1_000_000
+        made = release.read(name)
+        figures = made.measured
+        assert f"| `{name}` | " in cards
+        number = sum(v.size for k, v in made.weights.items() if k.startswith("params/"))
+        assert f" {number:,} | " in cards
+        assert f"{100 * figures['main/top_1']:.1f}" in cards
+        # Nothing of the machine that it was trained on.
+        assert made.config.data.dir == configuration.default().data.dir
+
+
+@pytest.mark.slow  # It compiles whole networks, and measures them on real images.
+@pytest.mark.parametrize("name", NAMES)
+def test_shipped_networks_still_do_what_is_said(name, tmp_path):
+    made = release.unpack(name, tmp_path / name)
+    directory = real.directory_with("mnist" if name == "pairs" else "cifar100")
+    results = evaluate.evaluate(tmp_path / name, overrides=[f"--config.data.dir={directory}"])
+    for metric, value in made.measured.items():
+        output, kind = metric.rsplit("/", 1)
+        found = {**results["outputs"], **results["predictions"]}[output][kind]["runs"][0]
+        assert found == pytest.approx(value, abs=5e-4), metric
