@@ -353,3 +353,17 @@ def test_what_reconstructions_show_is_what_was_recorded():
     assert shown[0][changed.index(True)].startswith("tiger (")
     ire, sire = (row["top_1_error"]["ours"][0] for row in recorded["table"])
     assert f"(errors of {ire:.1f}% without and {sire:.1f}% with them)" in text
+
+
+def test_steps_in_bfloat16_take_what_was_measured():
+    steps = pages.recorded("benchmark_bfloat16.json")["parts"]["steps"]
+    seconds = {
+        (each["network"], each["dtype"]): np.array([turn["seconds"] for turn in each["rounds"]])
+        for each in steps
+    }
+    sire, auxnet, ssal = (
+        np.median(seconds[name, "bfloat16"] / seconds[name, "float32"])
+        for name in ("sire", "auxnet", "ssal")
+    )
+    said = f"in another run {sire:.2f}, AuxNet-56-5 {auxnet:.2f} and ResNet18 with two branches"
+    assert f"{said} {ssal:.2f} (" in pages.prose("sire.md")
