@@ -279,5 +279,5 @@ def test_an_output_of_pairs_and_one_logit(tmp_path):
 
 def test_half_precision_parameters_are_kept():
     half = np.arange(3).astype(jax.numpy.bfloat16)
-    assert np.array_equal(exported._typed(half.view("V2"), half.dtype), half)
-    assert exported._typed(np.ones(3, np.float32), half.dtype).dtype == np.float32
+    assert np.array_equal(exported.typed(half.view("V2"), half.dtype), half)
+    assert exported.typed(np.ones(3, np.float32), half.dtype).dtype == np.float32

@@ -20,7 +20,7 @@ runs
 fitting inference diagnostics
 attribution
 train evaluate inspect claims paper_tables rehearsal reproduce decide attribute
-export explain grouping early_exit
+export release explain grouping early_exit
 """
 FLOORS = {name: i for i, line in enumerate(ORDER.split("\n")) for name in line.split()}
 

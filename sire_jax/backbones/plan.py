@@ -1,10 +1,8 @@
 """Backbones as plans: data that is read forwards as a network and backwards as decoders."""
 
-import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -13,6 +11,7 @@ from flax import linen as nn
 from jax import Array, lax
 
 from sire_jax.backbones.blocks import Block
+from sire_jax.backbones.stacked import together
 from sire_jax.layers import Dropout, uniform_fan_in
 from sire_jax.text import nearest
 
@@ -23,8 +22,6 @@ DTYPES = ("float32", "bfloat16")
 # A collection of variables by the names of blocks, added to what the blocks return: zeros, to
 # differentiate by features.
 OFFSETS = "offsets"
-# What the variables of the blocks of a loop are called together.
-_LOOP = re.compile(r"(?P<block>.*_block_)(?P<first>\d+)_to_(?P<last>\d+)")
 
 
 @dataclass(frozen=True)
@@ -195,7 +192,7 @@ class Planned(nn.Module):
             that its heads are attached to. Many equal blocks between them (``LONG``) become one
             loop, which compiles in the time of one block: their variables, with the initial values
             that they have one by one, lie along a first axis, as ``"stage_2_block_2_to_111"``
-            (``apart`` undoes that). Heads between them part the loop.
+            (``stacked.apart`` undoes that). Heads between them part the loop.
 
     Raises:
         ValueError: If there is no such dtype, or a width is below 1.
@@ -336,7 +333,7 @@ class Planned(nn.Module):
 
     def _loop(self, names: list[str], turns: slice, block: Block, x: Array, train: bool) -> Array:
         """Applies some of equal blocks, one after another, each with variables of its own."""
-        module, stored = block.clone(parent=None, name=None), _together(names)
+        module, stored = block.clone(parent=None, name=None), together(names)
         stacked = {kind: tree[stored] for kind, tree in self.variables.items() if stored in tree}
         own = jax.tree.map(lambda values: values[turns], stacked)
         changing = [kind for kind in stacked if self.is_mutable_collection(kind)]
@@ -367,18 +364,8 @@ class Planned(nn.Module):
         for kind, tree in variables.items():
             if len(names) == 1:
                 tree = jax.tree.map(lambda values: values[0], tree)
-            self.put_variable(kind, _together(names), tree)
+            self.put_variable(kind, together(names), tree)
         return features[0]
-
-
-def _together(names: list[str]) -> str:
-    """Names the variables of blocks that lie in one array.
-
-    >>> _together(["stage_2_block_2", "stage_2_block_3", "stage_2_block_4"])
-    'stage_2_block_2_to_4'
-    """
-    last = names[-1].rpartition("_")[2]
-    return names[0] if len(names) == 1 else f"{names[0]}_to_{last}"
 
 
 def features(
@@ -398,34 +385,3 @@ def features(
     own[OFFSETS] = {name: jnp.zeros((), dtype) for name in names}
     endpoints: Any = backbone.apply(own, image)[1]
     return {name: endpoints[name] for name in names}
-
-
-def apart(variables: Any) -> Any:
-    """Gives each block of a loop variables of its own, by its name.
-
-    >>> loop = {"stage_1_block_2_to_4": {"kernel": jnp.arange(3.0)}}
-    >>> {name: float(own["kernel"]) for name, own in apart(loop).items()}
-    {'stage_1_block_2': 0.0, 'stage_1_block_3': 1.0, 'stage_1_block_4': 2.0}
-
-    Args:
-        variables: Of a planned backbone or of a network with one, or gradients to them, or their
-            shapes: nested mappings.
-    """
-    if not isinstance(variables, Mapping):
-        return variables
-    parted: dict[str, Any] = {}
-    for name, own in variables.items():
-        loop = _LOOP.fullmatch(name)
-        if loop is None:
-            parted[name] = apart(own)
-            continue
-        first, last = int(loop["first"]), int(loop["last"])
-        for turn, number in enumerate(range(first, last + 1)):
-            parted[f"{loop['block']}{number}"] = jax.tree.map(partial(_turn, turn), own)
-    return parted
-
-
-def _turn(turn: int, values: Any) -> Any:
-    if isinstance(values, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(values.shape[1:], values.dtype)
-    return values[turn]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from sire_jax import objectives
-from sire_jax.backbones.plan import apart
+from sire_jax.backbones.stacked import apart
 from sire_jax.data.augmentation import Augmentation, Batch
 from sire_jax.metrics import Average, Metrics
 from sire_jax.state import TrainState

@@ -6,7 +6,7 @@ import struct
 import numpy as np
 import pytest
 
-from sire_jax.data import load
+from sire_jax.data import idx, load
 from sire_jax.data.dataset import Selection
 
 NAMES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte")
@@ -41,6 +41,8 @@ def test_images_and_labels_are_those_of_the_files(directory):
     assert clothes.test.labels["label"].tolist() == [1, 0]
     assert clothes.classes == {"label": 3}
     assert clothes.names == {"label": ("0", "1", "2")}
+    images, labels = idx.read(directory / "clothes")["test"]
+    assert (images.shape, labels.tolist()) == ((2, 2, 3, 1), [1, 0])
 
 
 def test_packed_files_are_the_same(directory):
