@@ -386,7 +386,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--networks", nargs="+", default=["20-2", "56-5", "56-10"])
     parser.add_argument("--rules", choices=RULES, default=list(RULES), **several)
     parser.add_argument("--aggregators", choices=aggregators, default=aggregators, **several)
-    peers = (*PEERS, "compiled")
+    peers = (*PEERS, "compiled", "separate_compiled")
     parser.add_argument("--peers", choices=peers, default=list(PEERS), **several)
     parser.add_argument("--peer-python", default=sys.executable, help="the one with torchjd")
     devices.add_option(parser)

@@ -17,7 +17,12 @@ from sire_jax.text import align
 
 EFFECTIVE_MOST, AGGREGATOR_MOST = 1.05, 1.10
 # Which of our candidates does what one of PyTorch's does.
-OURS = {"joint": "joint", "compiled": "joint", "separate": "multiway"}
+OURS = {
+    "joint": "joint",
+    "compiled": "joint",
+    "separate": "multiway",
+    "separate_compiled": "multiway",
+}
 AGGREGATED = "joint + upgrad"
 
 

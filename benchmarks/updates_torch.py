@@ -11,8 +11,10 @@ of standard input, the name of a candidate, a round of its steps runs.
   they all share, below the first exit, aggregated with UPGrad; gradients above it are summed.
 * ``backward``: TorchJD's Jacobian of all losses to all parameters, aggregated with UPGrad.
 * ``compiled``: ``joint`` with ``torch.compile``.
+* ``separate_compiled``: ``separate`` with ``torch.compile`` of the losses. Each of its backward
+  passes is that of all outputs together, as they are compiled, with zeros for the other losses.
 
-Eager but for the last, ``channels_last``, fused optimizer, on the device of ours: on a GPU
+Eager but for the last two, ``channels_last``, fused optimizer, on the device of ours: on a GPU
 with the fastest algorithms, and products of float32 in TF32, as XLA has them. TorchJD takes the
 losses one after another (``parallel_chunk_size=1``): its ``vmap`` over them takes longer on a CPU.
 """
@@ -183,15 +185,20 @@ class Contest:
             for k, loss in enumerate(losses)
         ]
 
-    def separate(self) -> Take:
+    def separate(self, compiled: bool = False) -> Take:
         """Prepares a backward pass and a step for each loss."""
         network = self.network()
+
+        def weighted(images: torch.Tensor, labels: torch.Tensor) -> list[torch.Tensor]:
+            return self.losses(network, images, labels)[0]
+
+        objectives = torch.compile(weighted) if compiled else weighted
         last = len(self.weights) - 1
         divisors = [max(1.0, sum(self.weights[k:last])) for k in range(last)] + [1.0]
         optimizers = list(map(self.optimizer, network.reached, divisors))
 
         def take(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-            losses, _ = self.losses(network, images, labels)
+            losses = objectives(images, labels)
             # All before the first step, which would change what the others need.
             gradients = self.gradients(losses, network)
             for k, optimizer in enumerate(optimizers):
@@ -201,6 +208,14 @@ class Contest:
             return torch.stack(losses).detach().sum()
 
         return take
+
+    def separate_compiled(self) -> Take:
+        """Prepares a backward pass and a step for each loss, compiled."""
+        from torch._functorch import config
+
+        # What a backward pass has read is read by the next one.
+        config.donated_buffer = False
+        return self.separate(compiled=True)
 
     def mtl_backward(self) -> Take:
         """Prepares TorchJD's step with what all losses share below the first exit."""

@@ -1,6 +1,6 @@
 r"""Trains rows of the papers' tables in slices of time, those that are worth most an hour first.
 
-    python launch/rows.py --workdir=runs/queue --minutes=10 --config.data.dir=DIR
+    python launch/rows.py --workdir=runs/rows --minutes=10 --config.data.dir=DIR
     python launch/rows.py --list  # which rows, in which order
 
 For an accelerator that is lent in pieces: each start trains for at most so many minutes, saves, and
@@ -8,7 +8,8 @@ ends with status 85; the same command goes on, bit for bit, until it ends with 0
 trained. ``launch/rows.json`` has the rows, as the papers have them, full schedules on CIFAR-100; a
 queue of one's own is ``--queue=FILE``. The worth of a row is how many figures the paper prints of
 it; its cost, the operations of its training. Each row is ``python -m sire_jax.reproduce``, in
-``WORKDIR/TABLE``, with the paper's figures beside ours in its ``table.md``.
+``WORKDIR/TABLE``, with the paper's figures beside ours in its ``table.md``. ``--bfloat16`` trains
+the rows of SIRe, whose page says what that changes, in half precision.
 """
 
 import json
@@ -40,8 +41,8 @@ class Row:
         table: The table.
         row: What the row is called.
         figures: How many figures the paper prints of it.
-        flop: Operations of the training of one seed: three times those of the forward passes, a
-            multiply-add being two.
+        flop: Operations of the training of one seed: the forward passes, and backward ones of twice
+            as many, of multi-way backpropagation one for each output; a multiply-add is two.
         bfloat16: The override by which it trains in half precision, ``""`` if it should not.
     """
 
@@ -100,14 +101,12 @@ def describe(rows: Sequence[Row], teraflops: float) -> str:
         rows: Its rows.
         teraflops: What a device does of these networks, in 1e12 operations a second.
     """
-    lines = [
-        ["table", "row", "figures", "1e15 operations a seed", f"hours at {teraflops:g} TFLOP/s"]
-    ]
+    heads = ["table", "row", "figures", "1e15 operations a seed", "figures for 1e15"]
+    lines = [[*heads, f"hours at {teraflops:g} TFLOP/s"]]
     for row in rows:
-        hours = row.flop / teraflops / 1e12 / 3600
-        lines.append(
-            [row.table, row.row, str(row.figures), f"{row.flop / 1e15:.1f}", f"{hours:.2f}"]
-        )
+        seconds = row.flop / teraflops / 1e12
+        cost = [f"{row.flop / 1e15:.1f}", f"{row.worth:.2f}", f"{seconds / 3600:.2f}"]
+        lines.append([row.table, row.row, str(row.figures), *cost])
     return text.align(lines)
 
 
