@@ -38,8 +38,8 @@ def test_what_was_decided_are_the_claims_of_the_table(name):
 @pytest.mark.parametrize("name", [name for name in RECORDS if "few_images" in name])
 def test_the_page_says_what_a_seed_takes(name):
     seconds = pages.recorded(name)["seconds"]
-    means = ", ".join(f"{row} {sum(each) / len(each):.0f}" for row, each in seconds.items())
-    assert f"Seconds a seed: {means}." in pages.prose("README.md")
+    medians = ", ".join(f"{row} {np.median(each):.0f}" for row, each in seconds.items())
+    assert f"Seconds a seed, median: {medians}." in pages.prose("README.md")
 
 
 # ---- The sections of the papers' pages.
@@ -78,10 +78,10 @@ def test_what_is_said_of_gradients_is_what_was_measured():
     assert found["decoder_4/stage_4_block_2"] < found["main/stage_4_block_2"] / 1000
     errors = pages.recorded("sire_1-few_images.json")["rows"]
     of_i = [np.mean(errors["i"][f"decoder_{i}_mse"]) for i in (1, 4)]
-    assert 5.5 < of_i[1] / of_i[0] < 6.5
+    assert 5 < of_i[1] / of_i[0] < 6
     last = [np.mean(errors[row]["decoder_4_mse"]) for row in ("ire", "sire")]
     assert "falls from {:.3f} to {:.4f}".format(*last) in pages.prose("README.md")
     rows = pages.recorded("sire_2-few_images.json")["rows"]
     errors = [f"{rows[name]['top_1_error'][0]:.1f}" for name in rows]
     assert list(rows) == ["lambda_0.1", "lambda_0.2", "lambda_1.0", "lambda_5", "lambda_20"]
-    assert f"errors are {', '.join(errors)}% (one seed" in pages.prose("sire.md")
+    assert f"errors are {', '.join(errors)}%, so that" in pages.prose("sire.md")
