@@ -120,6 +120,8 @@ def test_the_wheel_has_all_modules_configs_tables_and_groups(wheel):
     configs = [path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.*")]
     data = ["sire_jax/data/digits.npz", "sire_jax/py.typed"]
     data += ["sire_jax/layers/onednn/convolution.cc"]
+    networks = [path.relative_to(ROOT) for path in (ROOT / "sire_jax" / "released").iterdir()]
+    data += map(str, networks)
     data += [f"sire_jax/{path}" for path in configs if path.suffix != ".pyc"]
     assert _files(wheel) == sorted([*map(str, modules), *data])
 
