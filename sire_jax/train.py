@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from sire_jax import configuration, files, rehearsal, text, traced
 from sire_jax.configuration import experiment
 from sire_jax.diagnostics import figures, gradient_flow
-from sire_jax.job import command, distributed, lock
+from sire_jax.job import command, cpu, distributed, lock
 from sire_jax.job.progress import Stop, stop_on_signals
 from sire_jax.runs.divergence import DIVERGED, NonFiniteLossError, converged, described
 from sire_jax.runs.gradient_flow import check as check_gradient_flow
@@ -62,7 +62,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
         InterruptedRunError: If a signal asked to stop; the state has been saved.
         BlockingIOError: If another program trains in the workdir.
     """
-    distributed.make_devices(config.devices)
+    cpu.make_devices(config.devices)
     distributed.check_same(distributed.identity(config))
     with distributed.together("reading the config"):
         config = configuration.with_groups(config)

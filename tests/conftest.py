@@ -22,6 +22,8 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
     )
 )
+# A thread more than devices, as `cpu.make_devices` has it: these devices are made here.
+os.environ["NPROC"] = "3"
 
 import jax
 import programs

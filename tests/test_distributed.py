@@ -1,6 +1,5 @@
 """Several processes: how they start, agree, and judge each other."""
 
-import json
 import os
 import subprocess
 import sys
@@ -366,48 +365,3 @@ def test_the_package_does_not_start_devices_when_it_is_imported():
         "assert jax.device_count() == 3"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
-
-
-@pytest.mark.slow  # It starts programs.
-def test_devices_are_made_of_a_cpus_cores_for_runs_that_share_them(tmp_path):
-    arguments = ["sire_jax.train", programs.TINY, "--config.seeds=4", "--config.epochs=2"]
-    shared = ["--config.devices=2", "--config.devices_share=runs"]
-    results = []
-    for name, more in {"alone": [], "shared": shared}.items():
-        directory = tmp_path / name
-        started = [*arguments, f"--workdir={directory}", *more]
-        program = programs.Program(started, tmp_path / f"{name}.log", XLA_FLAGS="")
-        assert program.process.wait(timeout=120) == 0, program.output
-        results.append(json.loads((directory / "results.json").read_text())["splits"]["test"])
-    for metric, values in results[0].items():
-        np.testing.assert_allclose(results[1][metric], values, rtol=1e-4)
-    # Another program of the run makes them, too.
-    evaluated = programs.Program(
-        ["sire_jax.evaluate", f"--workdir={tmp_path / 'shared'}"], tmp_path / "e.log", XLA_FLAGS=""
-    )
-    assert evaluated.process.wait(timeout=120) == 0, evaluated.output
-
-
-@pytest.mark.parametrize(
-    ("number", "flags", "made"),
-    [
-        (3, "", 3),
-        (0, "", None),
-        (1, "", None),
-        (3, "--xla_force_host_platform_device_count=8", None),
-    ],
-)
-def test_devices_are_made_where_nothing_says_how_many(monkeypatch, number, flags, made):
-    updates = {}
-    monkeypatch.setattr(jax.config, "update", updates.__setitem__)
-    monkeypatch.setenv("XLA_FLAGS", flags)
-    monkeypatch.delenv("JAX_NUM_CPU_DEVICES", raising=False)
-    distributed.make_devices(number)
-    assert updates.get("jax_num_cpu_devices") == made
-
-
-def test_devices_that_are_there_stay(monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "")
-    before = jax.device_count()
-    distributed.make_devices(before + 1)
-    assert jax.device_count() == before

@@ -210,9 +210,6 @@ def test_a_small_network_of_each_paper_comes_with_the_package():
 @pytest.mark.parametrize("name", NAMES)
 def test_shipped_networks_still_do_what_is_said(name, tmp_path):
     made = release.unpack(name, tmp_path / name)
-    # Two of a CPU's devices get a branch of "ssal" wrong: docs/results/scaling.md.
-    stored = tmp_path / name / "config.json"
-    stored.write_text(json.dumps({**json.loads(stored.read_text()), "devices": 1}))
     directory = real.directory_with("mnist" if name == "pairs" else "cifar100")
     results = evaluate.evaluate(tmp_path / name, overrides=[f"--config.data.dir={directory}"])
     for metric, value in made.measured.items():

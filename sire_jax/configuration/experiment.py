@@ -20,7 +20,7 @@ from sire_jax.data import augmentation, batches, crops, tasks
 from sire_jax.data.augmentation import RandomCrop
 from sire_jax.data.dataset import Source
 from sire_jax.groups.partition import Groups
-from sire_jax.job import distributed
+from sire_jax.job import cpu
 from sire_jax.layers.initialization import as_pytorch
 from sire_jax.networks import MAIN, Network
 from sire_jax.predictions import check as check_predictions
@@ -296,7 +296,7 @@ def forward(config: ConfigDict) -> Forward:
     """
     validation.validate(config)
     # Before JAX is asked anything.
-    distributed.make_devices(config.devices)
+    cpu.make_devices(config.devices)
     with registry.located("config.data.task"):
         task = TASK.create(config.data.task)
     with registry.located("config.backbone"):

@@ -64,24 +64,6 @@ def start() -> None:
     explain_abort()
 
 
-def make_devices(number: int) -> None:
-    """Has JAX make so many devices of a CPU, which share its cores; others stay what they are.
-
-    They are there for all that the process does from then on. Nothing happens in one of several
-    processes, where XLA_FLAGS or JAX_NUM_CPU_DEVICES say how many there are, or where JAX has made
-    its devices before.
-
-    Args:
-        number: How many; 0 or 1: as many as JAX makes by itself.
-    """
-    flagged = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    chosen = flagged or "JAX_NUM_CPU_DEVICES" in os.environ
-    if number < 2 or chosen or jax.distributed.is_initialized():
-        return
-    with contextlib.suppress(RuntimeError):
-        jax.config.update("jax_num_cpu_devices", number)
-
-
 def _part(watch: Watch) -> None:
     """Leaves the job at the end of the program: waits for the others, and ends the watch of them.
 

@@ -10,6 +10,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sire_jax.data.augmentation import Batch
+from sire_jax.job import cpu
 from sire_jax.metrics import Metrics, add
 from sire_jax.state import SHUFFLE, TrainState
 from sire_jax.step import Predict, Step
@@ -32,8 +33,8 @@ def device_mesh(devices: int, share: str, batch_size: int, seeds: int) -> Mesh:
         A mesh with one axis, in the order of the processes.
 
     Raises:
-        ValueError: If there are fewer devices, several processes should not use all of theirs, or
-            the batch or the runs can't be shared evenly.
+        ValueError: If there are fewer devices, several processes should not use all of theirs, the
+            batch or the runs can't be shared evenly, or those of a CPU have too few threads.
     """
     # Those of a process beside each other: what it reads of a batch is then one piece.
     available = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
@@ -54,6 +55,8 @@ def device_mesh(devices: int, share: str, batch_size: int, seeds: int) -> Mesh:
             f" ({processes} process{'es' * (processes > 1)} x {number // processes}); take a"
             f" multiple of {number}, or other config.devices{_advice(share, seeds, number)}."
         )
+    if used[0].platform == "cpu":
+        cpu.check_threads(number // processes)
     # Not jax.make_mesh, which would put TPUs in another order.
     return Mesh(np.array(used), (axis,), axis_types=(jax.sharding.AxisType.Auto,))
 
