@@ -367,3 +367,18 @@ def test_steps_in_bfloat16_take_what_was_measured():
     )
     said = f"in another run {sire:.2f}, AuxNet-56-5 {auxnet:.2f} and ResNet18 with two branches"
     assert f"{said} {ssal:.2f} (" in pages.prose("sire.md")
+
+
+def test_steps_without_onednn_are_what_was_measured_in_turns():
+    rows = pages.recorded("benchmark_without_onednn.json")["rows"]
+    found = {}
+    for row in rows:
+        found.setdefault(row["network"], []).append(np.median(row["milliseconds"]))
+    said = pages.prose("sire.md")
+    joint, multiway = found["AuxNet-56-5, joint"], found["AuxNet-56-5, multiway"]
+    assert "joint {:.0f} before, {:.0f} now".format(*joint) in said
+    assert "multi-way {:.0f} and {:.0f};".format(*multiway) in said
+    assert "base CNN {:.0f} and {:.0f}, ".format(*found["base CNN"]) in said
+    assert "SIRe-CNN {:.0f} and {:.0f};".format(*found["SIRe-CNN"]) in said
+    pairs = np.array(found["pairs, ten networks"]) / 1000
+    assert "from start to end, {:.1f} s and {:.1f} s".format(*pairs) in said
