@@ -22,9 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from sire_jax import files, paper_tables, text
 from sire_jax.job import command
-from sire_jax.storage.workdir import read_results
+from sire_jax.storage.workdir import Workdir, read_results
 
 _ROWS = Path(__file__).with_suffix(".json")
 # Seconds that saving takes, which a slice leaves.
@@ -125,10 +127,15 @@ def run(
     Returns:
         The status: 0, all are done; 85, saved; that of the first row that failed, once the others
         are done.
+
+    Raises:
+        ValueError: If a row that is done was trained with other overrides.
     """
     ends, failed = time.monotonic() + 60 * minutes - _SAVING, 0
     for number, row in enumerate(rows, start=1):
-        if read_results(workdir / row.table / row.row):
+        directory = workdir / row.table / row.row
+        if read_results(directory):
+            Workdir(directory, _config(row, workdir, overrides, half))
             continue
         if time.monotonic() >= ends:
             status = command.AGAIN
@@ -141,6 +148,16 @@ def run(
             return status
         failed = failed or status
     return failed
+
+
+def _config(row: Row, workdir: Path, overrides: Sequence[str], half: bool) -> ConfigDict:
+    """Returns the config that a row would be trained with."""
+    configs = paper_tables.find_configs(row.table)
+    table = paper_tables.load_table(row.table, configs)
+    (entry,) = paper_tables.choose_rows(table, [row.row])
+    given = [*row.arguments(workdir, half), *overrides]
+    settings = [each for each in given if each.startswith("--config.")]
+    return paper_tables.row_config(table, entry, configs, "", settings)
 
 
 class _ToldError(Exception):

@@ -13,6 +13,7 @@ import pytest
 
 from sire_jax import configuration, inspect, paper_tables
 from sire_jax.configuration import experiment
+from sire_jax.storage.workdir import Workdir
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "rows.py"
 CONFIGS = configuration.repository_configs()
@@ -151,6 +152,16 @@ def test_rows_that_are_trained_or_begin_too_late_are_not_started(tmp_path, monke
     assert rows.run(chosen, tmp_path, [], minutes=1 / 60, half=False) == 85
     assert (tmp_path / "log").read_text().split() == ["--rows=re"]
     assert "goes on with sire_1/re." in capsys.readouterr().out
+
+
+def test_rows_that_were_trained_with_other_overrides_are_not_taken_for_done(tmp_path):
+    (row,) = rows.read(_write(tmp_path / "own.json", {}))
+    done = Workdir(tmp_path / "sire_1" / "base", rows._config(row, tmp_path, [], False))
+    done.write_config()
+    done.write_results({"step": 1, "seconds": 1, "splits": {"test": {}}})
+    assert rows.run([row], tmp_path, ["--config.data.dir=elsewhere"], 1, half=False) == 0
+    with pytest.raises(ValueError, match=r"holds a run of another config:\n  epochs: \d+ -> 2"):
+        rows.run([row], tmp_path, ["--config.epochs=2"], 1, half=False)
 
 
 @pytest.mark.timeout(60)
