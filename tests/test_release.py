@@ -7,6 +7,7 @@ from dataclasses import replace
 import exiting
 import jax
 import numpy as np
+import programs
 import pytest
 import real
 
@@ -206,14 +207,24 @@ def test_a_small_network_of_each_paper_comes_with_the_package():
         assert made.config.data.dir == configuration.default().data.dir
 
 
-@pytest.mark.slow  # It compiles whole networks, and measures them on real images.
+@pytest.mark.slow  # It starts a program, which measures whole networks on real images.
 @pytest.mark.parametrize("name", NAMES)
 def test_shipped_networks_still_do_what_is_said(name, tmp_path):
     made = release.unpack(name, tmp_path / name)
     directory = real.directory_with("mnist" if name == "pairs" else "cifar100")
-    results = evaluate.evaluate(tmp_path / name, overrides=[f"--config.data.dir={directory}"])
+    arguments = [f"--workdir={tmp_path / name}", f"--config.data.dir={directory}", "--json"]
+    # The compiler is as ever: what it optimizes is most of the time.
+    program = programs.Program(
+        ["sire_jax.evaluate", *arguments], tmp_path / f"{name}.log", XLA_FLAGS=""
+    )
+    with programs.started(program):
+        assert program.wait(120) == 0, program.output
+    results = json.loads(program.output.splitlines()[-1])
     for metric, value in made.measured.items():
         output, kind = metric.rsplit("/", 1)
         found = {**results["outputs"], **results["predictions"]}[output][kind]["runs"][0]
-        # What is fitted anew ends a little elsewhere where the compiler rounds otherwise.
-        assert found == pytest.approx(value, abs=0.08 if output == "linear" else 5e-4), metric
+        # The fit has not converged after its 200 steps, and ends elsewhere where sums are rounded
+        # otherwise, by another number of threads.
+        fitted = {"loss": 0.25, "top_1": 0.01, "top_5": 0.01}
+        tolerance = fitted[kind] if output == "linear" else 5e-4
+        assert found == pytest.approx(value, abs=tolerance), metric
