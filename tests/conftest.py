@@ -7,6 +7,7 @@ import faulthandler
 import gc
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import children
@@ -28,6 +29,8 @@ os.environ["NPROC"] = "3"
 import jax
 import programs
 import pytest
+
+from sire_jax.layers import onednn
 
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -81,6 +84,14 @@ def _compiled_together(tmp_path_factory, worker_id):
     shared = own if worker_id == "master" else own.parent
     programs.COMPILED = shared / "compiled"
     os.environ["XDG_CACHE_HOME"] = str(shared / "cache")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _onednn_loaded(_compiled_together):
+    """Loads oneDNN, if it can be had: where there is no compiler it says so once."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        onednn.load()
 
 
 @pytest.fixture(autouse=True, scope="module")

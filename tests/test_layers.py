@@ -8,6 +8,7 @@ import pytest
 from convolutions import integers, plain, with_gradients
 from flax import linen as nn
 from jax import lax
+from jax.sharding import AxisType, Mesh, PartitionSpec
 from jax.test_util import check_grads
 from planned import normal
 
@@ -30,7 +31,7 @@ def library(request, monkeypatch):
         pytest.skip("oneDNN or a C++ compiler is not here: see the extra onednn")
 
 
-def _assert_trees_equal(a, b, tolerance=1e-3):
+def _assert_trees_equal(a, b, tolerance=1e-5):
     chex.assert_trees_all_close(a, b, rtol=1e-6, atol=tolerance)
 
 
@@ -108,6 +109,48 @@ def test_convolution_of_half_precision_sums_in_single_precision(channels, featur
         assert found.dtype == jnp.bfloat16
         # The sums are exact, and rounded once.
         np.testing.assert_array_equal(found, right.astype(jnp.bfloat16))
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize(("stride", "images_last"), [(1, False), (2, False), (1, True)])
+def test_devices_that_see_their_own_images_share_a_kernel(stride, images_last):
+    x, kernel = _case(4, 6, 5, 3, 2, 3, images_last)
+    mesh = Mesh(np.array(jax.devices()), ("data",), axis_types=(AxisType.Auto,))
+    own, everyone = PartitionSpec(*(None,) * 3 * images_last, "data"), PartitionSpec()
+    split = partial(jax.shard_map, mesh=mesh, in_specs=(own, everyone))
+
+    def loss(x, kernel):
+        return (convolve(x, kernel, 1, stride, images_last) ** 2).sum()
+
+    # Each device's is another one, and no result of all of them.
+    with pytest.raises(ValueError, match="out_specs"):
+        split(loss, out_specs=everyone)(x, kernel)
+
+    def step(x, kernel):
+        return jax.value_and_grad(lambda x, k: lax.psum(loss(x, k), "data"), (0, 1))(x, kernel)
+
+    found = jax.jit(split(step, out_specs=(everyone, (own, everyone))))(x, kernel)
+    _assert_trees_equal(found, jax.value_and_grad(loss, (0, 1))(x, kernel))
+
+
+@pytest.mark.parametrize(
+    ("size", "padding", "stride", "message"),
+    [
+        ((3, 1), 1, 1, r"should be square; this one is \(3, 1, 3, 2\)"),
+        (
+            (3, 3),
+            3,
+            1,
+            "padding is 3 and stride 1; of a kernel of 3 pixels .* be 0 to 2",
+        ),
+        ((1, 1), -1, 1, "padding is -1"),
+        ((3, 3), 1, 0, "stride 0; .* stride at least 1"),
+    ],
+)
+@pytest.mark.usefixtures("library")
+def test_convolutions_that_are_none_are_refused(size, padding, stride, message):
+    with pytest.raises(ValueError, match=message):
+        convolve(jnp.ones((2, 4, 4, 3)), jnp.ones((*size, 3, 2)), padding, stride)
 
 
 @pytest.mark.usefixtures("library")

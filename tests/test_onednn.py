@@ -22,7 +22,7 @@ from sire_jax.layers.onednn import library
 
 
 @pytest.fixture(scope="module")
-def _onednn(_compiled_together):
+def _onednn(_onednn_loaded):
     if not library.load():
         pytest.skip("oneDNN or a C++ compiler is not here: see the extra onednn")
 
@@ -170,8 +170,6 @@ def test_what_does_not_fit_together_is_refused_before_it_is_read():
     ):
         with pytest.raises(ValueError, match=r"images \[n, h, w, c\].* don't fit together"):
             call()
-    with pytest.raises(ValueError, match=r"should be square; this one is \(3, 1, 3, 2\)"):
-        convolution.convolve(x, kernel[:, :1])
 
 
 @needs_onednn
@@ -253,6 +251,17 @@ def test_without_a_compiler_it_is_off_and_says_how_to_mend_it(monkeypatch, nothi
     with pytest.warns(UserWarning, match=rf"(?s)C\+\+ compiler.*{library.SWITCH}=0.*no-compiler"):
         assert library._registered.__wrapped__() is None
     assert not list(nothing_kept.iterdir())
+
+
+@pytest.mark.slow  # It starts the tests in a process of their own.
+def test_without_a_compiler_its_tests_skip():
+    chosen = [__file__, "-k", "test_other_dtypes_are_refused"]
+    command = [sys.executable, "-m", "pytest", "-n0", "-rs", *chosen]
+    ran = subprocess.run(
+        command, env={**os.environ, "CXX": "no-compiler"}, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stdout
+    assert "a C++ compiler is not here" in ran.stdout
 
 
 @needs_onednn

@@ -17,7 +17,6 @@ THROUGH_OTHERS = {
     "configuration.compatibility": "test_experiment.py",
     "configuration.defaults": "test_configuration.py",
     "configuration.loading": "test_configuration.py",
-    "configuration.sections": "test_configuration.py",
     "configuration.stored": "test_configuration.py",
     "data.prepared": "data/test_records.py",
     "data.shares": "data/test_records.py",
@@ -36,6 +35,7 @@ THROUGH_OTHERS = {
     "slices.programs": "test_slices.py",
     "slices.reach": "test_slices.py",
     "updates.steps": "updates/test_rules.py",
+    "layers.devices": "test_layers.py",
     "layers.onednn.__main__": "test_onednn.py",
 }
 # Tests that are as if they were marked as slow.

@@ -20,6 +20,7 @@ from jax import Array, lax
 from jax.custom_batching import sequential_vmap
 
 from sire_jax.layers import onednn, products
+from sire_jax.layers.devices import vary_alike
 
 _WHOLE: contextvars.ContextVar[bool] = contextvars.ContextVar("whole", default=False)
 
@@ -178,19 +179,25 @@ def convolve(
     Args:
         x: Images ``[b, h, w, c]``, or ``[c, h, w, b]`` where ``images_last``.
         kernel: Weights ``[k, k, c, o]``.
-        padding: Zeros put around the image, in pixels, less than k.
-        stride: Pixels from one result to the next.
+        padding: Zeros put around the image, in pixels, 0 to k - 1.
+        stride: Pixels from one result to the next, at least 1.
         images_last: The layout, also of the result.
 
     Returns:
         ``[b, h', w', o]`` with ``h' = (h + 2 padding - k) // stride + 1``, or ``[o, h', w', b]``.
 
     Raises:
-        ValueError: If the kernel is not square.
+        ValueError: If the kernel is not square, or padding or stride are out of range.
     """
     if kernel.ndim == 4 and kernel.shape[0] != kernel.shape[1]:
         raise ValueError(f"A kernel [k, k, c, o] should be square; this one is {kernel.shape}.")
+    if not 0 <= padding < len(kernel) or stride < 1:
+        raise ValueError(
+            f"padding is {padding} and stride {stride}; of a kernel of {len(kernel)} pixels padding"
+            f" should be 0 to {len(kernel) - 1}, and stride at least 1."
+        )
     if jax.default_backend() == "cpu" and not _WHOLE.get():
+        x, kernel = vary_alike(x, kernel)
         method = products.images_last if images_last else _forward
         # Sums are float32 where the inputs are less; oneDNN's are.
         takes = not images_last and onednn.takes(x, kernel)
