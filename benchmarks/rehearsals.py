@@ -128,7 +128,9 @@ def page(recorded: dict[str, Any]) -> str:
         for name, table in recorded["tables"].items()
     }
     machines = sorted({_machine(row["machine"]) for row in recorded["rows"].values()})
-    head = _HEAD.format(steps=recorded["steps"], machines="; ".join(machines))
+    onednn = sum("oneDNN" in row["machine"]["versions"] for row in recorded["rows"].values())
+    settings = {"steps": recorded["steps"], "machines": "; ".join(machines), "onednn": onednn}
+    head = _HEAD.format(**settings)
     note = [recorded["note"]] if recorded.get("note") else []
     parts = [head, *note, _summary(tables)]
     for name, rows in tables.items():
@@ -154,9 +156,10 @@ python benchmarks/rehearsals.py --data=DIR
 losses of so few steps fall by chance. Images that were not at hand are made up, and so are groups
 of labels that have no file yet. Memory is what the compiler plans for a step with all arrays: a
 process takes some more. Hours are those of all epochs and of the seeds that the config says, one,
-without measurements: of ten seeds, as in the tables of pairs, ten times as many. All is without
-oneDNN, and from before multi-way and pair-wise programs were compiled for least memory. Of a row
-that stands in several tables the first is shown in all. `sire_readings`, of one network by
+without measurements: of ten seeds, as in the tables of pairs, ten times as many. {onednn} rows ran
+with oneDNN, those of pairs and the latest of other tables, as their records say; the others without,
+and before multi-way and pair-wise programs were compiled for least memory. Of a row that stands in
+several tables the first is shown in all. `sire_readings`, of one network by
 readings, is [on its own page](sire.md#what-trains).
 
 Machine: {machines}. Raw figures: [rehearsal.json](rehearsal.json)."""
