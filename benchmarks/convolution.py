@@ -1,10 +1,10 @@
-"""Times the convolutions of the base CNN one by one, beside PyTorch's: a profile of its step.
+"""Times the convolutions of a network one by one, beside PyTorch's: a profile of its step.
 
 ``python benchmarks/convolution.py`` (needs ``pip install -e '.[benchmark]'``). For each of the
-eight layers the forward pass and the gradients to images and kernel, float32; ours inside a
-compiled loop, as in training, with a copy of one operand that keeps the compiler from moving it out
-of the loop; PyTorch's in ``channels_last``. Milliseconds, the fastest of ``--rounds``. Prints a
-table and writes JSON.
+layers of SIRe's base CNN, or with ``--network=auxnet`` of those that AuxNet repeats, the forward
+pass and the gradients to images and kernel, float32; ours inside a compiled loop, as in training,
+with a copy of one operand that keeps the compiler from moving it out of the loop; PyTorch's in
+``channels_last``. Milliseconds, the fastest of ``--rounds``. Prints a table and writes JSON.
 """
 
 import argparse
@@ -22,16 +22,19 @@ from sire_jax.layers.convolution import convolve
 from sire_jax.text import align
 
 # Side of the images, input and output channels.
-LAYERS = (
-    (32, 3, 64),
-    (32, 64, 64),
-    (16, 64, 128),
-    (16, 128, 128),
-    (8, 128, 256),
-    (8, 256, 256),
-    (4, 256, 512),
-    (4, 512, 512),
-)
+LAYERS = {
+    "sire": (
+        (32, 3, 64),
+        (32, 64, 64),
+        (16, 64, 128),
+        (16, 128, 128),
+        (8, 128, 256),
+        (8, 256, 256),
+        (4, 256, 512),
+        (4, 512, 512),
+    ),
+    "auxnet": ((32, 3, 16), (32, 16, 16), (16, 32, 32), (8, 64, 64)),
+}
 PASSES = ("forward", "to images", "to kernel")
 REPEATS = 8
 
@@ -104,12 +107,13 @@ def torchs(batch: int, layer: tuple[int, int, int], rounds: int) -> list[float]:
 def main() -> None:
     """Runs the program with command line arguments."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--network", choices=LAYERS, default="sire")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--json", type=Path, help="where to write the figures")
     options = parser.parse_args()
     figures = []
-    for layer in LAYERS:
+    for layer in LAYERS[options.network]:
         times = {
             "ours": ours(options.batch_size, layer, options.rounds),
             "torch": torchs(options.batch_size, layer, options.rounds),
@@ -121,12 +125,12 @@ def main() -> None:
     rows = [["layer", *(f"{p}, {who}" for p in PASSES for who in ("ours", "PyTorch"))]]
     for figure in figures:
         pairs = zip(figure["ours"], figure["torch"], strict=True)
-        cells = [f"{value:.1f}" for pair in pairs for value in pair]
+        cells = [f"{value:.2f}" for pair in pairs for value in pair]
         rows.append([f"{figure['side']} px, {figure['channels']} to {figure['features']}", *cells])
     sums = [
         sum(figure[who][i] for figure in figures) for i in range(3) for who in ("ours", "torch")
     ]
-    rows.append(["all", *(f"{value:.1f}" for value in sums)])
+    rows.append(["all", *(f"{value:.2f}" for value in sums)])
     print(align(rows))
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1) + "\n")

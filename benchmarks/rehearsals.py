@@ -157,9 +157,9 @@ losses of so few steps fall by chance. Images that were not at hand are made up,
 of labels that have no file yet. Memory is what the compiler plans for a step with all arrays: a
 process takes some more. Hours are those of all epochs and of the seeds that the config says, one,
 without measurements: of ten seeds, as in the tables of pairs, ten times as many. {onednn} rows ran
-with oneDNN, those of pairs and the latest of other tables, as their records say; the others without,
-and before multi-way and pair-wise programs were compiled for least memory. Of a row that stands in
-several tables the first is shown in all. `sire_readings`, of one network by
+with oneDNN, those of pairs and the latest of other tables, as their records say; the others
+without, and before multi-way and pair-wise programs were compiled for least memory. Of a row that
+stands in several tables the first is shown in all. `sire_readings`, of one network by
 readings, is [on its own page](sire.md#what-trains).
 
 Machine: {machines}. Raw figures: [rehearsal.json](rehearsal.json)."""
