@@ -12,6 +12,7 @@ it; its cost, the operations of its training. Each row is ``python -m sire_jax.r
 the rows of SIRe, whose page says what that changes, in half precision.
 """
 
+import argparse
 import json
 import signal
 import subprocess
@@ -129,13 +130,14 @@ def run(
         are done.
 
     Raises:
-        ValueError: If a row that is done was trained with other overrides.
+        ValueError: If a row that is done was trained with another config; before any trains.
     """
     ends, failed = time.monotonic() + 60 * minutes - _SAVING, 0
+    done = [row for row in rows if read_results(workdir / row.table / row.row)]
+    for row in done:
+        Workdir(workdir / row.table / row.row, _config(row, workdir, overrides, half))
     for number, row in enumerate(rows, start=1):
-        directory = workdir / row.table / row.row
-        if read_results(directory):
-            Workdir(directory, _config(row, workdir, overrides, half))
+        if row in done:
             continue
         if time.monotonic() >= ends:
             status = command.AGAIN
@@ -155,9 +157,16 @@ def _config(row: Row, workdir: Path, overrides: Sequence[str], half: bool) -> Co
     configs = paper_tables.find_configs(row.table)
     table = paper_tables.load_table(row.table, configs)
     (entry,) = paper_tables.choose_rows(table, [row.row])
+    # As `sire_jax.reproduce` takes them.
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seeds")
+    parser.add_argument("--option", default="")
     given = [*row.arguments(workdir, half), *overrides]
-    settings = [each for each in given if each.startswith("--config.")]
-    return paper_tables.row_config(table, entry, configs, "", settings)
+    options, settings = parser.parse_known_args(given)
+    settings = [each for each in settings if each.startswith("--config.")]
+    if options.seeds is not None:
+        settings.append(f"--config.seeds={options.seeds}")
+    return paper_tables.row_config(table, entry, configs, options.option, settings)
 
 
 class _ToldError(Exception):

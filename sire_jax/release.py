@@ -32,6 +32,8 @@ from sire_jax.runs.trained import kept_weights, open_run, restore
 from sire_jax.storage.checkpoint import Checkpoints
 from sire_jax.storage.workdir import CHECKPOINTS, check_writable
 
+__all__ = ["Release", "load", "pack", "read", "shipped", "unpack"]
+
 PyTree = Any
 # What a file says that it is, with the version of its layout.
 FORMAT = "sire_jax release 1"

@@ -7,7 +7,6 @@ import faulthandler
 import gc
 import os
 import sys
-import warnings
 from pathlib import Path
 
 import children
@@ -29,8 +28,6 @@ os.environ["NPROC"] = "3"
 import jax
 import programs
 import pytest
-
-from sire_jax.layers import onednn
 
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -84,14 +81,6 @@ def _compiled_together(tmp_path_factory, worker_id):
     shared = own if worker_id == "master" else own.parent
     programs.COMPILED = shared / "compiled"
     os.environ["XDG_CACHE_HOME"] = str(shared / "cache")
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _onednn_loaded(_compiled_together):
-    """Loads oneDNN, if it can be had: where there is no compiler it says so once."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        onednn.load()
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -4,6 +4,7 @@ import json
 import os
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import programs
 import pytest
@@ -11,15 +12,15 @@ import pytest
 from sire_jax import configuration
 from sire_jax.configuration import experiment
 from sire_jax.job import cpu
+from sire_jax.layers.convolution import convolve
 from sire_jax.runs.runs import Runs
 
 
 @pytest.fixture
 def unmade(monkeypatch):
     """Before JAX has made its devices, on two cores, with nothing said about devices."""
-    for name in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES", "NPROC"):
+    for name in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES", "NPROC", "PJRT_NPROC"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(cpu, "_are_made", lambda: False)
     monkeypatch.setattr(cpu, "_cores", lambda: 2)
     before = jax.config.jax_num_cpu_devices
     numbers = {"jax_num_cpu_devices": -1}
@@ -52,8 +53,16 @@ def test_devices_are_made_where_nothing_says_how_many(
     assert os.environ.get("NPROC") == threads
 
 
+def test_of_a_flag_and_jaxs_setting_the_setting_counts_as_for_jax(monkeypatch, unmade):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+    unmade["jax_num_cpu_devices"] = 4
+    cpu.make_devices(0)
+    assert os.environ["NPROC"] == "5"
+
+
 @pytest.mark.parametrize(
-    ("cores", "said", "threads"), [(8, "", ""), (2, "16", "16"), (8, "1", "3")]
+    ("cores", "said", "threads"),
+    [(8, "", ""), (2, "16", "16"), (8, "1", "3"), (8, "-1", "3"), (8, "many", "3")],
 )
 def test_threads_that_suffice_stay_as_they_are(monkeypatch, unmade, cores, said, threads):
     monkeypatch.setattr(cpu, "_cores", lambda: cores)
@@ -62,25 +71,45 @@ def test_threads_that_suffice_stay_as_they_are(monkeypatch, unmade, cores, said,
     assert os.environ["NPROC"] == threads
 
 
+def test_the_name_that_xla_reads_first_is_set_too(monkeypatch, unmade):
+    monkeypatch.setenv("PJRT_NPROC", "2")
+    monkeypatch.setenv("NPROC", "16")
+    cpu.make_devices(2)
+    assert (os.environ["PJRT_NPROC"], os.environ["NPROC"]) == ("3", "3")
+
+
 def test_devices_that_are_there_stay(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")
-    monkeypatch.delenv("NPROC")
     before = jax.device_count()
     cpu.make_devices(before + 1)
     assert jax.device_count() == before
-    assert "NPROC" not in os.environ
+
+
+def test_threads_are_counted_where_they_run(monkeypatch):
+    jax.devices()
+    # The environment of now says nothing of a pool that is there.
+    monkeypatch.setenv("NPROC", "40")
+    assert cpu.threads() == 3
 
 
 def test_devices_with_too_few_threads_are_refused(monkeypatch):
-    monkeypatch.setattr(cpu, "_cores", lambda: 2)
-    monkeypatch.delenv("NPROC")
     config = configuration.load(programs.QUICKSTART.removeprefix("--config="), [])
     parts = experiment.build(config)
+    monkeypatch.setattr(cpu, "threads", lambda: 2)
     with pytest.raises(ValueError, match=r"2 devices of a CPU share 2 threads of XLA") as refused:
         Runs(parts)
-    assert "start Python with NPROC=3" in str(refused.value)
-    monkeypatch.setenv("NPROC", "3")
+    assert "start Python anew with NPROC=3" in str(refused.value)
+    monkeypatch.setattr(cpu, "threads", lambda: 3)
     Runs(parts)
+
+
+def test_a_convolution_warns_where_threads_are_few(monkeypatch):
+    monkeypatch.setattr(cpu, "threads", lambda: 2)
+    cpu.warn_of_few_threads.cache_clear()
+    image, kernel = jnp.ones((1, 4, 4, 1)), jnp.ones((1, 1, 1, 1))
+    with pytest.warns(UserWarning, match="2 devices of a CPU, and XLA 2 threads.*NPROC=3"):
+        convolve(image, kernel)
+    convolve(image, kernel)  # It says so once.
 
 
 # On two cores without the thread more: wrong from the 509th round on.
@@ -92,6 +121,7 @@ import jax
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from sire_jax.job import cpu
+from sire_jax.layers.convolution import convolve
 
 cpu.make_devices(2)
 rng = np.random.default_rng(0)
@@ -117,10 +147,24 @@ np.testing.assert_allclose(found, np.broadcast_to(right, found.shape), rtol=1e-4
 """
 
 
+@pytest.mark.slow  # It starts programs.
+def test_connected_processes_of_several_devices_have_threads_enough(tmp_path):
+    each = (
+        "import jax; from sire_jax.job import cpu, distributed; distributed.start();"
+        "print(jax.process_count(), jax.local_device_count(), cpu.threads())"
+    )
+    (tmp_path / "counted.py").write_text(each)
+    environment = {"PYTHONPATH": str(tmp_path), "NPROC": "2"}
+    job = programs.job_of(["counted"], tmp_path, devices=2, **environment)
+    with programs.started(*job):
+        assert [each.wait() for each in job] == [0, 0], [each.output for each in job]
+    assert all("2 2 3" in each.output for each in job), [each.output for each in job]
+
+
 @pytest.mark.slow  # It starts a program.
 def test_long_programs_on_two_devices_stay_right(tmp_path):
     (tmp_path / "loop.py").write_text(LOOP)
-    environment = {"PYTHONPATH": str(tmp_path), "XLA_FLAGS": "", "NPROC": ""}
+    environment = {"PYTHONPATH": str(tmp_path), "XLA_FLAGS": "", "NPROC": "2"}
     program = programs.Program(["loop"], tmp_path / "log", **environment)
     assert program.process.wait(timeout=120) == 0, program.output
 

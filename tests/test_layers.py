@@ -15,7 +15,7 @@ from planned import normal
 from sire_jax.layers import BatchNorm, Conv, Dropout, onednn, products
 from sire_jax.layers.convolution import convolve
 from sire_jax.layers.modules import random_bits
-from sire_jax.layers.normalization import normalize
+from sire_jax.layers.normalization import batch_over, normalize
 from sire_jax.layers.pooling import max_pool, upsample
 
 
@@ -131,6 +131,32 @@ def test_devices_that_see_their_own_images_share_a_kernel(stride, images_last):
 
     found = jax.jit(split(step, out_specs=(everyone, (own, everyone))))(x, kernel)
     _assert_trees_equal(found, jax.value_and_grad(loss, (0, 1))(x, kernel))
+
+
+def test_devices_normalize_a_batch_together_and_share_its_parameters():
+    x, norm = normal(1, 8, 3), BatchNorm()
+    variables = norm.init(jax.random.key(1), x, train=True)
+    mesh = Mesh(np.array(jax.devices()), ("data",), axis_types=(AxisType.Auto,))
+
+    def loss(params, x, axis):
+        with batch_over(axis):
+            y, state = norm.apply(
+                {**variables, "params": params}, x, train=True, mutable=["batch_stats"]
+            )
+        total = (y**3).sum()
+        return (total if axis is None else lax.psum(total, axis)), state
+
+    def step(params, x, axis):
+        return jax.value_and_grad(loss, has_aux=True)(params, x, axis)
+
+    split = jax.shard_map(
+        lambda params, x: step(params, x, "data"),
+        mesh=mesh,
+        in_specs=(PartitionSpec(), PartitionSpec("data")),
+        out_specs=PartitionSpec(),
+    )
+    found, expected = jax.jit(split)(variables["params"], x), step(variables["params"], x, None)
+    chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from sire_jax.layers.onednn import library
 
 
 @pytest.fixture(scope="module")
-def _onednn(_onednn_loaded):
+def _onednn(_compiled_together):
     if not library.load():
         pytest.skip("oneDNN or a C++ compiler is not here: see the extra onednn")
 

@@ -35,7 +35,7 @@ THROUGH_OTHERS = {
     "slices.programs": "test_slices.py",
     "slices.reach": "test_slices.py",
     "updates.steps": "updates/test_rules.py",
-    "layers.devices": "test_layers.py",
+    "layers.varying": "test_layers.py",
     "layers.onednn.__main__": "test_onednn.py",
 }
 # Tests that are as if they were marked as slow.

@@ -26,7 +26,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from sire_jax import __version__, files, registry
-from sire_jax.job import command, coordination, signals
+from sire_jax.job import command, coordination, cpu, signals
 from sire_jax.job.watch import SECONDS_BETWEEN_SIGNS, Watch, explain_abort
 from sire_jax.layers import onednn
 
@@ -52,6 +52,8 @@ def start() -> None:
         ValueError: If only some of the variables are set, or they are no numbers.
     """
     global _watch
+    # Connected processes make their devices below.
+    cpu.make_devices(0)
     connected = _connect()
     # JAX takes SIGTERM for itself.
     signals.listen_again()

@@ -19,8 +19,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_batching import sequential_vmap
 
+from sire_jax.job import cpu
 from sire_jax.layers import onednn, products
-from sire_jax.layers.devices import vary_alike
+from sire_jax.layers.varying import vary_alike
 
 _WHOLE: contextvars.ContextVar[bool] = contextvars.ContextVar("whole", default=False)
 
@@ -197,6 +198,7 @@ def convolve(
             f" should be 0 to {len(kernel) - 1}, and stride at least 1."
         )
     if jax.default_backend() == "cpu" and not _WHOLE.get():
+        cpu.warn_of_few_threads()
         x, kernel = vary_alike(x, kernel)
         method = products.images_last if images_last else _forward
         # Sums are float32 where the inputs are less; oneDNN's are.

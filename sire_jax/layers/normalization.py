@@ -12,6 +12,7 @@ from flax import linen as nn
 from jax import Array, lax
 
 from sire_jax.layers.convolution import at_least_float32
+from sire_jax.layers.varying import vary_alike
 
 
 def broadcast_along(vector: Array, x: Array, axis: int) -> Array:
@@ -188,7 +189,7 @@ class BatchNorm(nn.Module):
             y = x.astype(at_least_float32(x.dtype)) * broadcast_along(slope, x, self.axis)
             return (y + broadcast_along(offset, x, self.axis)).astype(x.dtype)
         y, batch_mean, batch_variance = normalize(
-            x, scale, bias, self.axis, self.epsilon, _BATCH_AXIS.get()
+            *vary_alike(x, scale, bias), self.axis, self.epsilon, _BATCH_AXIS.get()
         )
         # To initialize is no step: the averages begin with 0 and 1, as Flax's do.
         if not self.is_initializing():

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from sire_jax.layers.devices import vary_alike
+from sire_jax.layers.varying import vary_alike
 
 # Zeros before and after the rows, and before and after the columns.
 Pads = tuple[tuple[int, int], tuple[int, int]]
@@ -153,7 +153,7 @@ def to_kernel(x: Array, dy: Array, size: int, padding: int, stride: int) -> Arra
         return total + (views.T @ dy if narrow else dy @ views), None
 
     start = jnp.zeros((depth, features) if narrow else (features, depth), dy.dtype)
-    start = vary_alike(start, dy)[0]
+    start = vary_alike(start, x, dy)[0]
     total, _ = lax.scan(add, start, (_split(x, parts), dys))
     return (total if narrow else total.T).reshape(size, size, channels, features)
 

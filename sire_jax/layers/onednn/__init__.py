@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from sire_jax.layers.devices import vary_alike
 from sire_jax.layers.onednn.library import TARGET, has_bfloat16, load, version
+from sire_jax.layers.varying import vary_alike
 
 __all__ = ["forward", "load", "takes", "to_images", "to_kernel", "version"]
 
@@ -56,7 +56,7 @@ def _call(
     attributes = {"pass": which, "padding": padding, "stride": stride}
     call = jax.ffi.ffi_call(TARGET, jax.ShapeDtypeStruct(shape, dtype))
     y = call(a, b, **{name: np.int64(value) for name, value in attributes.items()})
-    # To XLA's eyes a result of nothing: within `shard_map` it would be the same on all devices.
+    # To JAX a result of nothing: within `shard_map` it would be the same on all devices.
     return vary_alike(a, b, y)[2]
 
 
