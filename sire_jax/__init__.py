@@ -1,9 +1,9 @@
 """Networks that learn from auxiliary outputs, in JAX and Flax.
 
-``import sire_jax as sj`` is all that a notebook needs to train a network. ``__init__.pyi`` lists what
-there is; a part is imported when it is first used, so that programs and their workers start with
-what they need. What programs do with configs and files, notebooks import by its module, such as
-``from sire_jax import release``.
+``import sire_jax as sj`` is all that a notebook needs to train a network. ``__init__.pyi`` lists
+what there is; a part is imported when it is first used, so that programs and their workers start
+with what they need. What programs do with configs and files, notebooks import by its module, such
+as ``from sire_jax import release``.
 """
 
 import lazy_loader
