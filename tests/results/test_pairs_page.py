@@ -113,3 +113,15 @@ def test_what_was_read_out_of_pairs_is_what_was_measured():
     assert "is 12 points lower still" in text
     assert round(100 * (released["ours"][0] - released["paper"][0])) == 12
     assert test["Conv"][0] == pytest.approx(plain, abs=2e-3)
+
+
+def test_the_parts_of_a_whole_run_are_what_was_measured():
+    seconds = pages.recorded("benchmark_pairs_whole.json")["seconds"]
+    total = sum(seconds.values())
+    steps, measured, compiled, rest = (f"{value / total:.0%}" for value in seconds.values())
+    said = pages.prose("pairs.md")
+    assert f"({total:.1f} s from config to last measurement;" in said
+    assert f"the steps are {steps}, 71 measurements of all pairs {measured}," in said
+    assert (
+        f"tracing and compiling {compiled}, and data, start, checkpoints and curves {rest}" in said
+    )
