@@ -66,7 +66,7 @@ def test_the_profile_of_a_step_of_pairs_is_what_was_measured():
     assert [row[1] for row in table[-2:]] == [f"{whole:.2f}", f"{lasted:.2f}"]
 
 
-@pytest.mark.parametrize("name", ["pairs_1", "pairs_1-as_released"])
+@pytest.mark.parametrize("name", ["pairs_1", "pairs_1-as_released", "pairs_1-fashion"])
 def test_claims_of_pairs_are_what_was_decided(name):
     assert decide.markdown(pages.decided(f"{name}-claims.json")) in pages.whole("pairs.md")
 
