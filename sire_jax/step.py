@@ -42,6 +42,9 @@ Predict = Callable[[PyTree, PyTree, Batch], tuple[dict[str, Array], Array]]
 class Shared:
     """A batch of which each device has a part, under ``pmap`` or ``shard_map``.
 
+    Several devices of one CPU need ``NPROC`` in the environment, above their number: without a
+    thread of XLA to spare long programs compute wrong convolutions.
+
     Attributes:
         axis: Name of the axis of devices.
         batch_norm: Whether batch statistics are those of the whole batch, or of each part. Those
