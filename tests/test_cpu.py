@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -85,6 +86,7 @@ def test_devices_that_are_there_stay(monkeypatch):
     assert jax.device_count() == before
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process's threads")
 def test_threads_are_counted_where_they_run(monkeypatch):
     jax.devices()
     # The environment of now says nothing of a pool that is there.
@@ -121,7 +123,6 @@ import jax
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from sire_jax.job import cpu
-from sire_jax.layers.convolution import convolve
 
 cpu.make_devices(2)
 rng = np.random.default_rng(0)
